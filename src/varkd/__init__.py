@@ -1,0 +1,1 @@
+"""varkd: compress visual autoregressive models by distillation."""

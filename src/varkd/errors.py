@@ -1,0 +1,22 @@
+"""The one exception that users are meant to see.
+
+Everything a user can put right (a path, a shape, a name, a full disk) is raised as `VarkdError` with one line that
+says what is wrong and what to do. The command line prints that line and exits with 2; programming errors keep their
+traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class VarkdError(ValueError):
+    """Something the caller can put right. `str(error)` is one line."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown `name`: the closest of `known`, else all of them."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"

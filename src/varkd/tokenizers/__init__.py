@@ -1,0 +1,1 @@
+"""Tokenizers: images <-> codes. No labels and no training here."""

@@ -1,0 +1,76 @@
+"""What every tokenizer offers: images <-> codes, a codebook, and a hash that names it.
+
+Images are float tensors (B, C, H, W) in [-1, 1]; codes are int64 (B, L) in raster order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from varkd.files import sha256_of
+
+
+class Tokenizer(nn.Module, ABC):
+    """Base of all tokenizers; `config` is a frozen dataclass that rebuilds the module."""
+
+    kind: ClassVar[str]
+    config: Any
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """V."""
+
+    @property
+    @abstractmethod
+    def grid(self) -> tuple[int, int]:
+        """Codes per column and per row; their product is L."""
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+
+    @property
+    @abstractmethod
+    def codebook_VE(self) -> Tensor:
+        """The codebook as it is compared (l2-normalised where the quantiser does): the metric space of the codes."""
+
+    @abstractmethod
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Images in [-1, 1] -> codes_BL."""
+
+    @abstractmethod
+    def decode(self, codes_BL: Tensor) -> Tensor:
+        """Codes -> images in [-1, 1] (not clamped)."""
+
+    @property
+    def sequence_length(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over kind, config and weights: codes of two tokenizers must not be mixed."""
+        head = f"{self.kind} {sorted(asdict(self.config).items())}".encode()
+        state = self.state_dict()
+        return sha256_of(head, *(name.encode() + _bytes(state[name]) for name in sorted(state)))
+
+
+def to_unit(images_uint8: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return images_uint8.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> uint8 by LlamaGen's rule: clamp(127.5 x + 128, 0, 255), truncated. Inverts `to_unit` exactly."""
+    return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,167 @@
+"""The values that flow through varkd, and the shape legend that every file uses.
+
+    B  sequences (images) in a batch          N  rows: positions of several sequences, flattened
+    L  positions (codes) of one sequence      K  outcomes that a divergence compares (codes, clusters, ...)
+    D  width of a backbone                    S  decoding steps of a plan; sum(sizes) == L
+    V  codes in the tokenizer's codebook      n  positions of one decoding step
+    E  width of a codebook vector             H W C  height, width, channels
+
+A suffix names the axes in order: `hidden_BLD`, `codes_BL`, `label_B`. Code and label tensors are int64.
+No torch.nn and no I/O here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+Source = Literal["data", "student", "teacher"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that the loader hands to the contexts of one optimiser step.
+
+    `row_B` is each row's index in the step's *global* batch (all ranks, all micro-batches). Every random draw of a row
+    is seeded by it, which is why the split over ranks and micro-batches changes no number.
+    """
+
+    codes_BL: Tensor
+    label_B: Tensor
+    row_B: Tensor
+
+    def __len__(self) -> int:
+        return len(self.label_B)
+
+    def select(self, index: Tensor) -> Batch:
+        """The rows of a bool mask or an index tensor."""
+        return Batch(self.codes_BL[index], self.label_B[index], self.row_B[index])
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a sequence is conditioned on: the class, and (for a scale-conditioned student) a guidance scale."""
+
+    label_B: Tensor
+    scale_B: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.label_B)
+
+    def null(self, null_label: int) -> Condition:
+        """The same rows with the label dropped (the unconditional branch)."""
+        return replace(self, label_B=torch.full_like(self.label_B, null_label))
+
+    def select(self, index: Tensor | slice) -> Condition:
+        return Condition(self.label_B[index], None if self.scale_B is None else self.scale_B[index])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which positions are predicted in which step: `order_BL[b, j]` is the raster position generated j-th.
+
+    `sizes` partitions the order into steps. Raster: arange, (1, 1, ...); next scale: arange, (1, 4, 9, ...);
+    random order: a permutation per row, n positions per step.
+    """
+
+    order_BL: Tensor
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if sum(self.sizes) != self.order_BL.shape[1] or min(self.sizes) < 1:
+            raise ValueError(f"step sizes {self.sizes} do not partition {self.order_BL.shape[1]} positions")
+
+    @property
+    def rank_BL(self) -> Tensor:
+        """The inverse permutation: `rank_BL[b, i]` says when raster position i is generated."""
+        return torch.argsort(self.order_BL, dim=1)
+
+    @property
+    def step_BL(self) -> Tensor:
+        """The decoding step of every raster position."""
+        step_of_rank = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+        return step_of_rank.to(self.order_BL.device)[self.rank_BL]
+
+    def select(self, index: Tensor | slice) -> Plan:
+        return Plan(self.order_BL[index], self.sizes)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sequences of one source inside a context, with everything that a loss needs to know of them.
+
+    `codes_BL` is the prefix that the models see, `supervision_BL` the target code of each position (they differ in
+    scheduled sampling). `weight_B` weighs whole sequences (mean 1 over the optimiser step), `age_B` counts optimiser
+    steps since a sequence was sampled, `behaviour_logp_BL` is the log-probability under which each code was drawn,
+    `accept_BL` says which codes a verifier accepted.
+    """
+
+    source: Source
+    codes_BL: Tensor
+    supervision_BL: Tensor
+    condition: Condition
+    plan: Plan
+    row_B: Tensor
+    weight_B: Tensor
+    age_B: Tensor
+    behaviour_logp_BL: Tensor | None = None
+    accept_BL: Tensor | None = None
+
+    @classmethod
+    def of(cls, source: Source, codes_BL: Tensor, condition: Condition, plan: Plan, row_B: Tensor) -> Part:
+        """A fresh part: supervised by its own codes, unit weights, age 0."""
+        weight_B = torch.ones(len(row_B), device=codes_BL.device)
+        return cls(source, codes_BL, codes_BL, condition, plan, row_B, weight_B, torch.zeros_like(row_B))
+
+    def __len__(self) -> int:
+        return len(self.row_B)
+
+    def select(self, index: Tensor | slice) -> Part:
+        """The rows of a mask, an index tensor or a slice."""
+
+        def pick(value: T) -> T:
+            if isinstance(value, Tensor):
+                return value[index]
+            if isinstance(value, Condition | Plan):
+                return value.select(index)
+            return value
+
+        return Part(**{field.name: pick(getattr(self, field.name)) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Context:
+    """The prefixes of one optimiser step: parts of one or several sources."""
+
+    parts: tuple[Part, ...]
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def micro_batches(self, count: int) -> Iterator[Context]:
+        """Split every part into `count` contexts of nearly equal size (empty ones are left out)."""
+        for index in range(count):
+            chunks = [part.select(slice(*_bounds(len(part), count, index))) for part in self.parts]
+            chunks = [chunk for chunk in chunks if len(chunk)]
+            if chunks:
+                yield Context(tuple(chunks))
+
+    def drop_labels(self, rate: float, null_label: int, uniform_of: Sequence[Tensor]) -> Context:
+        """Replace the label of each row whose uniform number is below `rate` by the null label.
+
+        It acts after rollouts, so a null-label row keeps the prefix that was sampled with its class.
+        """
+        parts = []
+        for part, uniform_B in zip(self.parts, uniform_of, strict=True):
+            label_B = torch.where(uniform_B < rate, null_label, part.condition.label_B)
+            parts.append(replace(part, condition=replace(part.condition, label_B=label_B)))
+        return Context(tuple(parts))
+
+
+def _bounds(length: int, count: int, index: int) -> tuple[int, int]:
+    return length * index // count, length * (index + 1) // count
