@@ -12,7 +12,8 @@ No torch.nn and no I/O here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeVar
 
@@ -161,6 +162,15 @@ class Context:
             label_B = torch.where(uniform_B < rate, null_label, part.condition.label_B)
             parts.append(replace(part, condition=replace(part.condition, label_B=label_B)))
         return Context(tuple(parts))
+
+
+def state_hash(head: str, state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over a description and the named tensors' bytes: names a tokenizer or a teacher in run records."""
+    digest = hashlib.sha256(head.encode())
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _bounds(length: int, count: int, index: int) -> tuple[int, int]:

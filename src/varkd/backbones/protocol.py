@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from varkd.errors import VarkdError
@@ -21,11 +22,19 @@ State = Any
 
 
 class Backbone(nn.Module, ABC):
-    """Base of all families. Subclasses build `head` (nn.Linear, D -> V) and keep their sizes in `config`."""
+    """Base of all families. Subclasses keep their sizes in `config`, a frozen dataclass."""
 
     family: ClassVar[str]
     config: Any
-    head: nn.Linear
+
+    @property
+    @abstractmethod
+    def head(self) -> nn.Linear:
+        """The output layer D -> V, kept apart so that it can be applied in chunks."""
+
+    @abstractmethod
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw all weights from `generator`."""
 
     @property
     @abstractmethod
@@ -83,5 +92,7 @@ class Backbone(nn.Module, ABC):
             )
         if codes_BL.is_floating_point():
             raise VarkdError(f"codes must be integers, got {codes_BL.dtype}")
+        if condition.label_B.is_floating_point():
+            raise VarkdError(f"labels must be integers, got {condition.label_B.dtype}")
         if condition.label_B.shape != codes_BL.shape[:1]:
             raise VarkdError(f"{len(codes_BL)} sequences but labels of shape {tuple(condition.label_B.shape)}")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from varkd.files import sha256_of
+from varkd.types import state_hash
 
 
 class Tokenizer(nn.Module, ABC):
@@ -57,9 +57,7 @@ class Tokenizer(nn.Module, ABC):
     @cached_property
     def hash(self) -> str:
         """SHA-256 over kind, config and weights: codes of two tokenizers must not be mixed."""
-        head = f"{self.kind} {sorted(asdict(self.config).items())}".encode()
-        state = self.state_dict()
-        return sha256_of(head, *(name.encode() + _bytes(state[name]) for name in sorted(state)))
+        return state_hash(f"{self.kind} {sorted(asdict(self.config).items())}", self.state_dict())
 
 
 def to_unit(images_uint8: Tensor) -> Tensor:
@@ -70,7 +68,3 @@ def to_unit(images_uint8: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] -> uint8 by LlamaGen's rule: clamp(127.5 x + 128, 0, 255), truncated. Inverts `to_unit` exactly."""
     return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

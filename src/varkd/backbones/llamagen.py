@@ -1,0 +1,271 @@
+"""LlamaGen: next-token prediction in raster order (Sun et al. 2024, arXiv 2406.06525), class-conditional.
+
+A Llama-style decoder: pre-norm RMSNorm, SwiGLU, 2-D rotary positions, no biases, untied output. Parameter names are
+the official ones, so official state dicts load as they are. Slots are [class, code_0 .. code_{L-2}]; slot t predicts
+code_t. Quirks kept: the class slot's query and key are multiplied by zero (its rotary cosine and sine are zero), and
+RMSNorm casts back to the input dtype before it multiplies by the weight.
+Left out: label dropping and guidance (they act on batches and logits, see `types.Context` and `rollout`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varkd.backbones.protocol import Backbone
+from varkd.errors import VarkdError
+from varkd.types import Condition, Plan
+from varkd.world import Rng
+
+
+@dataclass(frozen=True)
+class LlamaGenConfig:
+    """Sizes of a model. `ffn_dim=None` is the official rule: 8/3 of `dim`, rounded up to a multiple of 256."""
+
+    vocab_size: int
+    num_classes: int
+    grid: tuple[int, int]
+    num_layers: int
+    dim: int
+    num_heads: int
+    ffn_dim: int | None = None
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 4:
+            raise VarkdError(
+                f"llamagen: dim {self.dim} / num_heads {self.num_heads} must be a multiple of 4 (2-D rotary pairs)"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def ffn_width(self) -> int:
+        return self.ffn_dim or -(-int(2 * (4 * self.dim) / 3) // 256) * 256
+
+
+@dataclass
+class LlamaGenState:
+    """KV cache of one decode: `cache` is (layers, 2, B, heads, slots, head_dim); `filled` slots are valid."""
+
+    cache: Tensor
+    rope: Tensor
+    filled: int = 0
+
+
+class LlamaGen(Backbone):
+    """The model. `dropout` applies to embeddings, attention output and FFN output, in training mode only."""
+
+    family: ClassVar[str] = "llamagen"
+
+    def __init__(self, config: LlamaGenConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_embedding = LabelEmbedding(config.num_classes + 1, config.dim)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """The official start: normal(0, 0.02) everywhere, unit norm gains, a zero output head."""
+        for parameter in self.parameters():
+            if parameter.ndim < 2:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+        nn.init.zeros_(self.output.weight)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.output
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def sequence_length(self) -> int:
+        return self.config.grid[0] * self.config.grid[1]
+
+    def plan(
+        self, batch_size: int, rng: Rng | None = None, row_B: Tensor | None = None, steps: int | None = None,
+        order_BL: Tensor | None = None,
+    ) -> Plan:  # fmt: skip
+        """Raster order, one code a step: nothing is drawn.
+
+        Raises:
+            VarkdError: another number of steps or another order is asked for.
+        """
+        del rng, row_B
+        length = self.sequence_length
+        if order_BL is None:
+            order_BL = torch.arange(length, device=self.output.weight.device).expand(batch_size, -1)
+        plan = Plan(order_BL, (1,) * length)
+        self.check(plan if steps is None else Plan(order_BL, _even_sizes(length, steps)))
+        return plan
+
+    def check(self, plan: Plan) -> None:
+        length, steps = self.sequence_length, len(plan.sizes)
+        if plan.sizes != (1,) * length:
+            raise VarkdError(
+                f"llamagen predicts one code a step ({length} in all); this plan has {sum(plan.sizes)} in {steps} steps"
+            )
+        raster = torch.arange(self.sequence_length, device=plan.order_BL.device)
+        if not torch.equal(plan.order_BL, raster.expand_as(plan.order_BL)):
+            raise VarkdError("llamagen reads codes in raster order only; this plan has another order")
+
+    def forward(self, codes_BL: Tensor, condition: Condition, plan: Plan) -> Tensor:
+        del plan  # always raster: `check` refused everything else
+        self.check_inputs(codes_BL, condition)
+        x_BLD = torch.cat([self.cls_embedding(condition.label_B), self.tok_embeddings(codes_BL[:, :-1])], dim=1)
+        rope = _rope_of(self.config, x_BLD.device)[: x_BLD.shape[1]]
+        return self._run(x_BLD, rope, cache=None)
+
+    def start(
+        self, condition: Condition, plan: Plan, prefix_codes_BL: Tensor | None = None, prefix_steps: int = 0
+    ) -> tuple[LlamaGenState, Tensor]:
+        self.check(plan)
+        x_BLD = self.cls_embedding(condition.label_B)
+        if prefix_steps:
+            if prefix_codes_BL is None or prefix_codes_BL.shape[1] < prefix_steps:
+                raise VarkdError(f"start: {prefix_steps} prefix steps need at least as many prefix codes")
+            x_BLD = torch.cat([x_BLD, self.tok_embeddings(prefix_codes_BL[:, :prefix_steps])], dim=1)
+        config, weight = self.config, self.output.weight
+        dtype = torch.get_autocast_dtype(weight.device.type) if _autocasting(weight.device) else weight.dtype
+        shape = (config.num_layers, 2, len(x_BLD), config.num_heads, self.sequence_length, config.head_dim)
+        state = LlamaGenState(torch.empty(shape, device=weight.device, dtype=dtype), _rope_of(config, weight.device))
+        return state, self._extend(state, x_BLD)
+
+    def step(self, state: LlamaGenState, codes_Bn: Tensor) -> Tensor:
+        return self._extend(state, self.tok_embeddings(codes_Bn))
+
+    def _extend(self, state: LlamaGenState, x_BnD: Tensor) -> Tensor:
+        """Run new slots against the cache; the hidden state of the last slot predicts the next code."""
+        end = state.filled + x_BnD.shape[1]
+        rope, cache = state.rope[state.filled : end], state.cache[..., :end, :]
+        state.filled = end
+        return self._run(x_BnD, rope, cache)[:, -1:]
+
+    def _run(self, x_BLD: Tensor, rope: Tensor, cache: Tensor | None) -> Tensor:
+        x_BLD = self.tok_dropout(x_BLD)
+        for index, layer in enumerate(self.layers):
+            x_BLD = layer(x_BLD, rope, None if cache is None else cache[index])
+        return self.norm(x_BLD)
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaGenConfig, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(config, dropout)
+        self.feed_forward = FeedForward(config, dropout)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x_BLD: Tensor, rope: Tensor, cache: Tensor | None) -> Tensor:
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rope, cache)
+        return x_BLD + self.feed_forward(self.ffn_norm(x_BLD))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaGenConfig, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.resid_dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BLD: Tensor, rope: Tensor, cache: Tensor | None) -> Tensor:
+        """`cache` (2, B, heads, slots so far, head_dim) receives the new keys and values in its last slots."""
+        num_new = x_BLD.shape[1]
+        q, k, v = self.wqkv(x_BLD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            cache[0, ..., -num_new:, :], cache[1, ..., -num_new:, :] = k, v
+            k, v = cache[0].to(q.dtype), cache[1].to(q.dtype)
+        # New slots arrive either all at once (causal among themselves) or one by one (they see every cached slot).
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=num_new > 1)
+        return self.resid_dropout(self.wo(x.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: LlamaGenConfig, dropout: float) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_width, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_width, bias=False)
+        self.w2 = nn.Linear(config.ffn_width, config.dim, bias=False)
+        self.ffn_dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.ffn_dropout(self.w2(F.silu(self.w1(x_BLD)) * self.w3(x_BLD)))
+
+
+class LabelEmbedding(nn.Module):
+    """Class labels, with the null label in the last row -> one slot (B, 1, D)."""
+
+    def __init__(self, num_labels: int, dim: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_labels, dim)
+
+    def forward(self, label_B: Tensor) -> Tensor:
+        return self.embedding_table(label_B).unsqueeze(1)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+def rotate(x_BHLd: Tensor, rope: Tensor) -> Tensor:
+    """Rotate adjacent lane pairs by the slot's angles: `rope` is (L, head_dim / 2, 2) of cosines and sines."""
+    wide = x_BHLd if x_BHLd.dtype == torch.float64 else x_BHLd.float()
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rope.to(wide.dtype).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_BHLd.dtype)
+
+
+@lru_cache(maxsize=32)
+def rope_table(grid: tuple[int, int], head_dim: int, base: float, device: torch.device) -> Tensor:
+    """2-D rotary cosines and sines, float32 (1 + L, head_dim / 2, 2): class slot (zeros), then cells in raster order.
+
+    The first half of the pairs turns with the row, the second with the column.
+    """
+    with torch.inference_mode(False):
+        half = head_dim // 2
+        frequency = base ** (-torch.arange(0, half, 2).float() / half)
+        row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+        angle = torch.cat([row.reshape(-1, 1) * frequency, column.reshape(-1, 1) * frequency], dim=1)
+        table = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        return torch.cat([torch.zeros_like(table[:1]), table]).to(device)
+
+
+def _rope_of(config: LlamaGenConfig, device: torch.device) -> Tensor:
+    return rope_table(tuple(config.grid), config.head_dim, config.rope_base, device)
+
+
+def _autocasting(device: torch.device) -> bool:
+    return torch.is_autocast_enabled(device.type)
+
+
+def _even_sizes(length: int, steps: int) -> tuple[int, ...]:
+    return tuple(length * (i + 1) // steps - length * i // steps for i in range(steps))

@@ -1,0 +1,122 @@
+"""Saving and loading backbones: `config.json` (family, sizes, tokenizer hash) beside `model.safetensors`.
+
+A run folder loads like an exported model: its `checkpoints/selected.json` names the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from varkd.backbones.llamagen import LlamaGen, LlamaGenConfig
+from varkd.backbones.protocol import Backbone
+from varkd.errors import VarkdError, did_you_mean
+from varkd.files import atomic_folder, read_json, write_json
+from varkd.types import state_hash
+
+FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {"llamagen": (LlamaGen, LlamaGenConfig)}
+"""Family name -> (module class, config class)."""
+
+
+def build(family: str, sizes: dict[str, Any], dropout: float = 0.0, seed: int = 0, device: str = "cpu") -> Backbone:
+    """A freshly initialised backbone. Weights depend on `seed` only; no global generator is touched.
+
+    Raises:
+        VarkdError: unknown family, or a size that it does not have.
+    """
+    with torch.device("meta"):
+        model = _construct(family, sizes, dropout)
+    model.to_empty(device="cpu")
+    model.initialise(torch.Generator().manual_seed(seed))
+    return model.to(device)
+
+
+def _construct(family: str, sizes: dict[str, Any], dropout: float) -> Backbone:
+    if family not in FAMILIES:
+        raise VarkdError(f"unknown backbone family '{family}': {did_you_mean(family, FAMILIES)}")
+    model_class, config_class = FAMILIES[family]
+    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
+    try:
+        return model_class(config_class(**sizes), dropout)
+    except TypeError as error:
+        raise VarkdError(f"{family}: {str(error).replace('__init__() ', '')}") from None
+
+
+def describe(model: Backbone, tokenizer_hash: str | None) -> dict[str, Any]:
+    """The `config.json` of a model."""
+    return {"family": model.family, **asdict(model.config), "tokenizer_hash": tokenizer_hash}
+
+
+def save_backbone(model: Backbone, folder: str | Path, tokenizer_hash: str | None = None) -> None:
+    """Export `model` to `folder` (replaced as a whole)."""
+    with atomic_folder(Path(folder)) as temporary:
+        write_json(temporary / "config.json", describe(model, tokenizer_hash))
+        save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()},
+                  temporary / "model.safetensors")  # fmt: skip
+
+
+def load_backbone(folder: str | Path, device: str = "cpu") -> tuple[Backbone, dict[str, Any]]:
+    """Load an exported model or a run folder: the model in eval mode, and its `config.json`.
+
+    Raises:
+        VarkdError: no such folder, an unknown family, a truncated file, or weights of other shapes.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise VarkdError(f"no model at {folder}: give a run folder or an exported model folder")
+    info = read_json(folder / "config.json")
+    sizes = {name: value for name, value in info.items() if name not in ("family", "tokenizer_hash")}
+    with torch.device("meta"):
+        model = _construct(info.get("family", "?"), sizes, dropout=0.0)
+    weights = _weights_path(folder)
+    load_weights(model, weights)
+    return model.to(device).eval(), info
+
+
+def load_weights(model: Backbone, path: Path) -> None:
+    """Load a safetensors file into `model`, strictly.
+
+    Raises:
+        VarkdError: missing or truncated file, missing or unexpected tensors, other shapes.
+    """
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise VarkdError(f"no weights at {path}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise VarkdError(f"{path} is truncated or not a safetensors file ({error}): copy or export it again") from None
+    check_state(model, state, str(path))
+    model.load_state_dict(state, assign=True)
+
+
+def check_state(model: Backbone, state: dict[str, Tensor], origin: str) -> None:
+    """Raise `VarkdError` naming the first difference between `state` and what `model` needs."""
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    for name in sorted({**wanted, **found}):
+        if wanted.get(name) != found.get(name):
+            raise VarkdError(
+                f"{origin} does not fit this {model.family}: '{name}' is {found.get(name, 'missing')}, "
+                f"the model needs {wanted.get(name, 'no such tensor')}"
+            )
+
+
+def weights_hash(model: Backbone) -> str:
+    """Names a model by family, sizes and weights."""
+    return state_hash(repr((model.family, model.config)), model.state_dict())
+
+
+def _weights_path(folder: Path) -> Path:
+    if (folder / "model.safetensors").is_file():
+        return folder / "model.safetensors"
+    selected = folder / "checkpoints" / "selected.json"
+    if not selected.is_file():
+        raise VarkdError(f"{folder} holds neither model.safetensors nor a finished checkpoint: train it first")
+    choice = read_json(selected)
+    return folder / "checkpoints" / choice["checkpoint"] / f"{choice['weights']}.safetensors"

@@ -1,0 +1,282 @@
+"""The `varkd` command: parse, import what the verb needs, call it; nothing else.
+
+Exit codes: 0 done; 2 something that the user can put right (one line on stderr); 128 + signal when stopped by one
+(after saving; the same command resumes). `--help` imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from varkd.errors import VarkdError
+
+_DATA = "digits, an image folder, a .parquet file (or train.parquet,validation.parquet), or a Hugging Face id"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    parsed = parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed) or 0
+    except VarkdError as error:
+        print(f"varkd: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("varkd: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader (head, less) has seen enough
+        return 0
+    except OSError as error:
+        if error.errno in (28, 122):  # ENOSPC, EDQUOT, wherever they strike
+            print("varkd: error: the disk is full: free some space and run the same command again", file=sys.stderr)
+            return 2
+        raise
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="varkd", description="Compress visual autoregressive image models by knowledge distillation."
+    )
+    top.add_argument("--version", action="version", version=f"varkd {_version()}")
+    verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _demo(_verb(verbs, "demo", _run_demo, "teacher, student and four methods on embedded real images, with a report"))
+    _tokenizer(verbs)
+    _encode(_verb(verbs, "encode", _run_encode, "images -> code shards, with a reconstruction check"))
+    _train(_verb(verbs, "train", _run_train, "train a teacher, or distil a student (the same command resumes)"))
+    _sample(_verb(verbs, "sample", _run_sample, "draw images from a run"))
+    _evaluate(_verb(verbs, "evaluate", _run_evaluate, "measure a run: samples, agreement with the teacher, speed"))
+    _report(_verb(verbs, "report", _run_report, "one self-contained HTML page that compares runs"))
+    _show(_verb(verbs, "show", _run_show, "print a resolved run"))
+    _methods(_verb(verbs, "methods", _run_methods, "list the method presets"))
+    return top
+
+
+def _verb(verbs, name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    verb.set_defaults(run=run)
+    return verb
+
+
+def _demo(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--overwrite", action="store_true", help="start anew instead of resuming or reusing")
+
+
+def _run_demo(arguments: argparse.Namespace) -> None:
+    from varkd.demo import demo
+
+    demo(arguments.out, seed=arguments.seed, overwrite=arguments.overwrite)
+
+
+def _tokenizer(verbs) -> None:
+    text = "train a VQ tokenizer on images, or import an official one"
+    group = verbs.add_parser("tokenizer", help=text, description=text[0].upper() + text[1:] + ".")
+    inner = group.add_subparsers(title="verbs", metavar="VERB", required=True)
+    fit = _verb(inner, "fit", _run_tokenizer_fit, "train a VQ tokenizer by reconstruction")
+    fit.add_argument("data", help=_DATA)
+    fit.add_argument("--out", type=Path, required=True, help="folder of the tokenizer")
+    fit.add_argument("--codes", type=int, default=512, dest="vocab_size", help="codebook entries (default: %(default)s)")
+    fit.add_argument("--downsampling", type=int, default=4, help="pixels per code side (default: %(default)s)")
+    fit.add_argument("--steps", type=int, default=None, help="training steps")
+    fit.add_argument("--no-flip", action="store_false", dest="flip", help="do not mirror training images")
+    fit.add_argument("--overwrite", action="store_true")
+    _image_options(fit)
+    official = _verb(inner, "import", _run_tokenizer_import, "an official LlamaGen VQ checkpoint -> a tokenizer folder")
+    official.add_argument("file", type=Path, help="vq_ds16_c2i.pt or the like")
+    official.add_argument("--out", type=Path, required=True)
+    official.add_argument("--image-size", type=int, default=256, help="side of the images (default: %(default)s)")
+
+
+def _run_tokenizer_fit(arguments: argparse.Namespace) -> None:
+    from varkd.run.data import fit
+
+    options = _options(arguments, "vocab_size", "downsampling", "steps", "flip", "overwrite", "image_size", "validation",
+                       "seed", "device")  # fmt: skip
+    record = fit(arguments.data, arguments.out, **options)
+    print(f"PSNR {record['psnr']:.2f} dB on {record['num']} held-out images, {record['codes_used']:.0%} of the codes used, "
+          f"{record['seconds']:.0f} s\n{arguments.out}")  # fmt: skip
+
+
+def _run_tokenizer_import(arguments: argparse.Namespace) -> None:
+    from varkd.run.data import import_vq
+
+    tokenizer = import_vq(arguments.file, arguments.out, arguments.image_size)
+    print(f"{tokenizer.vocab_size} codes on a {tokenizer.grid[0]}x{tokenizer.grid[1]} grid, hash {tokenizer.hash[:12]}\n"
+          f"{arguments.out}")  # fmt: skip
+
+
+def _encode(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("data", help=_DATA)
+    verb.add_argument("--tokenizer", required=True, help="tokenizer folder, or 'pixels' for small grey images")
+    verb.add_argument("--out", type=Path, required=True, help="codes folder")
+    verb.add_argument("--flip", action="store_true", help="encode mirror images too")
+    verb.add_argument("--shifts", type=int, default=0, help="encode shifts of up to this many pixels too")
+    verb.add_argument("--batch-size", type=int, default=256)
+    verb.add_argument("--shard-size", type=int, default=4096, help="images per shard (default: %(default)s)")
+    _image_options(verb)
+
+
+def _run_encode(arguments: argparse.Namespace) -> None:
+    from varkd.run.data import encode
+    from varkd.world import World
+
+    options = _options(arguments, "flip", "shifts", "batch_size", "shard_size", "image_size", "validation", "seed", "device")
+    manifest = encode(arguments.data, arguments.tokenizer, arguments.out, **options)
+    if World.from_environment().is_main:
+        numbers = ", ".join(f"{split} {entry['num']}" for split, entry in manifest["splits"].items())
+        check = manifest["reconstruction"]
+        print(f"{numbers} images in {len(manifest['views'])} view(s); reconstruction PSNR {check['psnr']:.2f} dB "
+              f"(N = {check['num']})\n{arguments.out}")  # fmt: skip
+
+
+def _image_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--image-size", type=int, default=None, help="resize and centre-crop to this side")
+    verb.add_argument("--validation", type=float, default=0.1, help="share held out where the data has no such split")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def _train(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", help="a recipe file, or the name of one that ships with varkd (digits-teacher, ...)")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="out=DIR data= teacher= method=NAME train.updates= ...")
+    verb.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds another run")
+
+
+def _run_train(arguments: argparse.Namespace) -> int:
+    from varkd.config import load_run
+    from varkd.run.training import train_run
+    from varkd.train.loop import Stopped
+    from varkd.world import World
+
+    run, world = load_run(arguments.recipe, arguments.overrides), World.from_environment()
+    try:
+        progress = train_run(run, overwrite=arguments.overwrite)
+    except Stopped as stopped:
+        if world.is_main:
+            print(f"varkd: {stopped}", file=sys.stderr)
+        return stopped.exit_code
+    finally:
+        world.close()
+    if world.is_main:
+        print(f"{progress.step} updates in {progress.seconds:.0f} s\n{run.out}")
+    return 0
+
+
+def _sample(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run_folder", type=Path, metavar="RUN")
+    verb.add_argument("--out", type=Path, required=True, help="folder of the samples")
+    verb.add_argument("--num", type=int, default=100, help="number of images (default: %(default)s)")
+    verb.add_argument("--labels", type=int, nargs="+", default=None, help="class labels (default: all, balanced)")
+    verb.add_argument("--seed", type=int, default=None)
+    verb.add_argument("--batch-size", type=int, default=250)
+    verb.add_argument("--device", default="auto")
+    _sampler_options(verb)
+
+
+def _run_sample(arguments: argparse.Namespace) -> None:
+    from varkd.run.sampling import sample_run
+
+    options = _options(arguments, "seed", "labels", "batch_size", "device")
+    print(sample_run(arguments.run_folder, arguments.out, arguments.num, sampler=_sampler(arguments), **options))
+
+
+def _sampler_options(verb: argparse.ArgumentParser) -> None:
+    text = "(default: the run's own)"
+    verb.add_argument("--temperature", type=float, default=None, help=f"0 is greedy {text}")
+    verb.add_argument("--top-k", type=int, default=None, help=f"0 keeps all codes {text}")
+    verb.add_argument("--top-p", type=float, default=None, help=f"1 keeps all codes {text}")
+    verb.add_argument("--guidance", type=float, default=None, help=f"classifier-free guidance, 1 is off {text}")
+
+
+def _sampler(arguments: argparse.Namespace):
+    """The run's sampler with the given options changed, or None when none is given."""
+    from dataclasses import replace
+
+    from varkd.config import read_run
+
+    names = ("temperature", "top_k", "top_p", "guidance")
+    given = {name: value for name, value in _options(arguments, *names).items() if value is not None}
+    return replace(read_run(arguments.run_folder).evaluation.sampler, **given) if given else None
+
+
+def _evaluate(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run_folder", type=Path, metavar="RUN")
+    verb.add_argument("--num", type=int, default=None, help="number of samples (default: the run's own)")
+    verb.add_argument("--seed", type=int, default=None, help="sampling seed (default: the run's own)")
+    verb.add_argument("--features", type=Path, default=None, help="feature network folder (default: beside the codes)")
+    verb.add_argument("--teacher", type=Path, default=None, help="model to compare with (default: the run's teacher)")
+    verb.add_argument("--device", default="auto")
+    _sampler_options(verb)
+
+
+def _run_evaluate(arguments: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from varkd.config import read_run
+    from varkd.report.tables import comparison_table, format_text_table
+    from varkd.run.evaluation import evaluate_run
+
+    given = {"num_samples": arguments.num, "seed": arguments.seed, "sampler": _sampler(arguments)}
+    settings = replace(read_run(arguments.run_folder).evaluation, **{k: v for k, v in given.items() if v is not None})
+    metrics = evaluate_run(arguments.run_folder, settings=settings, **_options(arguments, "features", "teacher", "device"))
+    print(format_text_table(comparison_table([metrics])))
+    print(arguments.run_folder / "metrics.json")
+
+
+def _report(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    verb.add_argument("--out", type=Path, required=True, help="folder of the report")
+    verb.add_argument("--title", default="varkd report")
+
+
+def _run_report(arguments: argparse.Namespace) -> None:
+    from varkd.report import write_report
+
+    print(write_report(arguments.runs, arguments.out, title=arguments.title))
+
+
+def _show(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe")
+    verb.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _run_show(arguments: argparse.Namespace) -> None:
+    from varkd.config import dump, load_run
+    from varkd.methods import METHODS
+
+    run = load_run(arguments.recipe, arguments.overrides)
+    preset = METHODS[run.preset]
+    print(f"# {run.preset}: {preset.summary}\n# {preset.equation}   ({preset.source})\n{dump(run)}", end="")
+
+
+def _methods(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _run_methods(arguments: argparse.Namespace) -> None:
+    import json
+
+    from varkd.distill.describe import describe_presets, format_presets
+    from varkd.methods import METHODS
+
+    rows = describe_presets(METHODS)
+    print(json.dumps(rows, indent=1) if arguments.json else format_presets(rows))
+
+
+def _options(arguments: argparse.Namespace, *names: str) -> dict:
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("varkd")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The codes folder: `manifest.json` and memory-mapped shards of uint16 codes (n, views, L).
+
+Its layout stands in docs/architecture.md.
+Opening reads the manifest, the labels and the shards' headers; codes are paged in as they are asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
+
+from varkd.errors import VarkdError
+from varkd.files import read_json
+
+FORMAT, VERSION = "varkd-codes", 1
+MANIFEST, PARTIAL = "manifest.json", "partial.json"
+
+
+def map_shard(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Memory-map one array of a codes folder, read-only.
+
+    Raises:
+        VarkdError: the file is missing or truncated, or holds another shape or dtype.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise VarkdError(f"{path} is missing: run `varkd encode` again to write it") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise VarkdError(f"{path} is truncated or not a shard: delete it and run `varkd encode` again") from error
+    if array.shape != shape or array.dtype != dtype:
+        raise VarkdError(
+            f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}: delete it "
+            "and run `varkd encode` again"
+        )
+    return array
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished codes folder.
+
+    Raises:
+        VarkdError: there is none, or it is of another format or version.
+    """
+    if (folder / PARTIAL).exists() and not (folder / MANIFEST).exists():
+        raise VarkdError(f"{folder} is not complete: run the same `varkd encode` again, it goes on where it stopped")
+    if not (folder / MANIFEST).exists():
+        raise VarkdError(f"{folder} is not a codes folder (no {MANIFEST}): write one with `varkd encode`")
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise VarkdError(f"{folder / MANIFEST} is not a manifest of codes: write the folder with `varkd encode`")
+    if manifest.get("version") != VERSION:
+        raise VarkdError(
+            f"{folder} is of version {manifest.get('version')}, this varkd reads {VERSION}: encode the images again"
+        )
+    return manifest
+
+
+class CodeSet:
+    """One split of a codes folder."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], split: str) -> None:
+        entry = manifest["splits"][split]
+        self.folder, self.split, self.manifest = folder, split, manifest
+        self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
+        self.image_shape: tuple[int, int, int] = tuple(manifest["image_shape"])
+        self.tokenizer_hash: str = manifest["tokenizer"]["hash"]
+        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
+        self.sequence_length: int = manifest["grid"][0] * manifest["grid"][1]
+        self.num_views = len(manifest["views"]) if split == "train" else 1
+        self._shards: list[NDArray[np.uint16]] = []
+        labels: list[NDArray[np.int64]] = []
+        for shard in entry["shards"]:
+            shape = (shard["num"], self.num_views, self.sequence_length)
+            self._shards.append(map_shard(folder / shard["file"], shape, np.uint16))
+            labels.append(np.array(map_shard(folder / shard["labels"], shape[:1], np.int64)))
+        self._start_S = np.array([shard["start"] for shard in entry["shards"]], dtype=np.int64)
+        self.labels = np.concatenate(labels)
+        if len(self.labels) != entry["num"]:
+            raise VarkdError(
+                f"{folder}: {split} shards hold {len(self.labels)} images, not {entry['num']}: encode again"
+            )
+
+    @classmethod
+    def open(cls, folder: str | Path, split: str = "train", tokenizer_hash: str | None = None) -> CodeSet:
+        """Open one split; with `tokenizer_hash`, only if the codes are of that tokenizer.
+
+        Raises:
+            VarkdError: not a codes folder, unfinished, of another version or tokenizer, damaged, or
+                with labels that have no class name.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        try:
+            found = manifest["tokenizer"]["hash"]
+            if tokenizer_hash is not None and found != tokenizer_hash:
+                raise VarkdError(
+                    f"{folder} holds codes of tokenizer {found[:12]}, not {tokenizer_hash[:12]}: encode the "
+                    "images with this tokenizer, or name the tokenizer of these codes"
+                )
+            if split not in manifest["splits"]:
+                raise VarkdError(f"{folder} has no split '{split}' (it has {', '.join(manifest['splits'])})")
+            codes = cls(folder, manifest, split)
+        except (KeyError, TypeError) as error:
+            raise VarkdError(f"{folder / MANIFEST} is damaged (at {error}): run `varkd encode` again") from error
+        low, high = int(codes.labels.min(initial=0)), int(codes.labels.max(initial=0))
+        if low < 0 or high >= codes.num_classes:
+            label = low if low < 0 else high
+            raise VarkdError(f"{folder} has label {label} but {codes.num_classes} classes: encode it again")
+        return codes
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def codes(self, index: NDArray[np.int64], view: NDArray[np.int64]) -> Tensor:
+        """The codes of images `index` (B,) in views `view` (B,): int64 (B, L).
+
+        Raises:
+            VarkdError: a code lies outside the codebook (the shard is damaged).
+        """
+        codes_BL = np.empty((len(index), self.sequence_length), dtype=np.int64)
+        shard_B = np.searchsorted(self._start_S, index, side="right") - 1
+        for shard in np.unique(shard_B):
+            rows = np.flatnonzero(shard_B == shard)
+            codes_BL[rows] = self._shards[shard][index[rows] - self._start_S[shard], view[rows]]
+        # Checked as codes are read, not when the folder is opened: that would page in all of it.
+        largest = int(codes_BL.max(initial=0))
+        if largest >= self.vocab_size:
+            raise VarkdError(
+                f"{self.folder} holds code {largest} but the tokenizer has {self.vocab_size}: encode again"
+            )
+        return torch.from_numpy(codes_BL)

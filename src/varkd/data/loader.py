@@ -1,0 +1,67 @@
+"""Batches of codes as a pure function of the step: resuming needs a number, not a state.
+
+Image e * N + i of the endless stream is the i-th of epoch e's permutation; step s takes B of them from
+s * B on, across the border of epochs. Every rank computes the same global batch and keeps its own slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from varkd.data.codes import CodeSet
+from varkd.errors import VarkdError
+from varkd.types import Batch
+from varkd.world import Rng, World
+
+
+class Loader:
+    """Training batches of `codes`: each image once an epoch, each time in a view drawn at random.
+
+    Raises:
+        VarkdError: the global `batch_size` is no multiple of the number of processes, or there are no images.
+    """
+
+    def __init__(self, codes: CodeSet, batch_size: int, seed: int, world: World | None = None) -> None:
+        self.codes, self.batch_size, self.seed, self.world = codes, batch_size, seed, world or World()
+        if batch_size < 1 or batch_size % self.world.size:
+            raise VarkdError(f"batch_size={batch_size} must be a positive multiple of the {self.world.size} processes")
+        if len(codes) == 0:
+            raise VarkdError(f"the {codes.split} split of {codes.folder} is empty: encode some images")
+        self._permutations: dict[int, NDArray[np.int64]] = {}
+
+    def batch(self, step: int) -> Batch:
+        """This rank's rows of the global batch of `step` (counted from 0)."""
+        num, first = len(self.codes), step * self.batch_size
+        local = self.batch_size // self.world.size
+        row_B = np.arange(local) + self.world.rank * local
+        epoch_B, place_B = np.divmod(first + row_B, num)
+        epochs = range(first // num, (first + self.batch_size - 1) // num + 1)
+        self._permutations = {epoch: self._permutation(epoch) for epoch in epochs}
+        index_B = np.empty(local, dtype=np.int64)
+        for epoch in np.unique(epoch_B):
+            rows = epoch_B == epoch
+            index_B[rows] = self._permutations[int(epoch)][place_B[rows]]
+        codes_BL = self.codes.codes(index_B, self._views(step)[row_B])
+        return Batch(codes_BL, torch.from_numpy(self.codes.labels[index_B]), torch.from_numpy(row_B))
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        if epoch in self._permutations:
+            return self._permutations[epoch]
+        return torch.randperm(len(self.codes), generator=Rng(self.seed, epoch).generator("epoch")).numpy()
+
+    def _views(self, step: int) -> NDArray[np.int64]:
+        """The view of every row of the global batch; one generator for all is far cheaper than one a row."""
+        generator = Rng(self.seed, step).generator("view")
+        return torch.randint(self.codes.num_views, (self.batch_size,), generator=generator).numpy()
+
+
+def ordered_batches(codes: CodeSet, batch_size: int) -> Iterator[Batch]:
+    """The whole split once, in order, in the identity view; the last batch may be smaller. `row_B`: the image."""
+    for start in range(0, len(codes), batch_size):
+        index_B = np.arange(start, min(start + batch_size, len(codes)))
+        codes_BL = codes.codes(index_B, np.zeros_like(index_B))
+        yield Batch(codes_BL, torch.from_numpy(codes.labels[index_B]), torch.from_numpy(index_B))

@@ -1,0 +1,106 @@
+"""How well a student agrees with its teacher, in the units that are optimised, on data and on its own contexts.
+
+A low divergence on data prefixes that is higher on student prefixes is exposure bias. By position, it shows where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from varkd.backbones.protocol import Backbone
+from varkd.distill.divergences import CrossEntropy, ForwardKL, ReverseKL, Rows, TotalVariation
+from varkd.distill.scores import chunks
+from varkd.distill.spaces import log_softmax
+from varkd.rollout import Sampler, evaluating, rollout
+from varkd.types import Batch, Condition, Plan
+from varkd.world import Rng
+
+CHUNK_ROWS = 2048
+Curves = dict[str, list[float]]
+
+
+@torch.no_grad()
+def cross_entropy(model: Backbone, batches: Iterable[Batch], device: torch.device) -> float:
+    """-log q(code) in nats per code, mean over all codes of `batches`."""
+    total, count = 0.0, 0
+    with evaluating(model):
+        for batch in batches:
+            codes_BL, condition, plan = _inputs(model, batch, device)
+            hidden_ND = model(codes_BL, condition, plan).flatten(0, 1)
+            code_N = codes_BL.flatten()
+            for rows in chunks(len(code_N), CHUNK_ROWS):
+                logp_NV = log_softmax(model.head(hidden_ND[rows]))
+                total += float(CrossEntropy()(logp_NV, None, Rows(code_N[rows])).double().sum())
+            count += code_N.numel()
+    return total / max(1, count)
+
+
+def agreement(
+    student: Backbone, teacher: Backbone, batches: Iterable[Batch], cluster_V: Tensor, device: torch.device
+) -> tuple[dict[str, float], Curves]:
+    """Compare two models on the prefixes in `batches`.
+
+    Args:
+        cluster_V: the cluster of every code, int64 (V,).
+
+    Returns:
+        The means (nats per code; `acceptance` = 1 - TV, `top1` and `top1_cluster` in [0, 1]; `ce` is the student's
+        -log q of the codes, `ce_teacher` the teacher's) and the same by raster position, each a list of L.
+    """
+    sums, count = {}, 0
+    for batch in batches:
+        for name, value_BL in _compare(student, teacher, batch, cluster_V.to(device), device).items():
+            sums[name] = sums.get(name, 0.0) + value_BL.double().sum(0).cpu()
+        count += len(batch)
+    curves = {name: (total / count).tolist() for name, total in sums.items()}
+    return {name: sum(values) / len(values) for name, values in curves.items()}, curves
+
+
+@torch.no_grad()
+def student_batches(student: Backbone, label_B: Tensor, seed: int, batch_size: int) -> list[Batch]:
+    """Sequences that the student samples from its own distribution (temperature 1, no filter, no guidance)."""
+    batches, device = [], student.head.weight.device
+    for begin in range(0, len(label_B), batch_size):
+        label = label_B[begin : begin + batch_size].to(device)
+        row_B = torch.arange(begin, begin + len(label), device=device)
+        rng = Rng(seed)
+        plan = student.plan(len(label), rng, row_B)
+        uniform_BL = rng.uniform("agreement", row_B, plan.order_BL.shape[1])
+        samples = rollout(student, Condition(label), plan, Sampler(), uniform_BL)
+        batches.append(Batch(samples.codes_BL, label, row_B))
+    return batches
+
+
+@torch.no_grad()
+def _compare(
+    student: Backbone, teacher: Backbone, batch: Batch, cluster_V: Tensor, device: torch.device
+) -> dict[str, Tensor]:
+    codes_BL, condition, plan = _inputs(student, batch, device)
+    with evaluating(student), evaluating(teacher):
+        hidden = [model(codes_BL, condition, plan).flatten(0, 1) for model in (student, teacher)]
+    code_N = codes_BL.flatten()
+    found: dict[str, list[Tensor]] = {}
+    for rows in chunks(len(code_N), CHUNK_ROWS):
+        q_NV, p_NV = (log_softmax(m.head(h[rows])) for m, h in zip((student, teacher), hidden, strict=True))
+        own, top_q, top_p = Rows(code_N[rows]), q_NV.argmax(1), p_NV.argmax(1)
+        values = {
+            "ce": CrossEntropy()(q_NV, None, own),
+            "ce_teacher": CrossEntropy()(p_NV, None, own),
+            "forward_kl": ForwardKL()(q_NV, p_NV, own),
+            "reverse_kl": ReverseKL()(q_NV, p_NV, own),
+            "acceptance": 1 - TotalVariation()(q_NV, p_NV, own),
+            "top1": (top_q == top_p).float(),
+            "top1_cluster": (cluster_V[top_q] == cluster_V[top_p]).float(),
+            "teacher_entropy": torch.special.entr(p_NV.exp()).sum(1),
+        }
+        for name, value_N in values.items():
+            found.setdefault(name, []).append(value_N)
+    return {name: torch.cat(parts).view(codes_BL.shape) for name, parts in found.items()}
+
+
+def _inputs(model: Backbone, batch: Batch, device: torch.device) -> tuple[Tensor, Condition, Plan]:
+    plan = model.plan(len(batch), Rng(0), batch.row_B.to(device))
+    return batch.codes_BL.to(device), Condition(batch.label_B.to(device)), plan

@@ -1,0 +1,171 @@
+"""The one decode loop, and everything that turns logits into codes.
+
+Every code costs one uniform number, drawn up front and pushed through the inverse CDF: that makes micro-batch = whole,
+two ranks = one, resume and paired samples testable. No gradients and no files here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from varkd.backbones.protocol import Backbone
+from varkd.errors import VarkdError
+from varkd.types import Condition, Plan
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How codes are drawn: guidance, then temperature, then top-k, then top-p.
+
+    `temperature=0` is greedy. `top_k=0` and `top_p=1` keep everything. `guidance=1` runs the conditional branch alone;
+    above it the logits are null + s (cond - null), for the first `guidance_interval` + 2 codes only when that is >= 0
+    (LlamaGen's `cfg_interval`).
+    """
+
+    kind: Literal["sampler"] = "sampler"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance: float = 1.0
+    guidance_interval: int = -1
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise VarkdError(
+                f"sampler: need temperature >= 0, top_k >= 0 and 0 < top_p <= 1, "
+                f"got {self.temperature}, {self.top_k}, {self.top_p}"
+            )
+
+    @property
+    def is_plain(self) -> bool:
+        """True when codes are drawn from the model's own distribution."""
+        return self == Sampler()
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Codes int64 (B, L) in raster order and the log-probability (nats) under which each one was drawn."""
+
+    codes_BL: Tensor
+    logp_BL: Tensor
+
+
+@torch.no_grad()
+def rollout(
+    model: Backbone, condition: Condition, plan: Plan, sampler: Sampler, uniform_BL: Tensor,
+    prefix_codes_BL: Tensor | None = None, prefix_steps: int = 0,
+) -> Samples:  # fmt: skip
+    """Generate one sequence per row of `condition` under `plan`.
+
+    Args:
+        uniform_BL: numbers in [0, 1), one for every code, by generation rank.
+        prefix_codes_BL: codes in raster order whose first `prefix_steps` steps are kept instead of sampled.
+
+    Returns:
+        The codes; kept codes have log-probability 0.
+
+    Raises:
+        VarkdError: prefix steps without codes, or no step left to sample.
+    """
+    guidance_S = guidance_schedule(sampler, plan)
+    guided = bool((guidance_S != 1).any())
+    batch, length = plan.order_BL.shape
+    codes_BL = torch.zeros(batch, length, dtype=torch.long, device=plan.order_BL.device)
+    logp_BL = torch.zeros(batch, length, device=plan.order_BL.device)
+    if prefix_steps:
+        if prefix_codes_BL is None or not 0 < prefix_steps < len(plan.sizes):
+            raise VarkdError(
+                f"rollout: prefix_steps must lie in [0, {len(plan.sizes)}) and needs prefix codes, got {prefix_steps}"
+            )
+        kept = plan.order_BL[:, : sum(plan.sizes[:prefix_steps])]
+        codes_BL.scatter_(1, kept, prefix_codes_BL.gather(1, kept))
+
+    with evaluating(model):
+        branches, doubled = (double(model, condition, plan) if guided else (condition, plan))
+        prefix_rank = codes_BL.gather(1, plan.order_BL)
+        state, hidden = model.start(branches, doubled, _repeat(prefix_rank, guided), prefix_steps)
+        done = sum(plan.sizes[:prefix_steps])
+        for index in range(prefix_steps, len(plan.sizes)):
+            rank = slice(done, done + plan.sizes[index])
+            logits = guide(model.head(hidden), float(guidance_S[index])) if guided else model.head(hidden)
+            codes_Bn, logp_Bn = draw(logits, sampler, uniform_BL[:, rank])
+            codes_BL.scatter_(1, plan.order_BL[:, rank], codes_Bn)
+            logp_BL.scatter_(1, plan.order_BL[:, rank], logp_Bn)
+            done = rank.stop
+            if done < length:
+                hidden = model.step(state, _repeat(codes_Bn, guided))
+    return Samples(codes_BL, logp_BL)
+
+
+def double(model: Backbone, condition: Condition, plan: Plan) -> tuple[Condition, Plan]:
+    """Stack the conditional rows and, below them, the same rows under the null label."""
+    null = condition.null(model.null_label)
+    scale_B = None if condition.scale_B is None else torch.cat([condition.scale_B, condition.scale_B])
+    stacked = Condition(torch.cat([condition.label_B, null.label_B]), scale_B)
+    return stacked, Plan(torch.cat([plan.order_BL, plan.order_BL]), plan.sizes)
+
+
+def guide(logits_2BnV: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance of stacked (conditional, null) logits: null + s (cond - null)."""
+    conditional, null = logits_2BnV.float().chunk(2)
+    return conditional if scale == 1 else null + scale * (conditional - null)
+
+
+def guidance_schedule(sampler: Sampler, plan: Plan) -> Tensor:
+    """The guidance scale of every decoding step, float32 (S,). LlamaGen: constant, or cut off after an interval."""
+    steps = torch.arange(len(plan.sizes))
+    scale_S = torch.full((len(plan.sizes),), float(sampler.guidance))
+    if sampler.guidance <= 1:
+        return torch.ones_like(scale_S)  # the official rule: guidance is on iff the scale exceeds 1
+    if sampler.guidance_interval >= 0:
+        scale_S[steps > sampler.guidance_interval + 1] = 1.0
+    return scale_S
+
+
+def draw(logits_BnV: Tensor, sampler: Sampler, uniform_Bn: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and their log-probabilities (both (B, n)) by the inverse CDF of the filtered distribution."""
+    if sampler.temperature == 0:
+        codes_Bn = logits_BnV.argmax(-1)
+        return codes_Bn, torch.zeros_like(uniform_Bn)
+    logits = filter_logits(logits_BnV.float() / max(sampler.temperature, 1e-5), sampler.top_k, sampler.top_p)
+    logp_BnV = logits.log_softmax(-1)
+    # In float64 u * total < total holds strictly, so a filtered-out code can never be reached by rounding.
+    cdf = logp_BnV.double().exp().cumsum(-1)
+    target = uniform_Bn.double().unsqueeze(-1) * cdf[..., -1:]
+    codes_Bn1 = torch.searchsorted(cdf, target, right=True)
+    return codes_Bn1.squeeze(-1), logp_BnV.gather(-1, codes_Bn1).squeeze(-1)
+
+
+def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """LlamaGen's filters: -inf below the k-th largest (ties kept), then outside the nucleus (its last code kept)."""
+    if top_k > 0:
+        threshold = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)  # mass strictly before each code
+        before[..., 0] = 0
+        removed = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, before > top_p)
+        logits = logits.masked_fill(removed, -torch.inf)
+    return logits
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, the former mode after it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _repeat(rows: Tensor, guided: bool) -> Tensor:
+    return torch.cat([rows, rows]) if guided else rows

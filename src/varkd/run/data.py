@@ -1,0 +1,146 @@
+"""Codes folders and what belongs to them: tokenizer and images. `varkd encode` and `varkd tokenizer fit`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from varkd.config import Run
+from varkd.data.codes import CodeSet, read_manifest
+from varkd.data.images import ImageSet, Split, open_images
+from varkd.data.views import view_names
+from varkd.errors import VarkdError
+from varkd.tokenizers.pixels import Pixels, PixelsConfig
+from varkd.tokenizers.protocol import Tokenizer
+from varkd.tokenizers.store import load_tokenizer, load_vq_official, save_tokenizer
+from varkd.tokenizers.vq import VQConfig
+from varkd.train.encode import encode_images
+from varkd.train.fit_tokenizer import FitConfig, fit_tokenizer
+from varkd.world import World
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A codes folder with the tokenizer and the images that it came from."""
+
+    folder: Path
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        return read_manifest(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the manifest, checked by its hash."""
+        recorded = self.manifest["tokenizer"]
+        path = Path(recorded["path"])
+        path = path if path.is_absolute() or path.is_dir() else self.folder / path
+        return self.checked(load_tokenizer(path))
+
+    def checked(self, tokenizer: Tokenizer) -> Tokenizer:
+        if tokenizer.hash != self.manifest["tokenizer"]["hash"]:
+            raise VarkdError(
+                f"{self.folder} holds codes of tokenizer {self.manifest['tokenizer']['hash'][:12]}, but this one is "
+                f"{tokenizer.hash[:12]}: encode the images again with it"
+            )
+        return tokenizer
+
+    def split(self, split: Split) -> CodeSet:
+        return CodeSet.open(self.folder, split)
+
+    def images(self, split: Split) -> ImageSet:
+        """The images that were encoded."""
+        source = self.manifest["source"]
+        return open_images(source["name"], split, image_size=source["image_size"],
+                           validation=source["validation"], seed=source["seed"])  # fmt: skip
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise VarkdError(f"device={name}: use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise VarkdError("device=cuda, but PyTorch sees no CUDA device here: use device=cpu")
+    return device
+
+
+def pick_tokenizer(name: str, images: ImageSet) -> tuple[Tokenizer, str | None]:
+    """A tokenizer folder, or `pixels` (17 grey levels at the images' size), and its path to record."""
+    if name != "pixels":
+        return load_tokenizer(name), str(Path(name).resolve())
+    channels, height, width = images.image_shape
+    if channels != 1:
+        raise VarkdError(f"the pixels tokenizer takes grey images, these have {channels} channels: use "
+                         "`varkd tokenizer fit` and give its folder")  # fmt: skip
+    return Pixels(PixelsConfig(height=height, width=width)), None
+
+
+def encode(
+    data: str, tokenizer: str, out: Path, *, image_size: int | None = None, validation: float = 0.1, seed: int = 0,
+    flip: bool = False, shifts: int = 0, device: str = "auto", batch_size: int = 256, shard_size: int = 4096,
+    quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """`varkd encode`: images -> code shards and a reconstruction check. Returns the manifest."""
+    world = World.from_environment()
+    images = open_images(data, "train", image_size=image_size, validation=validation, seed=seed)
+    module, path = pick_tokenizer(tokenizer, images)
+    return encode_images(
+        data, module, path, out, image_size=image_size, validation=validation, seed=seed,
+        views=view_names(flip, shifts), batch_size=batch_size, shard_size=shard_size, device=pick_device(device),
+        world=world, quiet=quiet,
+    )  # fmt: skip
+
+
+def open_codes(run: Run) -> Codes:
+    """The codes of a run: `data` itself, or `out`/codes encoded from `data` with `tokenizer`."""
+    if not run.data:
+        raise VarkdError("give data= (a codes folder from `varkd encode`, or images together with tokenizer=)")
+    codes = Codes(Path(run.data))
+    if (codes.folder / "manifest.json").is_file():
+        if run.tokenizer not in (None, "pixels"):
+            codes.checked(load_tokenizer(str(run.tokenizer)))
+        return codes
+    if run.tokenizer is None:
+        raise VarkdError(f"data={run.data} is not a codes folder: encode it first (`varkd encode {run.data} "
+                         "--tokenizer DIR --out CODES`), or give tokenizer= too")  # fmt: skip
+    encode(run.data, run.tokenizer, Path(run.out) / "codes", device=run.device)
+    return Codes(Path(run.out) / "codes")
+
+
+
+
+def fit(
+    data: str, out: Path, *, image_size: int | None = None, validation: float = 0.1, vocab_size: int = 512,
+    downsampling: int = 4, steps: int | None = None, seed: int = 0, flip: bool = True, device: str = "auto",
+    overwrite: bool = False, quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """`varkd tokenizer fit`: train a VQ tokenizer on images, save it to `out`, return its record (PSNR, seconds)."""
+    if (out / "config.json").exists() and not overwrite:
+        raise VarkdError(f"{out} already holds a tokenizer: choose another --out, or --overwrite")
+    train, held_out = (
+        open_images(data, split, image_size=image_size, validation=validation, seed=seed)
+        for split in ("train", "validation")
+    )
+    channels, height, width = train.image_shape
+    if height != width:
+        raise VarkdError(f"the VQ tokenizer takes square images, these are {height}x{width}: give --image-size")
+    config = VQConfig.small(height, channels, vocab_size, downsampling)
+    settings = FitConfig(flip=flip, seed=seed, **({} if steps is None else {"steps": steps}))
+    tokenizer, record = fit_tokenizer(train, held_out, config, settings, device=pick_device(device), quiet=quiet)
+    save_tokenizer(tokenizer.cpu(), out, record)
+    return record
+
+
+def import_vq(file: Path, out: Path, image_size: int) -> Tokenizer:
+    """`varkd tokenizer import`: an official LlamaGen VQ checkpoint (.pt) -> a tokenizer folder."""
+    tokenizer = load_vq_official(file, image_size)
+    save_tokenizer(tokenizer, out)
+    return tokenizer

@@ -1,0 +1,108 @@
+"""The models of a run, and whether they fit together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from varkd.backbones.protocol import Backbone
+from varkd.backbones.store import build, load_backbone, weights_hash
+from varkd.config import Run, read_run
+from varkd.distill.spaces import Products
+from varkd.errors import VarkdError
+from varkd.files import read_json
+from varkd.run.data import Codes, pick_device
+from varkd.train.parallel import distribute
+from varkd.world import Rng, World
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The models of a run and what a method makes of the tokenizer."""
+
+    student: Backbone
+    teacher: Backbone | None
+    products: Products
+    teacher_hash: str | None
+
+
+def build_objects(run: Run, codes: Codes, world: World, device: torch.device) -> Objects:
+    """Student and teacher on their device (sharded where there are several ranks), and the method's products.
+
+    Raises:
+        VarkdError: a teacher is missing, or does not fit the data or the student.
+    """
+    student = new_student(run, codes)
+    teacher = None
+    if run.teacher:
+        teacher, info = load_backbone(run.teacher)
+        check_pair(student, teacher, info.get("tokenizer_hash"), codes)
+    elif run.method.needs_teacher:
+        raise VarkdError(f"method '{run.preset}' needs a teacher: give teacher=RUN")
+    teacher_hash = weights_hash(teacher) if teacher is not None else None
+    products = {name: value.to(device) for name, value in run.method.prepare(codes.tokenizer.codebook_VE).items()}
+    student = distribute(student.to(device), world, run.train.replicas)
+    if teacher is not None:
+        teacher = distribute(teacher.to(device).requires_grad_(False), world, run.train.replicas)
+    return Objects(student, teacher, products, teacher_hash)
+
+
+def new_student(run: Run, codes: Codes) -> Backbone:
+    """The student at its first step: drawn from the seed, or the weights of `init`."""
+    manifest = codes.manifest
+    if run.init:
+        model, info = load_backbone(run.init)
+        check_pair(model, model, info.get("tokenizer_hash"), codes)
+        sizes = {name: value for name, value in info.items() if name not in ("family", "tokenizer_hash")}
+        student = build(model.family, sizes, _dropout(run))
+        student.load_state_dict(model.state_dict())
+        return student
+    sizes = {
+        "vocab_size": manifest["tokenizer"]["vocab_size"], "num_classes": len(manifest["class_names"]),
+        "grid": manifest["grid"], "num_layers": run.model.num_layers, "dim": run.model.dim,
+        "num_heads": run.model.num_heads, "ffn_dim": run.model.ffn_dim,
+    }  # fmt: skip
+    return build(run.model.family, sizes, _dropout(run), run.seed)
+
+
+def _dropout(run: Run) -> float:
+    if run.train.dropout and run.teacher and run.method.needs_teacher:
+        raise VarkdError("distillation with dropout makes the objective noisy: set train.dropout=0")
+    return run.train.dropout
+
+
+def check_pair(student: Backbone, model: Backbone, tokenizer_hash: str | None, codes: Codes) -> None:
+    """Raise `VarkdError` unless `model` (teacher or initialisation) speaks of the same codes and classes."""
+    recorded = codes.manifest["tokenizer"]["hash"]
+    if tokenizer_hash is not None and tokenizer_hash != recorded:
+        raise VarkdError(
+            f"this {model.family} model was trained on codes of tokenizer {tokenizer_hash[:12]}, the data are of "
+            f"{recorded[:12]}: encode the data with the model's tokenizer"
+        )
+    wanted = (codes.manifest["tokenizer"]["vocab_size"], len(codes.manifest["class_names"]))
+    if (model.vocab_size, model.num_classes) != wanted:
+        raise VarkdError(f"this model has {model.vocab_size} codes and {model.num_classes} classes, the data {wanted[0]} "
+                         f"and {wanted[1]}: use codes with the same tokenizer and classes")  # fmt: skip
+    model.check(student.plan(1, Rng(0), torch.zeros(1, dtype=torch.long)))
+
+
+def load_trained(folder: str | Path, device: str = "auto") -> tuple[Run, Codes, Backbone]:
+    """A run folder's settings, its codes and its model with the selected weights."""
+    run = read_run(folder)
+    environment_path = Path(folder) / "environment.json"
+    codes = Codes(Path(read_json(environment_path)["codes"]))
+    model, _ = load_backbone(folder, str(pick_device(device)))
+    return run, codes, model
+
+
+
+
+def load(path: str | Path, device: str = "auto") -> Backbone:
+    """`varkd.load`: the model of a run folder (its selected weights) or of an exported folder, in eval mode.
+
+    Raises:
+        VarkdError: no model there, a truncated file, or weights of other shapes.
+    """
+    return load_backbone(path, str(pick_device(device)))[0]

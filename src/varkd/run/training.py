@@ -1,0 +1,164 @@
+"""`varkd train`: claim the run folder, build the objects, record what they are, run the loop."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from varkd import pictures
+from varkd.backbones.protocol import Backbone
+from varkd.backbones.store import describe, load_backbone, weights_hash
+from varkd.config import Run, differences, dump, read_run
+from varkd.data.codes import CodeSet
+from varkd.data.loader import Loader, ordered_batches
+from varkd.errors import VarkdError
+from varkd.evaluate.agreement import cross_entropy
+from varkd.files import read_json, write_errors, write_json, write_text
+from varkd.run.data import Codes, open_codes, pick_device
+from varkd.run.models import Objects, build_objects, new_student
+from varkd.run.sampling import generate
+from varkd.train.checkpoint import Progress
+from varkd.train.loop import Job, train
+from varkd.types import Batch
+from varkd.world import World
+
+_VALIDATION_CODES = 512  # validation images that the loop looks at; `varkd evaluate` looks at all
+_GRID_ROWS = 4
+_OURS = ("run.yaml", "environment.json", "config.json", "log.jsonl", "status.json", "metrics.json", "codes",
+         "checkpoints", "samples", "evaluation", "tensorboard")  # fmt: skip
+
+
+def train_run(run: Run, *, overwrite: bool = False, quiet: bool = False) -> Progress:
+    """`varkd train`: start or resume a run.
+
+    Raises:
+        VarkdError: bad input, or a folder that holds another run (unless `overwrite`).
+        Stopped: a signal arrived; the same command resumes.
+    """
+    world, device, folder = World.from_environment(), pick_device(run.device), Path(run.out)
+    if world.size > 1 and device.type == "cuda":
+        device = torch.device("cuda", world.rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if not run.out:
+        raise VarkdError("give out= (the run folder)")
+    claim_folder(run, folder, overwrite, world)
+    codes = open_codes(run)
+    objects = build_objects(run, codes, world, device)
+    _record(run, codes, folder, objects, world)
+    job = _job(run, codes, folder, objects, world, device, quiet)
+    return train(job)
+
+
+def claim_folder(run: Run, folder: Path, overwrite: bool, world: World) -> None:
+    """Make the run folder ours: new, or the same run to resume, or (with `overwrite`) emptied of a former run.
+
+    Raises:
+        VarkdError: it holds another run or foreign files, or cannot be written.
+    """
+    if world.is_main:
+        if (folder / "run.yaml").is_file() and not overwrite:
+            changed = differences(read_run(folder), run)
+            if changed:
+                raise VarkdError(f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): choose another "
+                                 "out=, or --overwrite to start it anew")  # fmt: skip
+        elif folder.is_dir() and any(folder.iterdir()) and not (folder / "run.yaml").is_file():
+            raise VarkdError(f"{folder} is not empty and not a run folder: choose another out=")
+        with write_errors(folder):
+            if overwrite:
+                _empty(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "run.yaml", dump(run))
+    world.barrier()
+
+
+def _empty(folder: Path) -> None:
+    """Remove what varkd writes into a run folder, and nothing else."""
+    for name in _OURS:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _record(run: Run, codes: Codes, folder: Path, objects: Objects, world: World) -> None:
+    """Write `config.json` and `environment.json`; refuse to resume on another teacher or other codes."""
+    if not world.is_main:
+        return
+    recorded = {
+        "teacher_hash": objects.teacher_hash,
+        "tokenizer_hash": codes.manifest["tokenizer"]["hash"],
+        "codes": str(codes.folder.resolve()),
+        "init_hash": weights_hash(load_backbone(run.init)[0]) if run.init else None,
+    }
+    path = folder / "environment.json"
+    if path.is_file():
+        before = read_json(path)
+        for name in ("teacher_hash", "tokenizer_hash", "init_hash"):
+            if before.get(name) != recorded[name]:
+                raise VarkdError(f"{folder} was begun with another {name.removesuffix('_hash')} "
+                                 f"({str(before.get(name))[:12]}, now {str(recorded[name])[:12]}): --overwrite to start anew")  # fmt: skip
+    plain = objects.student if world.size == 1 else new_student(run, codes)
+    write_json(folder / "config.json", describe(plain, recorded["tokenizer_hash"]))
+    write_json(path, {**recorded, **environment(world)})
+
+
+def environment(world: World | None = None) -> dict[str, Any]:
+    """Versions, machine and command: what somebody needs who wants the same numbers."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("varkd", "torch", "numpy")}},
+        "git": _git_hash(),
+        "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "ranks": (world or World()).size},
+        "command": sys.argv,
+    }  # fmt: skip
+
+
+def _git_hash() -> str | None:
+    """The commit of the varkd checkout in use, or None when varkd was installed from a wheel."""
+    try:
+        found = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True,
+                               text=True, timeout=5, check=False)  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _job(
+    run: Run, codes: Codes, folder: Path, objects: Objects, world: World, device: torch.device, quiet: bool
+) -> Job:
+    validation = codes.split("validation")
+
+    def validate(model: Backbone) -> dict[str, float]:
+        batches = _first(validation, _VALIDATION_CODES, run.train.batch_size)
+        return {"ce": cross_entropy(model, batches, device)}
+
+    def draw_grid(model: Backbone, path: Path) -> None:
+        columns = min(model.num_classes, 10)
+        label_B = torch.arange(columns).repeat(_GRID_ROWS)
+        images, _ = generate(model, codes.tokenizer, label_B, run.evaluation.sampler, run.evaluation.seed, quiet=True)
+        pictures.save_png(path, pictures.grid(images.permute(0, 2, 3, 1).numpy(), columns))
+
+    def plain_copy() -> Backbone:
+        return new_student(run, codes).to(device)
+
+    return Job(
+        objects.student, objects.teacher, run.method, objects.products,
+        Loader(codes.split("train"), run.train.batch_size, run.seed, world), run.train, run.seed, folder, world, device,
+        plain_copy, validate, draw_grid, label=run.name or folder.name, quiet=quiet,
+    )  # fmt: skip
+
+
+def _first(codes: CodeSet, num: int, batch_size: int) -> Iterator[Batch]:
+    seen = 0
+    for batch in ordered_batches(codes, batch_size):
+        if seen >= num:
+            return
+        seen += len(batch)
+        yield batch
+
+

@@ -1,0 +1,149 @@
+"""Checkpoints of a run: safetensors and JSON in one folder per step, written atomically; nothing is ever unpickled.
+
+A checkpoint holds what a bit-exact resume needs: student, EMA, optimiser, the method's state (replay buffer with ages,
+thresholds) and the counters. Random numbers, data order and learning rate are functions of (seed, step). The teacher
+is never saved; its hash is.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from varkd.backbones.protocol import Backbone
+from varkd.distill.contexts import State
+from varkd.errors import VarkdError
+from varkd.files import atomic_folder, read_json, write_json
+from varkd.train.optim import Ema
+from varkd.train.parallel import (
+    full_tensors,
+    like,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+)
+from varkd.world import World
+
+
+@dataclass
+class Progress:
+    """The counters of a run. `step` updates are done; `best_step` had the lowest validation loss `best_value`."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_step: int = 0
+    best_value: float | None = None
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run: the newest `keep` steps and the best one.
+
+    `selected.json` names the checkpoint that `varkd.load(run)` reads: the last or the best.
+    """
+
+    def __init__(self, folder: Path, world: World, keep: int, select: str) -> None:
+        self.folder = folder / "checkpoints"
+        self.world, self.keep, self.select = world, keep, select
+
+    def save(
+        self, model: Backbone, ema: Ema, optimizer: torch.optim.Optimizer, state: State, progress: Progress
+    ) -> None:
+        """Write the checkpoint of `progress.step`. Every rank must call it; the first one writes."""
+        tensors = {
+            "student": model_state(model),
+            "ema": full_tensors(ema.average),
+            "optimizer": optimizer_state(model, optimizer),
+            "method": {name: value.cpu().contiguous() for name, value in _gather_state(state, self.world).items()},
+        }
+        error: VarkdError | None = None
+        if self.world.is_main:
+            try:
+                self._write(tensors, progress)
+            except VarkdError as caught:
+                error = caught
+        failed = self.world.sum(torch.tensor(float(error is not None)))
+        if error is not None or failed:
+            raise error or VarkdError("the first rank could not write the checkpoint; see its message")
+
+    def _write(self, tensors: dict[str, dict[str, Tensor]], progress: Progress) -> None:
+        with atomic_folder(self.path(progress.step)) as temporary:
+            for name, values in tensors.items():
+                _save_tensors(values, temporary / f"{name}.safetensors")
+            write_json(temporary / "state.json", vars(progress))
+        chosen = progress.best_step if self.select == "best" and progress.best_value is not None else progress.step
+        write_json(self.folder / "selected.json", {"checkpoint": self.path(chosen).name, "weights": "ema"})
+        for old in self.steps()[: -self.keep]:
+            if old not in (progress.best_step, chosen):
+                shutil.rmtree(self.path(old), ignore_errors=True)
+
+    def load(
+        self, step: int, model: Backbone, ema: Ema, optimizer: torch.optim.Optimizer, rows: range
+    ) -> tuple[State, Progress]:
+        """Restore models and optimiser in place; returns the method's state (of this rank's `rows`) and the counters."""
+        folder = self.path(step)
+        load_model_state(model, load_tensors(folder / "student.safetensors"))
+        average = load_tensors(folder / "ema.safetensors")
+        ema.load({name: like(average[name], pattern) for name, pattern in ema.average.items()})
+        load_optimizer_state(model, optimizer, load_tensors(folder / "optimizer.safetensors"))
+        device = model.head.weight.device
+        method = {name: value.to(device) for name, value in load_tensors(folder / "method.safetensors").items()}
+        return _own_rows(method, rows), Progress(**read_json(folder / "state.json"))
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, ascending."""
+        found = self.folder.glob("step-*") if self.folder.is_dir() else []
+        return sorted(int(path.name.removeprefix("step-")) for path in found if (path / "state.json").is_file())
+
+    def latest(self) -> int | None:
+        steps = self.steps()
+        return steps[-1] if steps else None
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        VarkdError: it is missing, truncated or not a safetensors file.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise VarkdError(f"no such file: {path}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise VarkdError(f"{path} is truncated or not a safetensors file ({error}): delete its folder to use the "
+                         "checkpoint before it") from None  # fmt: skip
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    except SafetensorError as error:  # safetensors hides the operating system's error number in its text
+        if "No space left" in str(error):
+            raise OSError(28, "No space left on device") from error
+        raise
+
+
+def _gather_state(state: State, world: World) -> State:
+    """The method's state of all ranks: entries under "rows/" are concatenated in rank order, others are the same."""
+    return {
+        name: world.gather_varied(value) if name.startswith("rows/") else value for name, value in sorted(state.items())
+    }
+
+
+def _own_rows(state: dict[str, Any], rows: range) -> State:
+    row = state.get("rows/replay_row")
+    if row is None:
+        return state
+    mine = (row >= rows.start) & (row < rows.stop)
+    return {name: value[mine] if name.startswith("rows/") else value for name, value in state.items()}

@@ -1,0 +1,167 @@
+"""Images -> codes folder (`varkd encode`), and a check of what the tokenizer loses on the way there and back.
+
+PSNR = 10 log10(255^2 / MSE) of each image in uint8, then the mean over images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from varkd import pictures, progress
+from varkd.data.codes import CodeSet, read_manifest
+from varkd.data.images import ImageSet, Split, open_images
+from varkd.data.views import apply_view, check_views
+from varkd.data.writer import CodeWriter, Manifest, plan_manifest
+from varkd.errors import VarkdError
+from varkd.tokenizers.protocol import Tokenizer, to_uint8, to_unit
+from varkd.world import World
+
+PSNR_CAP = 99.0  # dB; stands for an image that comes back without any error
+_SPLITS: tuple[Split, ...] = ("train", "validation")
+_CHECKED_IMAGES = 1024
+_SHOWN_IMAGES = 16
+
+
+def encode_images(
+    source: str, tokenizer: Tokenizer, tokenizer_path: str | None, out: Path, *, image_size: int | None = None,
+    validation: float = 0.1, seed: int = 0, views: tuple[str, ...] = ("identity",), batch_size: int = 256,
+    shard_size: int = 4096, device: str | torch.device = "cpu", world: World | None = None, quiet: bool = False,
+) -> Manifest:  # fmt: skip
+    """Encode both splits of `source` into `out` and return the manifest; a stopped job goes on where it stopped.
+
+    The train split is encoded in all `views`, the validation split as it is. With `tokenizer_path` None the tokenizer
+    is saved to `out/tokenizer`. Ranks of `world` share the shards.
+
+    Raises:
+        VarkdError: see `open_images`; also images of another shape than the tokenizer's, unknown views, or a folder
+            that holds the codes of another job.
+    """
+    world = world or World()
+    check_views(views)
+    if batch_size < 1:
+        raise VarkdError(f"batch_size={batch_size} must be at least 1 image")
+    sets: dict[str, ImageSet] = {
+        split: _open(source, split, tokenizer, image_size, validation, seed) for split in _SPLITS
+    }
+    train = sets["train"]
+    planned = plan_manifest(
+        tokenizer={
+            "path": tokenizer_path or "tokenizer",
+            "hash": tokenizer.hash,
+            "kind": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size,
+        },
+        grid=tokenizer.grid,
+        image_shape=train.image_shape,
+        class_names=train.class_names,
+        views=views,
+        source={
+            "name": source,
+            "image_size": image_size,
+            "seed": seed,
+            "validation": validation,
+            "fingerprints": {split: images.fingerprint for split, images in sets.items()},
+        },
+        nums={split: len(images) for split, images in sets.items()},
+        shard_size=shard_size,
+    )
+    writer = CodeWriter(out, planned, world)
+    was_finished = writer.is_finished
+    if world.is_main and tokenizer_path is None and not was_finished:
+        _save_tokenizer(tokenizer, out / "tokenizer")
+    tokenizer = tokenizer.to(device).eval()
+    _write_shards(writer, sets, tokenizer, views, batch_size, device, quiet)
+    world.barrier()
+    if world.is_main and not was_finished:
+        writer.finish(_reconstruction(out, planned, sets["validation"], tokenizer, batch_size, device))
+    world.barrier()
+    return read_manifest(out)
+
+
+def _open(
+    source: str, split: Split, tokenizer: Tokenizer, image_size: int | None, validation: float, seed: int
+) -> ImageSet:
+    images = open_images(source, split, image_size=image_size, validation=validation, seed=seed)
+    if images.image_shape != tokenizer.image_shape:
+        found, asked = ("x".join(map(str, shape)) for shape in (images.image_shape, tokenizer.image_shape))
+        raise VarkdError(
+            f"{source} has images of {found} (channels x height x width) but the tokenizer takes {asked}: "
+            "set image_size, or use a tokenizer for these images"
+        )
+    return images
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    from varkd.tokenizers.store import save_tokenizer
+
+    save_tokenizer(tokenizer, folder)
+
+
+def _write_shards(
+    writer: CodeWriter, sets: dict[str, ImageSet], tokenizer: Tokenizer, views: tuple[str, ...], batch_size: int,
+    device: str | torch.device, quiet: bool,
+) -> None:  # fmt: skip
+    todo = [(sets[split], shard, views if split == "train" else ("identity",)) for split, shard in writer.todo()]
+    total = sum(shard["num"] * len(names) for _, shard, names in todo)
+    with progress.bar("encoding", total, quiet or not writer.world.is_main) as bar:
+        done = 0
+        for images, shard, names in todo:
+            shape = (shard["num"], len(names), tokenizer.sequence_length)
+            codes_NvL = np.empty(shape, dtype=np.uint16)
+            for rows, view, codes_BL in _encoded(images, shard, names, tokenizer, batch_size, device):
+                codes_NvL[rows, view] = codes_BL
+                bar.update(done := done + len(codes_BL))
+            label_N = images.labels[shard["start"] : shard["start"] + shard["num"]]
+            writer.write(images.split, shard, codes_NvL, label_N)
+
+
+@torch.no_grad()
+def _encoded(
+    images: ImageSet, shard: Manifest, views: tuple[str, ...], tokenizer: Tokenizer, batch_size: int,
+    device: str | torch.device,
+) -> Iterator[tuple[slice, int, NDArray[np.int64]]]:  # fmt: skip
+    """(rows of the shard, view, codes_BL). Batches begin with the shard, so a resumed job makes the same ones."""
+    for start in range(0, shard["num"], batch_size):
+        rows = slice(start, min(start + batch_size, shard["num"]))
+        batch_BCHW = images.batch(np.arange(rows.start, rows.stop) + shard["start"]).to(device)
+        for view, name in enumerate(views):
+            yield rows, view, tokenizer.encode(to_unit(apply_view(name, batch_BCHW))).cpu().numpy()
+
+
+@torch.no_grad()
+def _reconstruction(
+    out: Path,
+    planned: Manifest,
+    images: ImageSet,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    device: str | torch.device,
+) -> dict[str, Any]:
+    """Decode validation codes, write reconstruction.png, return {"psnr": mean dB, "num": images}."""
+    codes = CodeSet(out, planned, "validation")
+    num = min(len(codes), _CHECKED_IMAGES)
+    psnrs: list[Tensor] = []
+    for start in range(0, num, batch_size):
+        index_B = np.arange(start, min(start + batch_size, num))
+        originals_BCHW = images.batch(index_B)
+        codes_BL = codes.codes(index_B, np.zeros_like(index_B)).to(device)
+        decoded_BCHW = to_uint8(tokenizer.decode(codes_BL)).cpu()
+        psnrs.append(psnr(originals_BCHW, decoded_BCHW))
+        if start == 0:
+            rows = torch.cat([originals_BCHW[:_SHOWN_IMAGES], decoded_BCHW[:_SHOWN_IMAGES]])
+            shown = min(_SHOWN_IMAGES, len(originals_BCHW))
+            pictures.save_png(out / "reconstruction.png", pictures.grid(rows.permute(0, 2, 3, 1).numpy(), shown))
+    return {"psnr": float(torch.cat(psnrs).mean()), "num": num}
+
+
+def psnr(images_BCHW: Tensor, others_BCHW: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of uint8 images in dB: float64 (B,), `PSNR_CAP` where they are equal."""
+    error_B = (images_BCHW.double() - others_BCHW.double()).square().flatten(1).mean(1)
+    return (10 * torch.log10(255.0**2 / error_B)).clamp(max=PSNR_CAP)

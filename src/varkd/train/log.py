@@ -1,0 +1,58 @@
+"""What a run says about itself while it runs: JSON lines always, TensorBoard beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from varkd.files import write_errors
+from varkd.world import World
+
+
+class Log:
+    """`log.jsonl` and `tensorboard/` of a run folder; silent on all ranks but the first.
+
+    On resume, lines later than the checkpoint are cut, so a resumed log reads like one that was never interrupted.
+    """
+
+    def __init__(self, folder: Path, world: World, resume_step: int, tensorboard: bool = True) -> None:
+        self.path = folder / "log.jsonl"
+        self.writer: Any = None
+        self.enabled = world.is_main
+        if self.enabled:
+            self._cut(resume_step)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
+
+    def write(self, split: str, step: int, values: Mapping[str, float]) -> None:
+        """Append one line; numbers that are not finite are written as null."""
+        if not self.enabled:
+            return
+        clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with write_errors(self.path), self.path.open("a") as file:
+            file.write(json.dumps({"split": split, "step": step, **clean}, allow_nan=False) + "\n")
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def _cut(self, resume_step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= resume_step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                continue  # the last line of a killed run may be cut short
+        with write_errors(self.path):
+            self.path.write_text("".join(f"{line}\n" for line in kept))

@@ -1,0 +1,79 @@
+"""Float64 closed forms, written from the formulas and not from the code: values and gradients.
+
+Each divergence takes student logits s and teacher logits z, (N, V), and returns its value (N,) and its gradient with
+respect to s (N, V). p is the teacher, q the student; m is a mixture.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+def log_probs(s: Tensor, z: Tensor) -> Pair:
+    s, z = s.double(), z.double()
+    return s - s.logsumexp(1, keepdim=True), z - z.logsumexp(1, keepdim=True)
+
+
+def _mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
+    """log(share a + (1 - share) b)."""
+    return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
+
+
+def _centred(q: Tensor, inner: Tensor) -> Tensor:
+    """q (inner - sum q inner): the softmax Jacobian applied to `inner`."""
+    return q * (inner - (q * inner).sum(1, keepdim=True))
+
+
+def forward_kl(s: Tensor, z: Tensor) -> Pair:
+    lq, lp = log_probs(s, z)
+    return (lp.exp() * (lp - lq)).sum(1), lq.exp() - lp.exp()
+
+
+def reverse_kl(s: Tensor, z: Tensor) -> Pair:
+    lq, lp = log_probs(s, z)
+    r = lq - lp
+    return (lq.exp() * r).sum(1), _centred(lq.exp(), r)
+
+
+def jsd(s: Tensor, z: Tensor, beta: float, ends: bool = False) -> Pair:
+    lq, lp = log_probs(s, z)
+    lm = _mix(lp, lq, beta)
+    value = beta * (lp.exp() * (lp - lm)).sum(1) + (1 - beta) * (lq.exp() * (lq - lm)).sum(1)
+    gradient = (1 - beta) * _centred(lq.exp(), lq - lm)
+    factor = 1 / (beta * (1 - beta)) if ends else 1.0
+    return value * factor, gradient * factor
+
+
+def skew_kl(s: Tensor, z: Tensor, alpha: float) -> Pair:
+    lq, lp = log_probs(s, z)
+    lm = _mix(lp, lq, alpha)
+    return (lp.exp() * (lp - lm)).sum(1), -(1 - alpha) * _centred(lq.exp(), (lp - lm).exp())
+
+
+def skew_reverse_kl(s: Tensor, z: Tensor, alpha: float) -> Pair:
+    lq, lp = log_probs(s, z)
+    lm = _mix(lq, lp, alpha)
+    h = lq - lm - alpha * (lq - lm).exp()
+    return (lq.exp() * (lq - lm)).sum(1), _centred(lq.exp(), h)
+
+
+def total_variation(s: Tensor, z: Tensor) -> Pair:
+    lq, lp = log_probs(s, z)
+    q, p = lq.exp(), lp.exp()
+    return 0.5 * (p - q).abs().sum(1), 0.5 * _centred(q, torch.sign(q - p))
+
+
+def cross_entropy(s: Tensor, z: Tensor, code: Tensor) -> Pair:
+    lq, _ = log_probs(s, z)
+    hit = torch.nn.functional.one_hot(code, s.shape[1]).double()
+    return -(hit * lq).sum(1), lq.exp() - hit
+
+
+def cluster_masses(p: Tensor, cluster: Tensor) -> Tensor:
+    """P_k = sum of p over the codes of cluster k: (N, K), by a plain sum."""
+    return torch.stack([p[:, cluster == k].sum(1) for k in range(int(cluster.max()) + 1)], dim=1)

@@ -1,0 +1,99 @@
+"""The loader: coverage of epochs, resume, ranks, views."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from varkd.data.codes import CodeSet
+from varkd.data.loader import Loader, ordered_batches
+from varkd.errors import VarkdError
+from varkd.types import Batch
+from varkd.world import World
+
+CodesFolder = Callable[..., Path]
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return one.codes_BL.equal(other.codes_BL) and one.label_B.equal(other.label_B) and one.row_B.equal(other.row_B)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(num=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 3))
+def test_every_epoch_is_a_permutation(codes_folder: CodesFolder, num: int, batch_size: int, seed: int) -> None:
+    folder = codes_folder(num=num, views=2, shard_size=7, name=f"codes-{num}")
+    loader = Loader(CodeSet.open(folder), batch_size, seed)
+    steps = -(-3 * num // batch_size)
+    images = torch.cat([loader.batch(step).codes_BL[:, 0] for step in range(steps)]).tolist()
+    epochs = [images[start : start + num] for start in range(0, 3 * num, num)]
+    assert all(sorted(epoch) == list(range(num)) for epoch in epochs)
+    if num >= 15:
+        assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_batches_are_consistent_and_typed(codes_folder: CodesFolder) -> None:
+    batch = Loader(CodeSet.open(codes_folder()), 8, seed=0).batch(2)
+    assert batch.codes_BL.shape == (8, 6) and batch.row_B.tolist() == list(range(8))
+    assert batch.codes_BL.dtype == batch.label_B.dtype == batch.row_B.dtype == torch.int64
+    assert batch.label_B.equal(batch.codes_BL[:, 0] % 3)
+
+
+def test_resume_in_mid_epoch_and_any_order(codes_folder: CodesFolder) -> None:
+    codes = CodeSet.open(codes_folder())
+    straight = Loader(codes, 8, seed=1)
+    batches = [straight.batch(step) for step in range(9)]
+    for step in (5, 0, 8, 2):
+        assert same(Loader(codes, 8, seed=1).batch(step), batches[step])
+        assert same(straight.batch(step), batches[step])
+    assert not same(Loader(codes, 8, seed=2).batch(0), batches[0])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_together_are_one(codes_folder: CodesFolder, size: int) -> None:
+    codes = CodeSet.open(codes_folder())
+    for step in range(6):  # 12 of 23 images: crosses the border of epochs
+        whole = Loader(codes, 12, seed=0).batch(step)
+        parts = [Loader(codes, 12, 0, World(rank, size)).batch(step) for rank in range(size)]
+        for field in ("codes_BL", "label_B", "row_B"):
+            assert torch.cat([getattr(part, field) for part in parts]).equal(getattr(whole, field))
+
+
+def test_views_are_drawn_evenly(codes_folder: CodesFolder) -> None:
+    loader = Loader(CodeSet.open(codes_folder()), 23, seed=0)
+    views = Counter(torch.cat([loader.batch(step).codes_BL[:, 1] for step in range(40)]).tolist())
+    assert set(views) == {0, 1, 2}
+    assert all(abs(count - 920 / 3) < 70 for count in views.values())  # 5 sigma
+
+
+def test_permutation_is_cached(codes_folder: CodesFolder) -> None:
+    loader = Loader(CodeSet.open(codes_folder()), 5, seed=0)
+    loader.batch(0)
+    first = loader._permutations[0]
+    loader.batch(1)
+    assert loader._permutations[0] is first
+    loader.batch(4)
+    assert set(loader._permutations) == {0, 1} and loader._permutations[0] is first
+    loader.batch(5)
+    assert set(loader._permutations) == {1}
+
+
+def test_ordered_batches(codes_folder: CodesFolder) -> None:
+    batches = list(ordered_batches(CodeSet.open(codes_folder()), 10))
+    assert [len(batch) for batch in batches] == [10, 10, 3]
+    codes_BL, row_B = torch.cat([b.codes_BL for b in batches]), torch.cat([b.row_B for b in batches])
+    assert codes_BL[:, 0].tolist() == row_B.tolist() == list(range(23))
+    assert (codes_BL[:, 1] == 0).all()
+    assert torch.cat([b.label_B for b in batches]).tolist() == [n % 3 for n in range(23)]
+
+
+def test_batch_sizes_that_do_not_divide(codes_folder: CodesFolder) -> None:
+    codes = CodeSet.open(codes_folder())
+    for batch_size in (0, 9):
+        with pytest.raises(VarkdError, match="positive multiple of the 2 processes"):
+            Loader(codes, batch_size, 0, World(0, 2))

@@ -1,0 +1,125 @@
+"""The page in a real browser: every control is used, at the width of a desk and of a phone, in both themes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from run_folders import metrics, study, write_run
+
+from varkd.report import write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+REQUIRED = os.environ.get("VARKD_REQUIRE_BROWSER") == "1"
+OUTSIDE = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+COLUMN = "(table, index) => [...table.tBodies[0].rows].map((row) => row.cells[index].dataset.value)"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        if REQUIRED:
+            pytest.fail("VARKD_REQUIRE_BROWSER=1 but no chromium is installed: apt-get install chromium")
+        pytest.skip("no chromium is installed: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("browser")
+    long_name = "a-student-whose-name-" + "does-not-end-" * 6
+    values = metrics(long_name, "varkd", fd=7.0, teacher="teacher", seed=4)
+    values["protocol"]["seed"] = 8
+    return write_report([*study(root), write_run(root / "long", values, seed=4)], root / "out")
+
+
+@pytest.fixture(params=[(1280, "light"), (390, "light"), (390, "dark")], ids=["desk", "phone", "phone-dark"])
+def page(request, browser, report):
+    width, scheme = request.param
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda asked: asked.url.startswith("http") and complaints.append(f"network: {asked.url}"))
+    page.goto(report.as_uri())
+    yield page
+    page.close()
+    assert complaints == []
+
+
+def fits(page) -> bool:
+    content, window = page.evaluate(OUTSIDE)
+    return content <= window
+
+
+def test_every_control_works_and_nothing_overflows(page, tmp_path):
+    assert fits(page)
+    for summary in page.locator("summary").all():
+        summary.click()
+        assert summary.evaluate("(element) => element.parentElement.open")
+    for tab in page.get_by_role("tab").all():
+        tab.click()
+        assert tab.get_attribute("aria-selected") == "true"
+        assert page.locator(f"#{tab.get_attribute('aria-controls')}").is_visible()
+        siblings = tab.locator("xpath=..").locator("[aria-selected=true]")
+        assert siblings.count() == 1
+    for header in page.locator("thead button").all():
+        header.click()
+        assert header.locator("xpath=..").get_attribute("aria-sort") in ("ascending", "descending")
+    assert fits(page), "also with everything opened"
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_tabs_follow_the_arrow_keys(page):
+    tabs = page.locator("#positions [role=tab]")
+    tabs.nth(0).focus()
+    page.keyboard.press("ArrowRight")
+    assert tabs.nth(1).get_attribute("aria-selected") == "true"
+    assert page.locator("#positions [role=tabpanel]:visible").count() == 1
+
+
+@pytest.mark.parametrize(("title", "first"), [("FD", "ascending"), ("Recall", "descending"), ("Run", "ascending")])
+def test_sorting_sorts(page, title, first):
+    table = page.locator("#comparison-table")
+    headers = table.locator("thead th")
+    index = next(i for i in range(headers.count()) if headers.nth(i).inner_text().startswith(title))
+    for expected in (first, "descending" if first == "ascending" else "ascending"):
+        headers.nth(index).locator("button").click()
+        assert headers.nth(index).get_attribute("aria-sort") == expected
+        assert table.locator("th[aria-sort=ascending], th[aria-sort=descending]").count() == 1
+        values = table.evaluate(f"(table) => ({COLUMN})(table, {index})")
+        assert len(values) == 5
+        if title != "Run":
+            values = [float(value) for value in values]
+        assert values == sorted(values, reverse=expected == "descending")
+
+
+def test_wide_tables_scroll_inside_their_own_box(page):
+    box = page.locator("#comparison .scroll")
+    inner, outer = box.evaluate("(element) => [element.scrollWidth, element.clientWidth]")
+    assert inner >= outer
+    if page.viewport_size["width"] == 390:
+        assert inner > outer
+        name = table_left(page)
+        box.evaluate("(element) => { element.scrollLeft = 200; }")
+        assert table_left(page) == name, "the run's name stays in sight"
+
+
+def table_left(page) -> float:
+    return page.locator("#comparison-table tbody th").first.bounding_box()["x"]
+
+
+def test_text_is_large_enough_for_a_phone(page):
+    selector = "p, td, th, li, dd, summary, button, figcaption"
+    size = "(element) => parseFloat(getComputedStyle(element).fontSize)"
+    smallest = page.evaluate(f"Math.min(...[...document.querySelectorAll('{selector}')].map({size}))")
+    assert smallest >= 14

@@ -1,0 +1,160 @@
+"""Tokenizer folders and official files: what is saved comes back, what is damaged is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from varkd.errors import VarkdError
+from varkd.tokenizers.pixels import Pixels, PixelsConfig
+from varkd.tokenizers.store import load_tokenizer, load_vq_official, save_tokenizer
+from varkd.tokenizers.vq import VQ, VQConfig
+
+TINY = VQConfig(image_size=8, ch=32, ch_mult=(1, 2), z_channels=8, num_res_blocks=1, decoder_res_blocks=2,
+                vocab_size=32, codebook_dim=4, norm_groups=32)  # fmt: skip
+
+
+@pytest.fixture
+def tokenizer() -> VQ:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return VQ(TINY).eval()
+
+
+@pytest.fixture
+def folder(tokenizer: VQ, tmp_path: Path) -> Path:
+    save_tokenizer(tokenizer, tmp_path / "tokenizer", {"psnr": 20.0})
+    return tmp_path / "tokenizer"
+
+
+@torch.no_grad()
+def test_vq_comes_back_identical(tokenizer: VQ, folder: Path):
+    loaded = load_tokenizer(folder)
+    assert isinstance(loaded, VQ) and loaded.config == TINY and loaded.hash == tokenizer.hash
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes = loaded.encode(images)
+    assert torch.equal(codes, tokenizer.encode(images))
+    assert torch.equal(loaded.decode(codes), tokenizer.decode(codes))
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "fit.json"}
+
+
+def test_pixels_come_back_without_weights(tmp_path: Path):
+    save_tokenizer(Pixels(PixelsConfig(levels=5)), str(tmp_path / "pixels"))
+    loaded = load_tokenizer(str(tmp_path / "pixels"))
+    assert loaded.config == PixelsConfig(levels=5) and loaded.hash == Pixels(PixelsConfig(levels=5)).hash
+    assert loaded.codebook_VE.shape == (5, 1) and loaded.codebook_VE.device.type == "cpu"
+    assert [path.name for path in (tmp_path / "pixels").iterdir()] == ["config.json"]
+
+
+def test_saving_again_replaces_a_tokenizer_but_nothing_else(tokenizer: VQ, folder: Path):
+    save_tokenizer(tokenizer, folder)
+    assert not (folder / "fit.json").exists()
+    (folder / "thesis.tex").write_text("precious")
+    with pytest.raises(VarkdError, match="holds other files"):
+        save_tokenizer(tokenizer, folder)
+    assert (folder / "thesis.tex").read_text() == "precious"
+
+
+def edit(change: dict) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        settings = json.loads((folder / "config.json").read_text()) | change
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+
+    return apply
+
+
+def truncate(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+def change_weight(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["quant_conv.bias"][0] += 1e-3
+    save_file(state, folder / "model.safetensors")
+
+
+DAMAGE = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no tokenizer in"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no such file"),
+    "truncated weights": (truncate("model.safetensors"), "may be truncated"),
+    "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "may be truncated"),
+    "truncated config": (truncate("config.json"), "not valid JSON"),
+    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "not a tokenizer's config"),
+    "no hash": (edit({"hash": None}), "not a tokenizer's config"),
+    "unknown kind": (edit({"kind": "vqq"}), "did you mean 'vq'"),
+    "unknown field": (edit({"image_sise": 8}), "did you mean 'image_size'"),
+    "missing field": (edit({"ch": None}), "lacks the field 'ch'"),
+    "wrong type": (edit({"ch": "32"}), "should look like 128, got '32'"),
+    "wrong list": (edit({"ch_mult": [1, "2"]}), "field 'ch_mult'"),
+    "impossible size": (edit({"image_size": 7}), "multiple of 2"),
+    "other shapes": (edit({"vocab_size": 64}), r"'quantize.embedding.weight' in .* has shape \(32, 4\)"),
+    "more levels": (edit({"decoder_res_blocks": 3}), "lacks tensor 'decoder"),
+    "fewer blocks": (edit({"decoder_res_blocks": 1}), "unexpected tensor 'decoder"),
+    "same shapes, other config": (edit({"norm_groups": 16}), "was changed after it was saved"),
+    "one weight": (change_weight, "was changed after it was saved"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_one_line(folder: Path, case: str):
+    damage, words = DAMAGE[case]
+    damage(folder)
+    with pytest.raises(VarkdError, match=words) as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrap", [lambda state: {"model": state}, lambda state: state], ids=["model", "raw"])
+def test_official_file(tokenizer: VQ, tmp_path: Path, wrap: Callable[[dict], dict]):
+    torch.save(wrap(tokenizer.state_dict()), tmp_path / "vq.pt")
+    loaded = load_vq_official(tmp_path / "vq.pt", image_size=8)
+    assert loaded.config == TINY and loaded.hash == tokenizer.hash
+
+
+class Malicious:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("modern", [True, False], ids=["zip", "legacy"])
+def test_malicious_pickle_is_refused_unread(tmp_path: Path, modern: bool):
+    trap = tmp_path / "trap"
+    torch.save({"model": Malicious(trap)}, tmp_path / "vq.pt", _use_new_zipfile_serialization=modern)
+    with pytest.raises(VarkdError, match="not a plain PyTorch file") as caught:
+        load_vq_official(tmp_path / "vq.pt", image_size=8)
+    assert not trap.exists() and "\n" not in str(caught.value)
+    pickle.loads(pickle.dumps(Malicious(trap)))
+    assert trap.exists()  # the trap does work where it is unpickled
+
+
+def test_damaged_official_files(tokenizer: VQ, tmp_path: Path):
+    path = tmp_path / "vq.pt"
+    with pytest.raises(VarkdError, match="no such file"):
+        load_vq_official(path, 8)
+    torch.save(tokenizer.state_dict(), path)
+    content = path.read_bytes()
+    for length in (0, 10, len(content) // 2, len(content) - 50):
+        path.write_bytes(content[:length])
+        with pytest.raises(VarkdError, match="not a plain PyTorch file"):
+            load_vq_official(path, 8)
+    torch.save({"model": [1, 2]}, path)
+    with pytest.raises(VarkdError, match="holds no state dict"):
+        load_vq_official(path, 8)
+    torch.save({"weight": torch.zeros(3)}, path)
+    with pytest.raises(VarkdError, match=r"lacks the tensor 'encoder.conv_in.weight'"):
+        load_vq_official(path, 8)
+    torch.save(tokenizer.state_dict(), path)
+    with pytest.raises(VarkdError, match="image_size 9 is not a multiple of 2"):
+        load_vq_official(path, 9)
