@@ -80,7 +80,9 @@ def _tokenizer(verbs) -> None:
     fit = _verb(inner, "fit", _run_tokenizer_fit, "train a VQ tokenizer by reconstruction")
     fit.add_argument("data", help=_DATA)
     fit.add_argument("--out", type=Path, required=True, help="folder of the tokenizer")
-    fit.add_argument("--codes", type=int, default=512, dest="vocab_size", help="codebook entries (default: %(default)s)")
+    fit.add_argument(
+        "--codes", type=int, default=512, dest="vocab_size", help="codebook entries (default: %(default)s)"
+    )
     fit.add_argument("--downsampling", type=int, default=4, help="pixels per code side (default: %(default)s)")
     fit.add_argument("--steps", type=int, default=None, help="training steps")
     fit.add_argument("--no-flip", action="store_false", dest="flip", help="do not mirror training images")
@@ -95,19 +97,18 @@ def _tokenizer(verbs) -> None:
 def _run_tokenizer_fit(arguments: argparse.Namespace) -> None:
     from varkd.run.data import fit
 
-    options = _options(arguments, "vocab_size", "downsampling", "steps", "flip", "overwrite", "image_size", "validation",
-                       "seed", "device")  # fmt: skip
-    record = fit(arguments.data, arguments.out, **options)
-    print(f"PSNR {record['psnr']:.2f} dB on {record['num']} held-out images, {record['codes_used']:.0%} of the codes used, "
-          f"{record['seconds']:.0f} s\n{arguments.out}")  # fmt: skip
+    names = ("vocab_size", "downsampling", "steps", "flip", "overwrite", "image_size", "validation", "seed", "device")
+    record = fit(arguments.data, arguments.out, **_options(arguments, *names))
+    print(f"PSNR {record['psnr']:.2f} dB on {record['num']} held-out images, {record['seconds']:.0f} s")
+    print(f"{record['codes_used']:.0%} of the codes used\n{arguments.out}")
 
 
 def _run_tokenizer_import(arguments: argparse.Namespace) -> None:
     from varkd.run.data import import_vq
 
     tokenizer = import_vq(arguments.file, arguments.out, arguments.image_size)
-    print(f"{tokenizer.vocab_size} codes on a {tokenizer.grid[0]}x{tokenizer.grid[1]} grid, hash {tokenizer.hash[:12]}\n"
-          f"{arguments.out}")  # fmt: skip
+    rows, columns = tokenizer.grid
+    print(f"{tokenizer.vocab_size} codes on a {rows}x{columns} grid, hash {tokenizer.hash[:12]}\n{arguments.out}")
 
 
 def _encode(verb: argparse.ArgumentParser) -> None:
@@ -125,7 +126,9 @@ def _run_encode(arguments: argparse.Namespace) -> None:
     from varkd.run.data import encode
     from varkd.world import World
 
-    options = _options(arguments, "flip", "shifts", "batch_size", "shard_size", "image_size", "validation", "seed", "device")
+    options = _options(
+        arguments, "flip", "shifts", "batch_size", "shard_size", "image_size", "validation", "seed", "device"
+    )
     manifest = encode(arguments.data, arguments.tokenizer, arguments.out, **options)
     if World.from_environment().is_main:
         numbers = ", ".join(f"{split} {entry['num']}" for split, entry in manifest["splits"].items())
@@ -143,7 +146,9 @@ def _image_options(verb: argparse.ArgumentParser) -> None:
 
 def _train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", help="a recipe file, or the name of one that ships with varkd (digits-teacher, ...)")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="out=DIR data= teacher= method=NAME train.updates= ...")
+    verb.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="out=DIR data= teacher= method=NAME train.updates= ..."
+    )
     verb.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds another run")
 
 
@@ -223,7 +228,9 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
 
     given = {"num_samples": arguments.num, "seed": arguments.seed, "sampler": _sampler(arguments)}
     settings = replace(read_run(arguments.run_folder).evaluation, **{k: v for k, v in given.items() if v is not None})
-    metrics = evaluate_run(arguments.run_folder, settings=settings, **_options(arguments, "features", "teacher", "device"))
+    metrics = evaluate_run(
+        arguments.run_folder, settings=settings, **_options(arguments, "features", "teacher", "device")
+    )
     print(format_text_table(comparison_table([metrics])))
     print(arguments.run_folder / "metrics.json")
 

@@ -290,7 +290,7 @@ def _one_line(error: ValidationError) -> str:
     about_kind = {tuple(e["loc"][:-1]) for e in errors if e["type"] == "literal_error" and e["loc"][-1] == "kind"}
     relevant = [e for e in errors if not any(e["loc"][: len(prefix)] == prefix for prefix in about_kind)]
     if not relevant:
-        kinds = sorted({str(e["ctx"]["expected"]).strip("'") for e in errors if e["type"] == "literal_error"})
+        kinds = sorted({str(e.get("ctx", {})["expected"]).strip("'") for e in errors if e["type"] == "literal_error"})
         bad = next(e for e in errors if e["type"] == "literal_error")
         return f"{_where(bad['loc'])}: unknown kind '{bad['input']}': {did_you_mean(str(bad['input']), kinds)}"
     first = max(relevant, key=lambda e: (e["type"] == "value_error", len(e["loc"])))

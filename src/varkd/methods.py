@@ -1,7 +1,7 @@
 """The preset table: every method as a value, with its source. Values only, no def, no if.
 
-Directions are named in words: `ForwardKL` = KL(teacher || student). `varkd` is an independent implementation of the idea
-of arXiv 2606.06078 (student samples with a reweighted signal, teacher applied by its confidence, compressed code
+Directions are named in words: `ForwardKL` = KL(teacher || student). `varkd` is an independent implementation of the
+idea of arXiv 2606.06078 (student samples with a reweighted signal, teacher applied by its confidence, compressed code
 space); the paper's own formulas are not public to us.
 """
 

@@ -87,7 +87,7 @@ def rollout(
         codes_BL.scatter_(1, kept, prefix_codes_BL.gather(1, kept))
 
     with evaluating(model):
-        branches, doubled = (double(model, condition, plan) if guided else (condition, plan))
+        branches, doubled = double(model, condition, plan) if guided else (condition, plan)
         prefix_rank = codes_BL.gather(1, plan.order_BL)
         state, hidden = model.start(branches, doubled, _repeat(prefix_rank, guided), prefix_steps)
         done = sum(plan.sizes[:prefix_steps])

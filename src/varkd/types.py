@@ -15,13 +15,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Source = Literal["data", "student", "teacher"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -125,12 +124,10 @@ class Part:
     def select(self, index: Tensor | slice) -> Part:
         """The rows of a mask, an index tensor or a slice."""
 
-        def pick(value: T) -> T:
+        def pick(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value[index]
-            if isinstance(value, Condition | Plan):
-                return value.select(index)
-            return value
+            return value.select(index) if isinstance(value, Condition | Plan) else value
 
         return Part(**{field.name: pick(getattr(self, field.name)) for field in fields(self)})
 

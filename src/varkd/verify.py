@@ -85,7 +85,9 @@ def verify(path: str | Path) -> list[Check]:
     if family in _WITHOUT_TENSORS:
         return list(_WITHOUT_TENSORS[family](info))
     if family not in _WITH_TENSORS:
-        raise VarkdError(f"{path}: no check for the family '{family}'; known: {sorted({**_WITH_TENSORS, **_WITHOUT_TENSORS})}")
+        raise VarkdError(
+            f"{path}: no check for the family '{family}'; known: {sorted({**_WITH_TENSORS, **_WITHOUT_TENSORS})}"
+        )
     golden = Golden(path.with_suffix(".safetensors"))
     checks = list(_WITH_TENSORS[family](golden))
     unread = sorted(set(golden.tensors) - golden.used)
@@ -193,7 +195,9 @@ def _schedule(info: dict[str, Any]) -> Iterator[Check]:
         sizes, theirs = torch.tensor(plan.sizes), torch.tensor(schedule["tokens_per_step"])
         yield compare(f"tokens per step ({name})", sizes, theirs, "exact")
         theirs = torch.tensor(schedule["guidance_per_step"])
-        yield compare(f"guidance ({name})", guidance_schedule(sampler, plan), theirs, info["tolerance"]["guidance_per_step"])
+        yield compare(
+            f"guidance ({name})", guidance_schedule(sampler, plan), theirs, info["tolerance"]["guidance_per_step"]
+        )
 
 
 def _shapes(info: dict[str, Any]) -> Iterator[Check]:

@@ -45,7 +45,8 @@ def format_presets(rows: list[dict[str, Any]]) -> str:
     blocks = []
     for row in rows:
         terms = "; ".join(
-            f"{t['weight']} x {t['divergence']} on {'+'.join(t['on'])}, {t['selection']}, {t['space']}" for t in row["terms"]
+            f"{t['weight']} x {t['divergence']} on {'+'.join(t['on'])}, {t['selection']}, {t['space']}"
+            for t in row["terms"]
         )
         blocks.append(
             f"{row['name']}\n  {row['summary']}\n  equation  {row['equation']}\n  contexts  {row['contexts']}\n"

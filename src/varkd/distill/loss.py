@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import cast
 
 import torch
@@ -92,8 +93,8 @@ class Group:
 
     @classmethod
     def _stack(cls, parts: list[Part]) -> Group:
-        ends = torch.tensor([0] + [len(part) for part in parts]).cumsum(0).tolist()
-        return cls(merge(parts), tuple(parts), tuple(zip(ends[:-1], ends[1:], strict=True)))
+        ends = list(accumulate((len(part) for part in parts), initial=0))
+        return cls(merge(parts), tuple(parts), tuple(pairwise(ends)))
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,9 @@ def _teacher_hidden(inputs: LossInputs, part: Part) -> Tensor | None:
 
 
 @torch.no_grad()
-def _term_weights(inputs: LossInputs, group: Group, teacher_hidden_ND: Tensor | None, stats: Stats) -> dict[str, Tensor]:
+def _term_weights(
+    inputs: LossInputs, group: Group, teacher_hidden_ND: Tensor | None, stats: Stats
+) -> dict[str, Tensor]:
     """Per term the weight of every row of the group, (N,): source, sequence weight and selection; not normalised."""
     terms = inputs.method.terms
     wanted = {name for term in terms if (name := term.selection.score_name(term.space))}
@@ -234,9 +237,7 @@ def _group_loss(
     return loss
 
 
-def _term_value(
-    term: Term, student_NV: Tensor, teacher_NV: Tensor | None, rows: Rows, products: Products
-) -> Tensor:
+def _term_value(term: Term, student_NV: Tensor, teacher_NV: Tensor | None, rows: Rows, products: Products) -> Tensor:
     if teacher_NV is None and term.divergence.needs_teacher:
         raise VarkdError(f"the term '{term.name}' compares with a teacher: give teacher=RUN")
     value_N = torch.zeros((), device=student_NV.device)
@@ -259,13 +260,14 @@ def chunked_head_loss(
 
 class _ChunkedHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, evaluate, chunk_rows):  # noqa: ANN001
+    def forward(ctx, hidden_ND, weight_VD, bias_V, evaluate, chunk_rows):
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
         wants_grad = any(ctx.needs_input_grad[:3])
         weight = weight_VD.detach().to(dtype)
         bias = None if bias_V is None else bias_V.detach().to(dtype)
-        grads = [None if x is None else torch.zeros_like(x) for x in (hidden_ND, weight_VD, bias_V)]
+        grad_hidden, grad_weight = torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD)
+        grad_bias = None if bias_V is None else torch.zeros_like(bias_V)
         total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
         with torch.autocast(device, enabled=False):
             for rows in chunks(len(hidden_ND), chunk_rows):
@@ -278,16 +280,16 @@ class _ChunkedHead(torch.autograd.Function):
                     value = evaluate(logits.requires_grad_(), rows)
                     (grad_logits,) = torch.autograd.grad(value, logits)
                 total += value.detach()
-                grads[0][rows] = (grad_logits @ weight).to(hidden_ND.dtype)
-                grads[1] += grad_logits.T @ hidden
-                if grads[2] is not None:
-                    grads[2] += grad_logits.sum(0)
-        ctx.grads = grads
+                grad_hidden[rows] = (grad_logits @ weight).to(hidden_ND.dtype)
+                grad_weight += grad_logits.T @ hidden
+                if grad_bias is not None:
+                    grad_bias += grad_logits.sum(0)
+        ctx.grads = (grad_hidden, grad_weight, grad_bias)
         return total.to(torch.promote_types(hidden_ND.dtype, torch.float32))
 
     @staticmethod
-    def backward(ctx, grad_output):  # noqa: ANN001
-        scaled = [None if grad is None else grad * grad_output for grad in ctx.grads]
+    def backward(ctx, *grad_outputs):
+        scaled = [None if grad is None else grad * grad_outputs[0] for grad in ctx.grads]
         return (*scaled, None, None)
 
 

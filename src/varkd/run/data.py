@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,6 @@ def open_codes(run: Run) -> Codes:
     return Codes(Path(run.out) / "codes")
 
 
-
-
 def fit(
     data: str, out: Path, *, image_size: int | None = None, validation: float = 0.1, vocab_size: int = 512,
     downsampling: int = 4, steps: int | None = None, seed: int = 0, flip: bool = True, device: str = "auto",
@@ -133,7 +131,8 @@ def fit(
     if height != width:
         raise VarkdError(f"the VQ tokenizer takes square images, these are {height}x{width}: give --image-size")
     config = VQConfig.small(height, channels, vocab_size, downsampling)
-    settings = FitConfig(flip=flip, seed=seed, **({} if steps is None else {"steps": steps}))
+    settings = FitConfig(flip=flip, seed=seed)
+    settings = settings if steps is None else replace(settings, steps=steps)
     tokenizer, record = fit_tokenizer(train, held_out, config, settings, device=pick_device(device), quiet=quiet)
     save_tokenizer(tokenizer.cpu(), out, record)
     return record

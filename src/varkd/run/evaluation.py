@@ -20,9 +20,9 @@ from varkd.evaluate.speed import samples_per_second
 from varkd.files import read_json, write_json
 from varkd.progress import console
 from varkd.run.data import Codes, pick_device
+from varkd.run.environment import versions
 from varkd.run.models import load_trained
 from varkd.run.sampling import balanced_labels, generate
-from varkd.run.training import environment
 from varkd.tokenizers.protocol import to_uint8
 from varkd.types import Batch
 
@@ -57,12 +57,13 @@ def evaluate_run(
     teacher_path = teacher or (Path(run.teacher) if run.teacher else None)
     means, curves = _agreement(run, codes, model, teacher_path, settings)
     status, info = read_json(folder / "status.json"), read_json(folder / "environment.json")
+    held_out = ordered_batches(codes.split("validation"), 256)
     metrics = {
         "name": run.name or folder.name, "method": run.preset, "updates": status["step"], "seconds": status["seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "samples_per_second": samples_per_second(model, settings.sampler),
         "num_samples": settings.num_samples, "metrics": found, "floors": _floors(codes, reference, net),
-        "validation_ce": cross_entropy(model, ordered_batches(codes.split("validation"), 256), model.head.weight.device),
+        "validation_ce": cross_entropy(model, held_out, model.head.weight.device),
         "agreement": means, "agreement_by_position": curves, "grid": codes.manifest["grid"],
         "protocol": _protocol(run, codes, settings, reference, record, teacher_path, info, folder),
         "samples": "evaluation/samples.png",
@@ -140,7 +141,7 @@ def _protocol(
     return {
         "reference": reference.describe(), "features": record, "tokenizer": codes.manifest["tokenizer"]["hash"],
         "data": codes.manifest["source"]["name"], "sampler": vars(settings.sampler), "seed": settings.seed,
-        "training_seed": run.seed, "labels": "balanced", "versions": environment()["versions"],
+        "training_seed": run.seed, "labels": "balanced", "versions": versions(),
         "weights": selected["weights"], "checkpoint": selected["checkpoint"],
         "teacher": str(teacher) if teacher else None, "teacher_hash": info.get("teacher_hash"),
         "init": run.init,

@@ -83,8 +83,8 @@ def check_pair(student: Backbone, model: Backbone, tokenizer_hash: str | None, c
         )
     wanted = (codes.manifest["tokenizer"]["vocab_size"], len(codes.manifest["class_names"]))
     if (model.vocab_size, model.num_classes) != wanted:
-        raise VarkdError(f"this model has {model.vocab_size} codes and {model.num_classes} classes, the data {wanted[0]} "
-                         f"and {wanted[1]}: use codes with the same tokenizer and classes")  # fmt: skip
+        raise VarkdError(f"this model has {model.vocab_size} codes and {model.num_classes} classes, the data "
+                         f"{wanted[0]} and {wanted[1]}: use codes with the same tokenizer and classes")  # fmt: skip
     model.check(student.plan(1, Rng(0), torch.zeros(1, dtype=torch.long)))
 
 
@@ -95,8 +95,6 @@ def load_trained(folder: str | Path, device: str = "auto") -> tuple[Run, Codes, 
     codes = Codes(Path(read_json(environment_path)["codes"]))
     model, _ = load_backbone(folder, str(pick_device(device)))
     return run, codes, model
-
-
 
 
 def load(path: str | Path, device: str = "auto") -> Backbone:

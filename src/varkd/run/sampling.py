@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,8 +49,6 @@ def balanced_labels(num: int, num_classes: int) -> Tensor:
     return torch.arange(num) % num_classes
 
 
-
-
 def sample_run(
     folder: Path, out: Path, num: int, *, seed: int | None = None, sampler: Sampler | None = None,
     labels: list[int] | None = None, batch_size: int = 250, device: str = "auto", quiet: bool = False,
@@ -69,14 +66,24 @@ def sample_run(
     wrong = [label for label in labels or [] if not 0 <= label < model.num_classes]
     if wrong:
         raise VarkdError(f"label {wrong[0]} is outside 0..{model.num_classes - 1} (the classes of this run)")
-    label_B = torch.tensor(labels).repeat(-(-num // len(labels)))[:num] if labels else balanced_labels(num, model.num_classes)
+    label_B = (
+        torch.tensor(labels).repeat(-(-num // len(labels)))[:num] if labels else balanced_labels(num, model.num_classes)
+    )
     sampler, seed = sampler or run.evaluation.sampler, run.evaluation.seed if seed is None else seed
     images, codes_BL = generate(model, codes.tokenizer, label_B, sampler, seed, batch_size, "sample", quiet)
     images_NHWC = images.permute(0, 2, 3, 1).numpy()
     columns = min(model.num_classes, 10) if model.num_classes > 1 else 10
-    about = {"run": str(folder), "num": num, "seed": seed, "sampler": vars(sampler), "class_names": codes.manifest["class_names"]}
+    about = {
+        "run": str(folder),
+        "num": num,
+        "seed": seed,
+        "sampler": vars(sampler),
+        "class_names": codes.manifest["class_names"],
+    }
     with atomic_folder(out) as temporary:
-        np.savez(temporary / "samples.npz", images_NHWC, label=label_B.numpy(), codes=codes_BL.numpy().astype(np.uint16))
+        np.savez(
+            temporary / "samples.npz", images_NHWC, label=label_B.numpy(), codes=codes_BL.numpy().astype(np.uint16)
+        )
         pictures.save_png(temporary / "grid.png", pictures.grid(images_NHWC[: columns * 10], columns))
         write_json(temporary / "samples.json", about)
     return out

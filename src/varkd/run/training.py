@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +18,7 @@ from varkd.errors import VarkdError
 from varkd.evaluate.agreement import cross_entropy
 from varkd.files import read_json, write_errors, write_json, write_text
 from varkd.run.data import Codes, open_codes, pick_device
+from varkd.run.environment import environment
 from varkd.run.models import Objects, build_objects, new_student
 from varkd.run.sampling import generate
 from varkd.train.checkpoint import Progress
@@ -101,31 +97,14 @@ def _record(run: Run, codes: Codes, folder: Path, objects: Objects, world: World
         before = read_json(path)
         for name in ("teacher_hash", "tokenizer_hash", "init_hash"):
             if before.get(name) != recorded[name]:
-                raise VarkdError(f"{folder} was begun with another {name.removesuffix('_hash')} "
-                                 f"({str(before.get(name))[:12]}, now {str(recorded[name])[:12]}): --overwrite to start anew")  # fmt: skip
+                old, new = (str(values.get(name))[:12] for values in (before, recorded))
+                what = name.removesuffix("_hash")
+                raise VarkdError(
+                    f"{folder} was begun with another {what} ({old}, now {new}): --overwrite to start anew"
+                )
     plain = objects.student if world.size == 1 else new_student(run, codes)
     write_json(folder / "config.json", describe(plain, recorded["tokenizer_hash"]))
     write_json(path, {**recorded, **environment(world)})
-
-
-def environment(world: World | None = None) -> dict[str, Any]:
-    """Versions, machine and command: what somebody needs who wants the same numbers."""
-    return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("varkd", "torch", "numpy")}},
-        "git": _git_hash(),
-        "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "ranks": (world or World()).size},
-        "command": sys.argv,
-    }  # fmt: skip
-
-
-def _git_hash() -> str | None:
-    """The commit of the varkd checkout in use, or None when varkd was installed from a wheel."""
-    try:
-        found = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True,
-                               text=True, timeout=5, check=False)  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
 
 
 def _job(
@@ -160,5 +139,3 @@ def _first(codes: CodeSet, num: int, batch_size: int) -> Iterator[Batch]:
             return
         seen += len(batch)
         yield batch
-
-

@@ -87,7 +87,7 @@ class Checkpoints:
     def load(
         self, step: int, model: Backbone, ema: Ema, optimizer: torch.optim.Optimizer, rows: range
     ) -> tuple[State, Progress]:
-        """Restore models and optimiser in place; returns the method's state (of this rank's `rows`) and the counters."""
+        """Restore models and optimiser in place; returns this rank's part of the method's state, and the counters."""
         folder = self.path(step)
         load_model_state(model, load_tensors(folder / "student.safetensors"))
         average = load_tensors(folder / "ema.safetensors")

@@ -197,8 +197,8 @@ class Session:
         kept = f"update {self.saved_step}" if self.saved_step else "none yet"
         self.close("failed")
         raise VarkdError(
-            f"the loss is not finite at update {self.progress.step + 1} (loss {loss:g}, gradient norm {norm:g}; {terms}); "
-            f"last good checkpoint: {kept}. Lower train.optim.lr or raise train.optim.warmup"
+            f"the loss is not finite at update {self.progress.step + 1} (loss {loss:g}, gradient norm {norm:g}; {terms})"
+            f"; last good checkpoint: {kept}. Lower train.optim.lr or raise train.optim.warmup"
         )
 
     def report(self, values: dict[str, float], progress_bar: Bar) -> None:

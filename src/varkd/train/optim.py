@@ -28,7 +28,7 @@ class Optim:
     def __post_init__(self) -> None:
         check_range("optim", "ema", self.ema, 0, 1)
         check_range("optim", "min_lr_ratio", self.min_lr_ratio, 0, 1)
-        if self.lr <= 0 or self.clip <= 0 or self.warmup < 0 or self.weight_decay < 0:
+        if not (self.lr > 0 and self.clip > 0 and self.warmup >= 0 and self.weight_decay >= 0):
             raise VarkdError("optim: need lr > 0, clip > 0, warmup >= 0 and weight_decay >= 0")
 
     def lr_at(self, step: int, updates: int) -> float:
@@ -64,7 +64,8 @@ class Ema:
     def update(self, step: int) -> None:
         """Follow the live weights after update `step` (0-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - decay)
+        for name, average in self.average.items():
+            average.lerp_(self.live[name].detach(), 1 - decay)
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ stays unsharded from forward to backward, so the chunked loss can use the head d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,17 +73,19 @@ def like(tensor: Tensor, pattern: Tensor) -> Tensor:
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """The whole state dict on the CPU (complete on rank 0)."""
-    return get_model_state_dict(model, options=_FULL)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=_FULL))
 
 
 def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load a whole state dict, strictly, into a possibly sharded model."""
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=True))
+    set_model_state_dict(
+        model, cast(dict[str, Any], state), options=StateDictOptions(full_state_dict=True, strict=True)
+    )
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The whole optimiser state as `{parameter name}/{entry}` -> tensor (complete on rank 0)."""
-    state = get_optimizer_state_dict(model, optimizer, options=_FULL)["state"]
+    state = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_FULL)["state"])
     return {f"{name}/{entry}": value for name, entries in state.items() for entry, value in _entries(entries)}
 
 

@@ -103,7 +103,9 @@ def test_zero_exactly_where_equal(name: str, seed: int, scale: float, size: int)
     divergence, _ = TWO_SIDED[name]
     s, z = logits(seed, scale, size)
     value, gradient = apply(divergence, s + 3.0, s)  # equal up to a shift of the logits
-    assert value.abs().max() < 1e-11 and gradient.abs().max() < 1e-11
+    assert value.abs().max() < 1e-11
+    if name != "total_variation":  # its gradient is the sign of a rounding error here; exact ties are tested below
+        assert gradient.abs().max() < 1e-11
     different, _ = apply(divergence, s, z)
     apart = (s.softmax(1) - z.softmax(1)).abs().sum(1) > 1e-4
     assert (different[apart] > 1e-11).all()

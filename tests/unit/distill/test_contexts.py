@@ -1,0 +1,342 @@
+"""Contexts: who gets which rows, what is sampled when, and how much each sequence counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from varkd.backbones.protocol import Backbone
+from varkd.distill import contexts as module
+from varkd.distill.contexts import (
+    Contexts,
+    Data,
+    Mixture,
+    Replay,
+    Reweighted,
+    Rollout,
+    Scene,
+    Share,
+    State,
+    composition,
+    effective_share,
+    log_ratio,
+    merge,
+    sequence_weights,
+)
+from varkd.distill.schedule import Ramp, resolve
+from varkd.errors import VarkdError
+from varkd.rollout import Sampler
+from varkd.types import Batch, Condition, Context, Part
+from varkd.world import Rng
+
+
+def scene(student: Backbone, teacher: Backbone | None = None, step: int = 0, state: State | None = None) -> Scene:
+    return Scene(student, teacher, state or {}, Rng(0, step), chunk_rows=5)
+
+
+def same_part(one: Part, other: Part) -> bool:
+    fields = ("codes_BL", "supervision_BL", "row_B", "weight_B", "age_B")
+    tensors = all(torch.equal(getattr(one, name), getattr(other, name)) for name in fields)
+    return tensors and torch.equal(one.condition.label_B, other.condition.label_B) and one.source == other.source
+
+
+# ---- composition and mixtures
+
+
+@settings(max_examples=200, deadline=None)
+@given(fractions=st.lists(st.floats(0, 1), min_size=1, max_size=6).filter(lambda f: sum(f) > 1e-3))
+def test_every_prefix_holds_its_quota_within_one_row(fractions: list[float]):
+    owners = composition(tuple(fractions), 80)
+    total, counts = sum(fractions), [0] * len(fractions)
+    for row, owner in enumerate(owners):
+        counts[owner] += 1
+        for source, fraction in enumerate(fractions):
+            assert abs(counts[source] - (row + 1) * fraction / total) < 1
+            assert fraction > 0 or counts[source] == 0
+
+
+def test_four_sources_that_the_greedy_rule_gets_wrong():
+    fractions = (6, 0.11852857931561467, 6, 0.5338567274761061)
+    counts, total = [0.0] * 4, sum(fractions)
+    for row, owner in enumerate(composition(fractions, 200)):
+        counts[owner] += 1
+        assert max(abs(c - (row + 1) * f / total) for c, f in zip(counts, fractions, strict=True)) <= 1 - 1 / 6 + 1e-6
+
+
+def test_an_empty_mixture_is_refused():
+    with pytest.raises(VarkdError, match="at least one fraction"):
+        composition((0.0, 0.0), 4)
+    with pytest.raises(VarkdError, match="fraction must lie in"):
+        Share(Data(), 1.5)
+
+
+def test_without_student_rows_nothing_is_sampled(student, batch, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("rollout was called")
+
+    monkeypatch.setattr(module, "rollout", refuse)
+    mixture = Mixture((Share(Data(), 1.0), Share(Rollout(), 0.0)))
+    (part,) = mixture(batch, scene(student)).parts
+    assert part.source == "data" and torch.equal(part.codes_BL, batch.codes_BL)
+
+
+def test_without_data_rows_the_codes_are_never_read(student, batch):
+    mixture = Mixture((Share(Data(), 0.0), Share(Rollout(), 1.0)))
+    garbage = replace(batch, codes_BL=torch.full_like(batch.codes_BL, 10**9))
+    (part,) = mixture(garbage, scene(student)).parts
+    assert part.source == "student" and same_part(part, mixture(batch, scene(student)).parts[0])
+    assert part.codes_BL.max() < student.vocab_size
+
+
+def test_a_mixture_deals_every_row_to_one_source(student, teacher, batch):
+    mixture = Mixture((Share(Data(), 0.5), Share(Rollout(), 0.25), Share(Rollout("teacher"), 0.25)))
+    parts = mixture(batch, scene(student, teacher)).parts
+    assert {part.source: len(part) for part in parts} == {"data": 4, "student": 2, "teacher": 2}
+    rows = torch.cat([part.row_B for part in parts])
+    assert torch.equal(rows.sort().values, batch.row_B)
+    for part in parts:
+        assert torch.equal(part.condition.label_B, batch.label_B[part.row_B])
+        alone = {"data": Data(), "student": Rollout(), "teacher": Rollout("teacher")}[part.source]
+        whole = alone(batch, scene(student, teacher)).parts[0]
+        assert same_part(part, whole.select(part.row_B))
+
+
+# ---- rollouts
+
+
+@pytest.mark.parametrize("by", ["student", "teacher"])
+def test_rollouts_belong_to_rows_and_not_to_batches(student, teacher, batch, by):
+    whole = Rollout(by)(batch, scene(student, teacher)).parts[0]
+    assert whole.source == by and whole.behaviour_logp_BL is not None and (whole.age_B == 0).all()
+    for rows in (torch.tensor([5]), torch.tensor([7, 0, 3]), torch.arange(4, 8)):
+        part = Rollout(by)(batch.select(rows), scene(student, teacher)).parts[0]
+        assert torch.equal(part.codes_BL, whole.codes_BL[rows])
+    later = Rollout(by)(batch, scene(student, teacher, step=1)).parts[0]
+    assert not torch.equal(later.codes_BL, whole.codes_BL)
+
+
+def test_rollouts_carry_the_log_probability_of_their_codes(student, batch):
+    part = Rollout()(batch, scene(student)).parts[0]
+    logp = student.head(student(part.codes_BL, part.condition, part.plan)).log_softmax(-1)
+    expected = logp.gather(2, part.codes_BL.unsqueeze(2)).squeeze(2)
+    torch.testing.assert_close(part.behaviour_logp_BL, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_student_and_teacher_draw_different_numbers(student, batch):
+    both = Scene(student, student, {}, Rng(0, 0))
+    assert not torch.equal(Rollout()(batch, both).parts[0].codes_BL, Rollout("teacher")(batch, both).parts[0].codes_BL)
+
+
+def test_a_missing_teacher_is_named(student, batch):
+    for contexts in (Rollout("teacher"), Reweighted(Rollout())):
+        with pytest.raises(VarkdError, match="teacher=RUN"):
+            contexts(batch, scene(student))
+    assert Rollout("teacher").needs_teacher and not Rollout().needs_teacher
+    assert Mixture((Share(Data(), 1.0), Share(Replay(Rollout("teacher")), 0.1))).needs_teacher
+    assert Reweighted(Rollout()).needs_teacher
+
+
+# ---- replay
+
+
+def run_replay(contexts: Contexts, student: Backbone, batch: Batch, steps: int) -> list[Context]:
+    state: State = {}
+    found = []
+    for step in range(steps):
+        context = contexts(batch, scene(student, step=step, state=state))
+        state = contexts.update(context, state, Rng(0, step))
+        found.append(context)
+    return found
+
+
+def test_replay_refreshes_on_time_and_reuses_in_between(student, batch):
+    replay = Replay(every=4, capacity=2, max_age=20)
+    born: dict[tuple[int, int], Tensor] = {}
+    reused_from = set()
+    for step, context in enumerate(run_replay(replay, student, batch, 17)):
+        (part,) = context.parts
+        assert part.source == "student" and torch.equal(part.row_B, batch.row_B)
+        fresh = Rollout()(batch, scene(student, step=step)).parts[0]
+        for row, age in enumerate(part.age_B.tolist()):
+            if step % 4 == 0:
+                assert age == 0 and torch.equal(part.codes_BL[row], fresh.codes_BL[row])
+                born[row, step] = part.codes_BL[row]
+            else:
+                newest = step // 4 * 4
+                assert step - age in {newest, newest - 4} & set(range(0, step))  # a ring of two: the last two refreshes
+                assert torch.equal(part.codes_BL[row], born[row, step - age])
+                reused_from.add((newest - (step - age)) // 4)
+        assert torch.equal(part.condition.label_B, batch.label_B)
+    assert reused_from == {0, 1}  # both entries of the ring are drawn
+
+
+def test_replayed_sequences_keep_their_log_probabilities(student, batch):
+    contexts = run_replay(Replay(every=4), student, batch, 3)
+    first, later = contexts[0].parts[0], contexts[2].parts[0]
+    assert torch.equal(first.codes_BL, later.codes_BL) and (later.age_B == 2).all()
+    assert torch.equal(first.behaviour_logp_BL, later.behaviour_logp_BL)
+
+
+def test_replay_keeps_the_labels_of_its_sequences(student, batch):
+    replay, state = Replay(every=10), {}
+    context = replay(batch, scene(student, step=0))
+    state = replay.update(context, state, Rng(0, 0))
+    other = replace(batch, label_B=(batch.label_B + 1) % 3)
+    part = replay(other, scene(student, step=1, state=state)).parts[0]
+    assert torch.equal(part.condition.label_B, batch.label_B)
+
+
+def test_replay_never_serves_sequences_beyond_max_age(student, batch):
+    ages = [c.parts[0].age_B.tolist() for c in run_replay(Replay(every=100, capacity=3, max_age=2), student, batch, 12)]
+    assert max(max(row) for row in ages) == 2
+    assert ages[1] == [1] * 8 and ages[2] == [2] * 8 and ages[3] == [0] * 8  # too old: sampled afresh, off schedule
+
+
+def test_replay_of_a_part_of_the_rows_is_the_same(student, batch):
+    replay = Replay(every=3, capacity=2, max_age=4)
+    whole = run_replay(replay, student, batch, 10)
+    for rows in (torch.arange(4), torch.arange(4, 8), torch.tensor([1, 6])):
+        for context, piece in zip(whole, run_replay(replay, student, batch.select(rows), 10), strict=True):
+            assert same_part(piece.parts[0], context.parts[0].select(rows))
+
+
+def test_rows_that_join_between_refreshes_are_sampled_afresh(student, batch):
+    mixture = Mixture((Share(Data(), Ramp(1.0, 0.2)), Share(Replay(every=50), Ramp(0.0, 0.8))))
+    state: State = {}
+    owned: set[int] = set()
+    born_at: dict[int, int] = {}
+    for step in range(12):
+        contexts = resolve(mixture, step / 12)
+        context = contexts(batch, scene(student, step=step, state=state))
+        state = contexts.update(context, state, Rng(0, step))
+        for part in context.parts:
+            if part.source == "student":
+                for row, age, codes in zip(part.row_B.tolist(), part.age_B.tolist(), part.codes_BL, strict=True):
+                    born_at.setdefault(row, step)
+                    assert step - age == born_at[row]  # its own ring, never a neighbour's
+                    fresh = Rollout()(batch, scene(student, step=born_at[row])).parts[0]
+                    assert torch.equal(codes, fresh.codes_BL[row])
+                    owned.add(row)
+    assert len(owned) >= 6 and len(set(born_at.values())) >= 4
+
+
+def test_replay_can_keep_teacher_samples(student, teacher, batch):
+    replay = Replay(Rollout("teacher"), every=4)
+    state: State = {}
+    first = replay(batch, scene(student, teacher, 0, state)).parts[0]
+    state = replay.update(Context((first,)), state, Rng(0, 0))
+    later = replay(batch, scene(student, teacher, 1, state)).parts[0]
+    assert later.source == "teacher" and (later.age_B == 1).all() and torch.equal(later.codes_BL, first.codes_BL)
+
+
+def test_replay_beside_fresh_rollouts_still_remembers_its_rows(student, batch):
+    mixture = Mixture((Share(Rollout(), 0.5), Share(Replay(every=10), 0.5)))
+    contexts = run_replay(mixture, student, batch, 3)
+    assert contexts[2].parts[1].age_B.tolist() == [2] * 4
+
+
+@pytest.mark.parametrize("values", [{"every": 0}, {"capacity": 0}, {"max_age": -1}])
+def test_replay_refuses_nonsense(values: dict):
+    with pytest.raises(VarkdError, match="replay"):
+        Replay(**values)
+
+
+# ---- sequence weights
+
+ratios = st.lists(st.floats(-30, 30), min_size=2, max_size=64).map(lambda values: torch.tensor(values))
+
+
+@settings(max_examples=100, deadline=None)
+@given(ratio_B=ratios, kappa=st.floats(0, 50), clip=st.floats(1, 20), floor=st.floats(0, 1))
+def test_weights_have_mean_one_and_enough_effective_samples(ratio_B, kappa, clip, floor):
+    weight_B = sequence_weights(ratio_B, kappa, clip, floor)
+    torch.testing.assert_close(weight_B.mean(), torch.tensor(1.0), rtol=1e-5, atol=1e-5)
+    assert effective_share(weight_B) >= floor - 1e-5
+    assert float(weight_B.max() / weight_B.min()) <= clip**2 * (1 + 1e-5)
+    by_ratio = weight_B[torch.argsort(ratio_B)]
+    assert (by_ratio.diff() >= -1e-6).all()  # a sequence that the teacher likes better never counts less
+
+
+def test_weights_without_limits_are_a_softmax():
+    ratio_B = torch.tensor([0.1, -0.2, 0.4, 0.0])
+    expected = 4 * (2.5 * ratio_B.double()).exp() / (2.5 * ratio_B.double()).exp().sum()
+    torch.testing.assert_close(sequence_weights(ratio_B, 2.5, 1e6, 0.0).double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(sequence_weights(ratio_B, 0.0, 4.0, 0.5), torch.ones(4))
+
+
+def test_clipping_is_followed_by_renormalising():
+    ratio_B = torch.tensor([5.0, 0.0, 0.0, 0.0])
+    w = (4 * ratio_B.softmax(0)).clamp(1 / 2, 2)
+    torch.testing.assert_close(sequence_weights(ratio_B, 1.0, 2.0, 0.0), w / w.mean())
+
+
+def test_bisection_stops_at_the_floor_and_not_far_above():
+    ratio_B = torch.linspace(-1, 1, 32)
+    weight_B = sequence_weights(ratio_B, 1000.0, 1e9, 0.5)
+    assert 0.5 <= effective_share(weight_B) < 0.501
+
+
+def test_effective_share():
+    assert effective_share(torch.ones(7)) == pytest.approx(1)
+    assert effective_share(torch.tensor([7.0] + [0.0] * 6)) == pytest.approx(1 / 7)
+
+
+def test_log_ratio(student, teacher, batch):
+    part = Rollout()(batch, scene(student)).parts[0]
+    logp = [m.head(m(part.codes_BL, part.condition, part.plan)).log_softmax(-1) for m in (teacher, student)]
+    expected = (logp[0] - logp[1]).gather(2, part.codes_BL.unsqueeze(2)).squeeze(2).mean(1)
+    torch.testing.assert_close(log_ratio(part, scene(student, teacher)), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_reweighting_touches_student_rows_only(student, teacher, batch):
+    mixture = Mixture((Share(Data(), 0.5), Share(Rollout(), 0.5)))
+    data, sampled = Reweighted(mixture, kappa=3.0, clip=1e6, ess_floor=0.0)(batch, scene(student, teacher)).parts
+    assert (data.weight_B == 1).all()
+    ratio_B = log_ratio(sampled, scene(student, teacher))
+    torch.testing.assert_close(sampled.weight_B, 4 * (3 * ratio_B).softmax(0), rtol=1e-4, atol=1e-5)
+    assert sampled.weight_B.std() > 0.01
+    plain = mixture(batch, scene(student, teacher)).parts[1]
+    assert torch.equal(plain.codes_BL, sampled.codes_BL)
+
+
+def test_the_shuffled_control_permutes_the_same_weights(student, teacher, batch):
+    straight, shuffled = (
+        Reweighted(Rollout(), shuffle=shuffle)(batch, scene(student, teacher)).parts[0] for shuffle in (False, True)
+    )
+    assert torch.equal(straight.codes_BL, shuffled.codes_BL)
+    assert torch.equal(straight.weight_B.sort().values, shuffled.weight_B.sort().values)
+    assert not torch.equal(straight.weight_B, shuffled.weight_B)
+
+
+def test_a_step_without_student_rows_can_be_reweighted(student, teacher, batch):
+    mixture = Mixture((Share(Data(), 1.0), Share(Rollout(), 0.0)))
+    (part,) = Reweighted(mixture)(batch, scene(student, teacher)).parts
+    assert (part.weight_B == 1).all()
+
+
+@pytest.mark.parametrize("values", [{"kappa": -1.0}, {"clip": 0.5}, {"ess_floor": 1.5}])
+def test_reweighting_refuses_nonsense(values: dict):
+    with pytest.raises(VarkdError, match="reweighted"):
+        Reweighted(Rollout(), **values)
+
+
+def test_sampling_leaves_no_graph_and_the_models_in_their_mode(student, teacher, batch):
+    student.train()
+    part = Reweighted(Rollout(sampler=Sampler(top_k=3)))(batch, scene(student, teacher)).parts[0]
+    assert student.training and not teacher.training
+    assert not part.weight_B.requires_grad
+    assert part.behaviour_logp_BL is not None and not part.behaviour_logp_BL.requires_grad
+
+
+def test_merge_keeps_optional_fields_only_if_all_parts_have_them(student, batch):
+    data, sampled = Data()(batch, scene(student)).parts[0], Rollout()(batch, scene(student)).parts[0]
+    assert merge([data, sampled]).behaviour_logp_BL is None
+    both = merge([sampled, sampled])
+    assert both.behaviour_logp_BL is not None and len(both) == 16
+    scaled = replace(data, condition=Condition(data.condition.label_B, torch.ones(8)))
+    assert merge([scaled, scaled]).condition.scale_B is not None
