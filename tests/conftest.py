@@ -24,7 +24,9 @@ def make_model(
     **sizes: int,
 ) -> LlamaGen:
     """A LlamaGen whose weights, the head included, are all drawn from normal(0, scale): nothing is uniform or zero."""
-    config = LlamaGenConfig(vocab_size, CLASSES, grid, **{"num_layers": 2, "dim": 16, "num_heads": 2, "ffn_dim": 24, **sizes})
+    config = LlamaGenConfig(
+        vocab_size, CLASSES, grid, **{"num_layers": 2, "dim": 16, "num_heads": 2, "ffn_dim": 24, **sizes}
+    )
     generator = torch.Generator().manual_seed(seed)
     model = LlamaGen(config).to(dtype)
     with torch.no_grad():

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from varkd.data.codes import CodeSet
     from varkd.data.images import ImageSet, open_images
     from varkd.data.loader import Loader
+    from varkd.distill.contexts import Scene
     from varkd.distill.loss import LossInputs, denominators, distill_loss
     from varkd.distill.method import Method, Term
     from varkd.errors import VarkdError
@@ -32,6 +33,7 @@ _WHERE = {
     "data.codes": ("CodeSet",),
     "data.images": ("ImageSet", "open_images"),
     "data.loader": ("Loader",),
+    "distill.contexts": ("Scene",),
     "distill.loss": ("LossInputs", "denominators", "distill_loss"),
     "distill.method": ("Method", "Term"),
     "errors": ("VarkdError",),
@@ -46,7 +48,7 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 
 __all__ = [
     "METHODS", "Backbone", "Batch", "CodeSet", "Condition", "Context", "ImageSet", "LlamaGen", "LlamaGenConfig",
-    "Loader", "LossInputs", "Method", "Part", "Plan", "Rng", "Sampler", "Term", "VarkdError", "World", "denominators",
+    "Loader", "LossInputs", "Method", "Part", "Plan", "Rng", "Sampler", "Scene", "Term", "VarkdError", "World", "denominators",
     "distill_loss", "load", "load_tokenizer", "open_images", "rollout", "save", "save_tokenizer",
 ]  # fmt: skip
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -142,12 +143,20 @@ class Context:
         return sum(len(part) for part in self.parts)
 
     def micro_batches(self, count: int) -> Iterator[Context]:
-        """Split every part into `count` contexts of nearly equal size (empty ones are left out)."""
+        """Cut the rows, part after part, into `count` contexts of nearly equal size (empty ones are left out).
+
+        How many come out depends on the number of rows only, not on the parts: ranks that hold other shares of a
+        mixture still make equally many passes through a sharded model.
+        """
+        starts = list(accumulate((len(part) for part in self.parts), initial=0))
         for index in range(count):
-            chunks = [part.select(slice(*_bounds(len(part), count, index))) for part in self.parts]
-            chunks = [chunk for chunk in chunks if len(chunk)]
-            if chunks:
-                yield Context(tuple(chunks))
+            begin, end = _bounds(len(self), count, index)
+            chunks = [
+                part.select(slice(max(begin - start, 0), max(end - start, 0)))
+                for part, start in zip(self.parts, starts, strict=False)
+            ]
+            if end > begin:
+                yield Context(tuple(chunk for chunk in chunks if len(chunk)))
 
     def drop_labels(self, rate: float, null_label: int, uniform_of: Sequence[Tensor]) -> Context:
         """Replace the label of each row whose uniform number is below `rate` by the null label.

@@ -191,8 +191,8 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, rope: Tensor, cache: Tensor | None) -> Tensor:
         """`cache` (2, B, heads, slots so far, head_dim) receives the new keys and values in its last slots."""
         num_new = x_BLD.shape[1]
-        q, k, v = self.wqkv(x_BLD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, rope), rotate(k, rope)
+        qkv = self.wqkv(x_BLD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        (q, k), v = rotate(qkv[:2], rope), qkv[2]
         if cache is not None:
             cache[0, ..., -num_new:, :], cache[1, ..., -num_new:, :] = k, v
             k, v = cache[0].to(q.dtype), cache[1].to(q.dtype)

@@ -145,11 +145,11 @@ class Replay:
     def update(self, context: Context, state: State, rng: Rng) -> State:
         """Push the fresh sequences (age 0) of `context` into the rings of their rows."""
         fresh = [part.select(part.age_B == 0) for part in context.parts if part.source == self.rollout.by]
-        fresh = [part for part in fresh if len(part)]
-        if not fresh:
-            return state
-        part = merge(fresh)
+        # A rank may get its first student rows later than another one, but all of them keep (empty) rings.
+        part = merge(fresh) if fresh else context.parts[0].select(slice(0, 0))
         state = self._with_rows(state, part)
+        if not len(part):
+            return state
         slot_B = self._slots(part.row_B, state)
         place_B = state["rows/replay_born"][slot_B].argmin(1)  # the oldest entry, or an empty one (-1e9)
         assert part.behaviour_logp_BL is not None
@@ -166,7 +166,7 @@ class Replay:
         """Make room for rows that have no ring yet, keeping the rings sorted by row."""
         known = state.get("rows/replay_row", part.row_B.new_empty(0))
         new_B = part.row_B[~torch.isin(part.row_B, known)]
-        if not len(new_B):
+        if not len(new_B) and "rows/replay_row" in state:
             return state
         row = torch.cat([known, new_B])
         order = torch.argsort(row)

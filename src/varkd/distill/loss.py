@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkd.backbones.protocol import Backbone
-from varkd.distill.contexts import effective_share, merge
+from varkd.distill.contexts import merge
 from varkd.distill.divergences import Rows
 from varkd.distill.method import Method, Term, threshold_key
 from varkd.distill.schedule import number
@@ -194,9 +194,10 @@ def _part_weight(inputs: LossInputs, term: Term, part: Part, scores: Scores, sta
     if name is not None:
         by_rank = scores[name].gather(1, part.plan.order_BL)
         stats.scores.setdefault(term.name, []).append(by_rank)
-    stats.add(f"kept/{term.name}", selected_BL.sum(), selected_BL.numel())
+    stats.add(f"kept/{term.name}", selected_BL.double().sum(), selected_BL.numel())
     if part.source == "student":
-        stats.add("ess/student", effective_share(part.weight_B) * len(part), len(part))
+        # (sum w)^2 / (B sum w^2) over the whole step, where the weights have mean 1
+        stats.add("ess/student", len(part), part.weight_B.square().sum())
         stats.add("age/student", part.age_B.sum(), len(part))
     return selected_BL * part.weight_B.unsqueeze(1)
 
@@ -206,7 +207,7 @@ def _group_loss(
     weights: Mapping[str, Tensor], denominators: Mapping[str, float], stats: Stats,
 ) -> Tensor:  # fmt: skip
     terms = inputs.method.terms
-    scaled_TN = torch.stack([weights[t.name] * (number(t.weight) / denominators[t.name]) for t in terms])
+    scaled_TN = torch.stack([weights[t.name].double() * (number(t.weight) / denominators[t.name]) for t in terms])
     # Rows that no term selects need neither head: this saves compute as well as noise.
     row_N = (scaled_TN != 0).any(0).nonzero().squeeze(1)
     scaled_TN, code_N = scaled_TN[:, row_N], group.stacked.supervision_BL.flatten()[row_N]

@@ -27,7 +27,9 @@ class Ramp:
     def at(self, progress: float) -> float:
         if progress >= self.until:
             return self.end
-        share = max(0.0, progress - self.begin) / (self.until - self.begin)
+        if progress <= self.begin:
+            return self.start
+        share = (progress - self.begin) / (self.until - self.begin)
         return self.start + (self.end - self.start) * share
 
 

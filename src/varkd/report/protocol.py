@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from varkd.report.runs import RunFolder
-from varkd.report.tables import Row
+from varkd.report.tables import Row, competitors
 
 _SHARED_KEYS = ("num_samples", "grid")
 _SHARED_PROTOCOL = (
-    "reference", "features", "agreement", "tokenizer", "data", "sampler", "seed", "labels", "weights", "versions",
+    "reference", "tokenizer", "data", "sampler", "seed", "labels", "weights", "versions",
 )  # fmt: skip
-_STUDENT_PROTOCOL = ("teacher_hash", "teacher")
 
 
 @dataclass(frozen=True)
@@ -33,19 +32,23 @@ def differences(runs: Sequence[RunFolder], rows: Sequence[Row]) -> list[Differen
     evaluated = [run for run in runs if run.metrics is not None]
     settings = {run.label: _flatten(_select(run.metrics or {})) for run in evaluated}
     found = _compare(settings)
-    students = [run for run, row in zip(evaluated, rows, strict=True) if row.role != "teacher"]
+    rivals = {row.name for row in competitors(rows)}
+    students = [run for run in evaluated if run.label in rivals]
     return found + _compare({run.label: _student_settings(run.metrics or {}) for run in students})
 
 
 def _select(metrics: Mapping[str, Any]) -> dict[str, Any]:
     protocol = metrics.get("protocol") or {}
-    return {key: metrics.get(key) for key in _SHARED_KEYS} | {key: protocol.get(key) for key in _SHARED_PROTOCOL}
+    network = protocol.get("features")
+    own = {key: metrics.get(key) for key in _SHARED_KEYS}
+    shared = {key: protocol.get(key) for key in _SHARED_PROTOCOL}
+    return own | shared | {"feature network": network.get("hash") if isinstance(network, Mapping) else network}
 
 
 def _student_settings(metrics: Mapping[str, Any]) -> dict[str, Any]:
     protocol = metrics.get("protocol") or {}
-    known = [key for key in _STUDENT_PROTOCOL if protocol.get(key) is not None][:1]
-    return {"updates": metrics.get("updates")} | {key: protocol[key] for key in known}
+    teacher = "teacher" if protocol.get("teacher_hash") is None else "teacher_hash"
+    return {"updates": metrics.get("updates"), **{key: protocol.get(key) for key in ("training_seed", teacher)}}
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, Any]:
@@ -80,7 +83,7 @@ def statement(runs: Sequence[RunFolder], rows: Sequence[Row]) -> list[str]:
         return [f"{_count(len(runs), 'run')}, none of them evaluated yet."]
     metrics = [run.metrics for run in runs if run.metrics is not None]
     sentences = [f"This page compares {_who(rows)}.", _judged(metrics)]
-    students = [row for row in rows if row.role != "teacher"]
+    students = competitors(rows)
     updates = {row.cells["updates"].text for row in students}
     if len(students) > 1:
         who = "student" if all(row.role == "student" for row in students) else "run"

@@ -85,7 +85,7 @@ def grids(runs: Sequence[RunFolder], rows: Sequence[Row]) -> list[Grid]:
 
 
 def floors(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
-    """What real images and the tokenizer alone reach, as (who, number); one entry per distinct value."""
+    """What real images and the tokenizer alone reach, as (who, number with its N); one entry per distinct value."""
     meaning = {
         "fd_validation": "real validation images",
         "fd_reconstruction": "real images through the tokenizer alone",
@@ -93,9 +93,12 @@ def floors(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     column = Column("fd", "FD", "", "")
     found: dict[tuple[str, str], None] = {}
     for run in runs:
-        for key, value in ((run.metrics or {}).get("floors") or {}).items():
+        values = dict((run.metrics or {}).get("floors") or {})
+        num = values.pop("num", None)
+        size = "" if num is None else f" (N = {num:,})"
+        for key, value in values.items():
             if value is not None:
-                found[meaning.get(key) or str(key), make_cell(column, float(value)).text] = None
+                found[meaning.get(key) or str(key), make_cell(column, float(value)).text + size] = None
     return list(found)
 
 
@@ -111,6 +114,8 @@ def agreement(runs: Sequence[RunFolder], rows: Sequence[Row]) -> tuple[list[Colu
         cells = {}
         for source, values in by_source.items():
             for key, value in values.items():
+                if key == "num":
+                    continue
                 column = _agreement_column(key, source)
                 columns[column.key] = column
                 cells[column.key] = make_cell(column, None if value is None else float(value))
@@ -122,9 +127,16 @@ def agreement(runs: Sequence[RunFolder], rows: Sequence[Row]) -> tuple[list[Colu
 
 
 def agreement_counts(runs: Sequence[RunFolder]) -> list[str]:
-    """The distinct N (sequences) of the agreement, where the protocol states it."""
-    stated = [((run.metrics or {}).get("protocol") or {}).get("agreement") for run in runs]
-    return sorted({as_text(entry.get("num")) for entry in stated if isinstance(entry, Mapping)})
+    """N of the agreement per source: "data: N = 360 sequences"; every distinct one where runs differ."""
+    found: dict[str, set[int]] = {}
+    for run in runs:
+        for source, values in ((run.metrics or {}).get("agreement") or {}).items():
+            if values and values.get("num") is not None:
+                found.setdefault(source, set()).add(values["num"])
+    return [
+        f"{source}: N = {' or '.join(f'{num:,}' for num in sorted(counts))} sequences"
+        for source, counts in found.items()
+    ]
 
 
 def _order(key: str) -> tuple[int, str]:
@@ -274,8 +286,11 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
 
 
 def _network(network: Mapping[str, Any]) -> str:
-    accuracy = network.get("accuracy")
-    known = f", accuracy {accuracy:.1%}" if isinstance(accuracy, int | float) else ""
+    accuracy, fitted, held_out = (network.get(key) for key in ("accuracy", "num_train", "num_validation"))
+    known = f", fitted on N = {fitted:,} images" if isinstance(fitted, int) else ""
+    if isinstance(accuracy, int | float):
+        known += f", accuracy {accuracy:.1%}"
+        known += f" on N = {held_out:,} held-out images" if isinstance(held_out, int) else ""
     return (
         f"{as_text(network.get('name'))} (hash {as_text(network.get('hash'))}{known}): trained on "
         "this data set by varkd, so its distances are not the Inception FID of papers"

@@ -156,10 +156,12 @@ def _decimals(value: float, digits: int) -> int:
 
 
 def mark_best(rows: Sequence[Row], columns: Sequence[Column]) -> list[Row]:
-    """Mark the best of the rows that are no teacher, column by column, where the printed numbers differ."""
-    rows = list(rows)
+    """Mark the best of the competitors, column by column, where the printed numbers differ."""
+    rows, names = list(rows), {row.name for row in competitors(rows)}
     for column in columns:
-        rivals = [index for index, row in enumerate(rows) if _competes(row, column)]
+        rivals = [
+            index for index, row in enumerate(rows) if row.name in names and row.cells[column.key].value is not None
+        ]
         cells = {index: rows[index].cells[column.key] for index in rivals}
         if column.better is None or len({cell.text for cell in cells.values()}) < 2:
             continue
@@ -171,8 +173,10 @@ def mark_best(rows: Sequence[Row], columns: Sequence[Column]) -> list[Row]:
     return rows
 
 
-def _competes(row: Row, column: Column) -> bool:
-    return row.role != "teacher" and row.cells[column.key].value is not None
+def competitors(rows: Sequence[Row]) -> list[Row]:
+    """The rows that are compared for the best: the students, or without any all rows but the teacher's."""
+    students = [row for row in rows if row.role == "student"]
+    return students or [row for row in rows if row.role != "teacher"]
 
 
 def _overlap(a: Cell, b: Cell) -> bool:

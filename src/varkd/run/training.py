@@ -28,7 +28,7 @@ from varkd.world import World
 
 _VALIDATION_CODES = 512  # validation images that the loop looks at; `varkd evaluate` looks at all
 _GRID_ROWS = 4
-_OURS = ("run.yaml", "environment.json", "config.json", "log.jsonl", "status.json", "metrics.json", "codes",
+_OURS = ("run.yaml", "environment.json", "config.json", "log.jsonl", "status.json", "metrics.json",
          "checkpoints", "samples", "evaluation", "tensorboard")  # fmt: skip
 
 
@@ -45,19 +45,20 @@ def train_run(run: Run, *, overwrite: bool = False, quiet: bool = False) -> Prog
         torch.cuda.set_device(device)
     if not run.out:
         raise VarkdError("give out= (the run folder)")
-    claim_folder(run, folder, overwrite, world)
+    check_folder(run, folder, overwrite, world)
     codes = open_codes(run)
     objects = build_objects(run, codes, world, device)
-    _record(run, codes, folder, objects, world)
     job = _job(run, codes, folder, objects, world, device, quiet)
+    claim_folder(run, folder, overwrite, world)  # only now: bad input leaves no trace, and deletes nothing
+    _record(run, codes, folder, objects, world)
     return train(job)
 
 
-def claim_folder(run: Run, folder: Path, overwrite: bool, world: World) -> None:
-    """Make the run folder ours: new, or the same run to resume, or (with `overwrite`) emptied of a former run.
+def check_folder(run: Run, folder: Path, overwrite: bool, world: World) -> None:
+    """Whether the run folder is ours to use: new, or the same run to resume, or (with `overwrite`) any former run.
 
     Raises:
-        VarkdError: it holds another run or foreign files, or cannot be written.
+        VarkdError: it holds another run or foreign files.
     """
     if world.is_main:
         if (folder / "run.yaml").is_file() and not overwrite:
@@ -65,8 +66,23 @@ def claim_folder(run: Run, folder: Path, overwrite: bool, world: World) -> None:
             if changed:
                 raise VarkdError(f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): choose another "
                                  "out=, or --overwrite to start it anew")  # fmt: skip
-        elif folder.is_dir() and any(folder.iterdir()) and not (folder / "run.yaml").is_file():
+        elif not (folder / "run.yaml").is_file() and _foreign(folder):
             raise VarkdError(f"{folder} is not empty and not a run folder: choose another out=")
+    world.barrier()
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether anything stands there but codes, which answer for themselves."""
+    return folder.is_dir() and any(path.name != "codes" for path in folder.iterdir())
+
+
+def claim_folder(run: Run, folder: Path, overwrite: bool, world: World) -> None:
+    """Make the run folder ours, with `overwrite` emptied of a former run.
+
+    Raises:
+        VarkdError: it cannot be written.
+    """
+    if world.is_main:
         with write_errors(folder):
             if overwrite:
                 _empty(folder)
@@ -99,9 +115,7 @@ def _record(run: Run, codes: Codes, folder: Path, objects: Objects, world: World
             if before.get(name) != recorded[name]:
                 old, new = (str(values.get(name))[:12] for values in (before, recorded))
                 what = name.removesuffix("_hash")
-                raise VarkdError(
-                    f"{folder} was begun with another {what} ({old}, now {new}): --overwrite to start anew"
-                )
+                raise VarkdError(f"{folder} was begun with another {what} ({old}, now {new}): --overwrite starts anew")
     plain = objects.student if world.size == 1 else new_student(run, codes)
     write_json(folder / "config.json", describe(plain, recorded["tokenizer_hash"]))
     write_json(path, {**recorded, **environment(world)})

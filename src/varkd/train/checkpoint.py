@@ -7,6 +7,8 @@ is never saved; its hash is.
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,8 +131,9 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file({name: value.contiguous() for name, value in tensors.items()}, path)
     except SafetensorError as error:  # safetensors hides the operating system's error number in its text
-        if "No space left" in str(error):
-            raise OSError(28, "No space left on device") from error
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if f"os error {number})" in str(error):
+                raise OSError(number, os.strerror(number)) from error
         raise
 
 

@@ -52,7 +52,7 @@ class Log:
             try:
                 if json.loads(line)["step"] <= resume_step:
                     kept.append(line)
-            except (json.JSONDecodeError, KeyError):
+            except (json.JSONDecodeError, KeyError, TypeError):
                 continue  # the last line of a killed run may be cut short
         with write_errors(self.path):
             self.path.write_text("".join(f"{line}\n" for line in kept))

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
-from varkd.distill.contexts import Scene, State
+from varkd.distill.contexts import Data, Scene, State
 from varkd.distill.loss import LossInputs, Stats, denominators, distill_loss
 from varkd.distill.method import Method
 from varkd.distill.schedule import check_range
@@ -27,7 +27,7 @@ from varkd.progress import Bar, bar
 from varkd.train.checkpoint import Checkpoints, Progress
 from varkd.train.log import Log
 from varkd.train.optim import Ema, Optim
-from varkd.train.parallel import clip_gradients, full_tensors, model_state
+from varkd.train.parallel import clip_gradients, full_tensors, gathered, model_state
 from varkd.types import Batch, Context
 from varkd.world import Rng, World
 
@@ -153,7 +153,9 @@ class Session:
         inputs = LossInputs(method, job.student, job.teacher, self.state, job.products, rng, settings.chunk_rows)
 
         with self._autocast():
-            context = method.contexts(batch, scene)
+            sampling = not isinstance(method.contexts, Data)
+            with gathered(*(model for model in (job.student, job.teacher) if sampling)):
+                context = method.contexts(batch, scene)
             fed = self._drop_labels(context, rng)
             totals = denominators(inputs, fed, job.world)
         stats, loss = Stats(), torch.zeros((), dtype=torch.float64)
@@ -194,12 +196,13 @@ class Session:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         terms = ", ".join(f"{name} {value:.4g}" for name, value in stats.means(self.job.world).items() if "/" in name)
+        step = self.progress.step + 1
+        self._fail(f"the loss is not finite at update {step} (loss {loss:g}, gradient norm {norm:g}; {terms})")
+
+    def _fail(self, what: str) -> NoReturn:
         kept = f"update {self.saved_step}" if self.saved_step else "none yet"
         self.close("failed")
-        raise VarkdError(
-            f"the loss is not finite at update {self.progress.step + 1} (loss {loss:g}, gradient norm {norm:g}; {terms})"
-            f"; last good checkpoint: {kept}. Lower train.optim.lr or raise train.optim.warmup"
-        )
+        raise VarkdError(f"{what}; last good checkpoint: {kept}. Lower train.optim.lr or raise train.optim.warmup")
 
     def report(self, values: dict[str, float], progress_bar: Bar) -> None:
         """Log this update when it is due, and move the bar."""
@@ -232,6 +235,8 @@ class Session:
     def _validate(self) -> None:
         values = self.job.validate(self.evaluation_model())
         self.log.write("validation", self.progress.step, values)
+        if not math.isfinite(values["ce"]):
+            self._fail(f"the validation loss is not finite after update {self.progress.step}")
         best = self.progress.best_value
         if self.job.train.select == "best" and self.progress.step and (best is None or values["ce"] < best):
             self.progress.best_step, self.progress.best_value = self.progress.step, values["ce"]

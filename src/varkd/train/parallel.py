@@ -7,7 +7,8 @@ stays unsharded from forward to backward, so the chunked loss can use the head d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from varkd.backbones.protocol import Backbone
@@ -50,6 +51,25 @@ def distribute(model: Backbone, world: World, replicas: int = 1) -> Backbone:
     register_fsdp_forward_method(model, "start")
     register_fsdp_forward_method(model, "step")
     return model
+
+
+@contextmanager
+def gathered(*models: nn.Module | None) -> Iterator[None]:
+    """Hold the whole weights of sharded models, so that no forward pass inside communicates.
+
+    Sampling needs it twice over: ranks may sample unequally often (one may hold no student row in a step), which would
+    pair up collectives that do not belong together; and gathering anew for every decoded code would be slow.
+    """
+    modules = [m for model in models if model is not None for m in model.modules() if isinstance(m, FSDPModule)]
+    for module in modules:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(module not in models, recurse=False)  # the roots stay, see `distribute`
+            module.reshard()
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
@@ -85,18 +105,20 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The whole optimiser state as `{parameter name}/{entry}` -> tensor (complete on rank 0)."""
-    state = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_FULL)["state"])
-    return {f"{name}/{entry}": value for name, entries in state.items() for entry, value in _entries(entries)}
+    state = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_FULL))
+    entries = state.get("state", {}).items()  # the other ranks get nothing
+    return {f"{name}/{entry}": value for name, values in entries for entry, value in _entries(values)}
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
     """The inverse of `optimizer_state`."""
-    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FULL)
+    everywhere = StateDictOptions(full_state_dict=True)
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=everywhere)
     state["state"] = {}
     for key, value in flat.items():
         name, _, entry = key.rpartition("/")
         state["state"].setdefault(name, {})[entry] = value
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    set_optimizer_state_dict(model, optimizer, state, options=everywhere)
 
 
 def _entries(entries: Any) -> list[tuple[str, Tensor]]:

@@ -168,7 +168,7 @@ def test_replay_refreshes_on_time_and_reuses_in_between(student, batch):
                 born[row, step] = part.codes_BL[row]
             else:
                 newest = step // 4 * 4
-                assert step - age in {newest, newest - 4} & set(range(0, step))  # a ring of two: the last two refreshes
+                assert step - age in {newest, newest - 4} & set(range(step))  # a ring of two: the last two refreshes
                 assert torch.equal(part.codes_BL[row], born[row, step - age])
                 reused_from.add((newest - (step - age)) // 4)
         assert torch.equal(part.condition.label_B, batch.label_B)
@@ -302,6 +302,16 @@ def test_reweighting_touches_student_rows_only(student, teacher, batch):
     assert sampled.weight_B.std() > 0.01
     plain = mixture(batch, scene(student, teacher)).parts[1]
     assert torch.equal(plain.codes_BL, sampled.codes_BL)
+
+
+def test_weights_find_their_rows_across_several_student_sources(student, teacher, batch):
+    """Two student sources hand their rows over as 0 2 4 6, 1 3 5 7: out of order."""
+    mixture = Mixture((Share(Rollout(), 0.5), Share(Replay(), 0.5)))
+    whole = Reweighted(Rollout())(batch, scene(student, teacher)).parts[0]  # at step 0 both sources sample alike
+    parts = Reweighted(mixture)(batch, scene(student, teacher)).parts
+    assert parts[0].row_B.tolist() == [0, 2, 4, 6] and parts[1].row_B.tolist() == [1, 3, 5, 7]
+    for part in parts:
+        torch.testing.assert_close(part.weight_B, whole.weight_B[part.row_B])
 
 
 def test_the_shuffled_control_permutes_the_same_weights(student, teacher, batch):

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import reference
 from varkd.distill.divergences import (
     JSD,
     CrossEntropy,

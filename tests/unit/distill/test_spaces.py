@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import reference
 from varkd.distill.divergences import JSD, CrossEntropy, Divergence, ForwardKL, ReverseKL, Rows, TotalVariation
 from varkd.distill.spaces import (
     Clusters,

@@ -23,7 +23,7 @@ def metrics(name: str, method: str, *, fd: float, teacher: str | None, seed: int
     agreement = {
         "ce": 1.23, "ce_teacher": 1.11, "teacher_entropy": 1.1,
         "forward_kl": 0.2 + fd / 100, "reverse_kl": 0.3, "acceptance": 0.81, "top1": 0.7,
-        "top1_cluster": 0.9,
+        "top1_cluster": 0.9, "num": 360,
     }  # fmt: skip
     by_position = {"forward_kl": (decay + rng.random(16) / 20).tolist(), "acceptance": (1 - decay).tolist()}
     return {
@@ -35,16 +35,17 @@ def metrics(name: str, method: str, *, fd: float, teacher: str | None, seed: int
             "accuracy": interval(0.974, 0.005), "class_entropy": interval(2.29, 0.01), "nearest": interval(0.13, 0.01),
             "copies": interval(0.003, 0.002),
         },
-        "floors": {"fd_validation": 1.234, "fd_reconstruction": 0.567},
+        "floors": {"fd_validation": 1.234, "fd_reconstruction": 0.567, "num": 180},
         "agreement": {source: dict(agreement) for source in sources} if teacher else None,
         "agreement_by_position": dict.fromkeys(sources, by_position) if teacher else None,
         "grid": [4, 4],
         "protocol": {
             "reference": {"name": "digits/train", "num": 1437},
-            "features": {"name": "digits-features", "hash": "f00d", "accuracy": 0.985},
+            "features": {"name": "digits-features", "hash": "f00d", "accuracy": 0.985,
+                         "num_train": 1437, "num_validation": 180},
             "tokenizer": "abc123", "data": "digits",
             "sampler": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0},
-            "agreement": {"num": 360}, "seed": 7, "labels": "balanced",
+            "seed": 7, "labels": "balanced",
             "versions": {"varkd": "0.1.0", "torch": "2.13.0"}, "weights": "ema",
             "checkpoint": "checkpoints/step-00000600", "teacher": teacher, "teacher_hash": "beef" if teacher else None,
         },

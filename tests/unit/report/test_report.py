@@ -53,9 +53,9 @@ def test_page_holds_every_section_in_order(page):
 
 def test_page_says_floors_feature_network_and_what_is_missing(page):
     text = text_of(page)
-    assert "real validation images reach 1.23" in text
-    assert "real images through the tokenizer alone reach 0.567" in text
-    assert "trained on this data set by varkd" in text and "accuracy 98.5%" in text
+    assert "real validation images reach 1.23 (N = 180)" in text
+    assert "real images through the tokenizer alone reach 0.567 (N = 180)" in text
+    assert "trained on this data set by varkd" in text and "accuracy 98.5% on N = 180 held-out images" in text
     assert "Not evaluated yet, so without numbers below: later." in text
     assert "drawn while training (step-00000600)" in text
     assert "name: forward-kl" in text, "run.yaml is shown"
@@ -70,7 +70,7 @@ def test_speed_is_stated_against_the_teacher(page):
 
 def test_agreement_carries_its_n_and_marks_the_student_that_follows_best(page):
     section = page[page.index('id="agreement"') : page.index('id="curves"')]
-    assert "N = 360 sequences" in text_of(section)
+    assert "data: N = 360 sequences; student: N = 360 sequences" in text_of(section)
     table = section[section.index('id="agreement-table"') : section.index("</table>")]
     header, *rows = table.split("<tr")[1:]
     assert "Forward KL, data" in header and "Forward KL, student" in header
@@ -104,6 +104,8 @@ def test_like_for_like_needs_no_warning(page):
         (lambda values: values["protocol"].update(seed=8), "seed", "8 (b)"),
         (lambda values: values["protocol"]["reference"].update(num=99), "reference.num", "99 (b)"),
         (lambda values: values["protocol"].update(teacher_hash="other"), "teacher_hash", "other (b)"),
+        (lambda values: values["protocol"].update(training_seed=3), "training_seed", "3 (b)"),
+        (lambda values: values["protocol"]["features"].update(hash="other"), "feature network", "other (b)"),
     ],
 )
 def test_unequal_runs_are_warned_about(tmp_path, change, setting, shown):

@@ -55,6 +55,15 @@ def test_higher_is_better_where_the_column_says_so():
     assert [row.cells["recall"].mark for row in rows] == ["", "best", "", ""]
 
 
+def test_a_run_without_a_teacher_does_not_compete_with_the_students():
+    start = metrics("start", "ce", fd=1.0, teacher=None)
+    rows = comparison_table([*four(), start])
+    assert [row.cells["fd"].mark for row in rows] == ["", "", "best", "tied", ""]
+    assert rows[-1].role == "model"
+    alone = comparison_table([start, metrics("other", "ce", fd=3.0, teacher=None)])
+    assert [row.cells["fd"].mark for row in alone] == ["best", ""]
+
+
 def test_equal_numbers_have_no_best():
     assert {row.cells["accuracy"].mark for row in comparison_table(four())} == {""}
 

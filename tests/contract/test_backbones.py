@@ -1,0 +1,322 @@
+"""What every backbone must do. A new family is one more entry of `SIZES` (and its golden file)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from varkd.backbones.protocol import Backbone
+from varkd.backbones.store import FAMILIES, build, load_backbone, save_backbone, weights_hash
+from varkd.errors import VarkdError
+from varkd.types import Condition, Plan
+from varkd.world import Rng
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SIZES: dict[str, dict[str, Any]] = {
+    "llamagen": {
+        "vocab_size": 12,
+        "num_classes": 3,
+        "grid": (2, 3),
+        "num_layers": 2,
+        "dim": 16,
+        "num_heads": 2,
+        "ffn_dim": 24,
+    }
+}
+RASTER_ONLY = {"llamagen"}
+CONDITION = Condition(torch.tensor([0, 3, 2]))
+
+
+def test_every_family_is_under_contract():
+    assert set(SIZES) == set(FAMILIES)
+
+
+@pytest.fixture(params=SIZES)
+def model(request: pytest.FixtureRequest) -> Backbone:
+    """Random float64 weights, the head included."""
+    built = build(request.param, SIZES[request.param]).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.normal_(std=0.4, generator=generator)
+    return built
+
+
+def codes_for(model: Backbone, num_rows: int = 3, seed: int = 1) -> Tensor:
+    shape = (num_rows, model.sequence_length)
+    return torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plan_for(model: Backbone, num_rows: int = 3) -> Plan:
+    return model.plan(num_rows, Rng(0), torch.arange(num_rows))
+
+
+def decoded(model: Backbone, codes_BL: Tensor, condition: Condition, plan: Plan, prefix_steps: int = 0) -> Tensor:
+    """The hidden states of the decode loop with given codes, (B, L - prefix, D) by generation rank."""
+    by_rank = codes_BL.gather(1, plan.order_BL)
+    state, hidden = model.start(condition, plan, by_rank, prefix_steps)
+    found, done = [hidden], sum(plan.sizes[:prefix_steps])
+    for size in plan.sizes[prefix_steps:-1]:
+        found.append(model.step(state, by_rank[:, done : done + size]))
+        done += size
+    return torch.cat(found, dim=1)
+
+
+def ranked(hidden_BLD: Tensor, plan: Plan) -> Tensor:
+    return hidden_BLD.gather(1, plan.order_BL.unsqueeze(2).expand_as(hidden_BLD))
+
+
+# ---- the mathematics
+
+
+@torch.no_grad()
+def test_decoding_sees_what_training_sees(model: Backbone):
+    codes_BL, plan = codes_for(model), plan_for(model)
+    expected = ranked(model(codes_BL, CONDITION, plan), plan)
+    torch.testing.assert_close(decoded(model, codes_BL, CONDITION, plan), expected, rtol=1e-9, atol=1e-11)
+    for steps in (1, len(plan.sizes) // 2, len(plan.sizes) - 1):
+        restarted = decoded(model, codes_BL, CONDITION, plan, steps)
+        torch.testing.assert_close(restarted, expected[:, sum(plan.sizes[:steps]) :], rtol=1e-9, atol=1e-11)
+
+
+@torch.no_grad()
+def test_two_decodes_do_not_disturb_each_other(model: Backbone):
+    codes_BL, plan = codes_for(model), plan_for(model)
+    alone = decoded(model, codes_BL, CONDITION, plan)
+    first, _ = model.start(CONDITION, plan)
+    model.step(first, codes_BL[:, :1])
+    torch.testing.assert_close(decoded(model, codes_BL, CONDITION, plan), alone, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_hidden_states_look_back_only(model: Backbone):
+    codes_BL, plan = codes_for(model), plan_for(model)
+    hidden_BLD = model(codes_BL, CONDITION, plan)
+    assert hidden_BLD.shape == (3, model.sequence_length, model.head.in_features)
+    for position in range(model.sequence_length):
+        changed_BL = codes_BL.clone()
+        changed_BL[:, position] = (changed_BL[:, position] + 1) % model.vocab_size
+        moved = (model(changed_BL, CONDITION, plan) != hidden_BLD).any(-1)
+        seen = plan.step_BL > plan.step_BL[:, [position]]
+        assert not moved[~seen].any(), f"code {position} reaches a step that it should not"
+        assert moved[seen].all(), f"code {position} is ignored by a later step"
+
+
+@torch.no_grad()
+def test_rows_are_independent_and_labels_matter(model: Backbone):
+    codes_BL, plan = codes_for(model), plan_for(model)
+    hidden_BLD = model(codes_BL, CONDITION, plan)
+    alone = model(codes_BL[1:2], CONDITION.select(slice(1, 2)), plan.select(slice(1, 2)))
+    torch.testing.assert_close(alone, hidden_BLD[1:2], rtol=1e-9, atol=1e-11)
+    other = model(codes_BL, Condition(torch.tensor([1, 3, 2])), plan)
+    assert (other[0] != hidden_BLD[0]).any(-1).all() and torch.equal(other[1:], hidden_BLD[1:])
+    assert (model(codes_BL, CONDITION.null(model.null_label), plan)[0] != hidden_BLD[0]).any()
+
+
+@torch.no_grad()
+def test_forward_is_pure(model: Backbone):
+    codes_BL, plan = codes_for(model), plan_for(model)
+    before, random_state = codes_BL.clone(), torch.random.get_rng_state()
+    evaluated = model(codes_BL, CONDITION, plan)
+    assert torch.equal(model.train()(codes_BL, CONDITION, plan), evaluated)
+    assert torch.equal(codes_BL, before) and torch.equal(torch.random.get_rng_state(), random_state)
+
+
+def test_dropout_acts_in_training_only():
+    for family, sizes in SIZES.items():
+        model = build(family, sizes, dropout=0.5)
+        codes_BL, plan = codes_for(model), plan_for(model)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            assert not torch.equal(model.train()(codes_BL, CONDITION, plan), model(codes_BL, CONDITION, plan))
+        assert torch.equal(model.eval()(codes_BL, CONDITION, plan), model(codes_BL, CONDITION, plan))
+
+
+@torch.no_grad()
+def test_bfloat16_error_is_bounded(model: Backbone):
+    """Under autocast: within 3 % of the typical size of a hidden state, decoding and training alike."""
+    model.float()
+    codes_BL, plan = codes_for(model), plan_for(model)
+    exact = model(codes_BL, CONDITION, plan)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow, cached = model(codes_BL, CONDITION, plan), decoded(model, codes_BL, CONDITION, plan)
+    scale = exact.square().mean().sqrt()
+    assert (narrow.float() - exact).square().mean().sqrt() < 0.03 * scale
+    assert (cached.float() - ranked(exact, plan)).square().mean().sqrt() < 0.03 * scale
+    assert not torch.equal(narrow.float(), exact)
+
+
+def test_every_weight_gets_a_gradient(model: Backbone):
+    logits = model.head(model(codes_for(model), CONDITION, plan_for(model)))
+    logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+# ---- plans and refusals
+
+
+def one_line(error: pytest.ExceptionInfo[VarkdError]) -> bool:
+    return "\n" not in str(error.value) and len(str(error.value)) > 10
+
+
+@pytest.mark.parametrize("family", sorted(RASTER_ONLY))
+def test_raster_families_refuse_other_plans(family: str):
+    model = build(family, SIZES[family])
+    length = model.sequence_length
+    model.check(Plan(torch.arange(length).expand(2, -1), (1,) * length))
+    refused = [
+        Plan(torch.arange(length).flip(0).expand(2, -1), (1,) * length),
+        Plan(torch.stack([torch.arange(length), torch.arange(length).roll(1)]), (1,) * length),
+        Plan(torch.arange(length).expand(2, -1), (2,) * (length // 2)),
+        Plan(torch.arange(2 * length).expand(2, -1), (2,) * length),
+        Plan(torch.arange(length - 1).expand(2, -1), (1,) * (length - 1)),
+    ]
+    for plan in refused:
+        with pytest.raises(VarkdError) as error:
+            model.check(plan)
+        assert one_line(error)
+        with pytest.raises(VarkdError):
+            model.start(Condition(torch.zeros(2, dtype=torch.long)), plan)
+    with pytest.raises(VarkdError):
+        model.plan(2, steps=2)
+    with pytest.raises(VarkdError):
+        model.plan(2, order_BL=torch.arange(length).flip(0).expand(2, -1))
+
+
+def test_a_drawn_plan_is_accepted(model: Backbone):
+    plan = plan_for(model)
+    model.check(plan)
+    assert torch.equal(plan.order_BL.sort(1).values, torch.arange(model.sequence_length).expand(3, -1))
+
+
+def test_bad_inputs_have_one_clear_line(model: Backbone):
+    codes_BL, plan = codes_for(model), plan_for(model)
+    bad = [
+        (codes_BL[:, :-1], CONDITION, "expects codes of shape"),
+        (codes_BL[0], CONDITION, "expects codes of shape"),
+        (codes_BL.float(), CONDITION, "codes must be integers"),
+        (codes_BL, Condition(torch.zeros(2, dtype=torch.long)), "labels of shape"),
+        (codes_BL, Condition(torch.zeros(3)), "labels must be integers"),
+    ]
+    for codes, condition, message in bad:
+        with pytest.raises(VarkdError, match=message) as error:
+            model(codes, condition, plan)
+        assert one_line(error)
+
+
+def test_a_prefix_without_codes_is_refused(model: Backbone):
+    with pytest.raises(VarkdError, match="prefix"):
+        model.start(CONDITION, plan_for(model), None, 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "message"),
+    [
+        ("lamagen", SIZES["llamagen"], "did you mean 'llamagen'"),
+        ("llamagen", {**SIZES["llamagen"], "depth": 2}, "depth"),
+        ("llamagen", {"vocab_size": 12}, "num_classes"),
+        ("llamagen", {**SIZES["llamagen"], "num_heads": 3}, "multiple of 4"),
+    ],
+)
+def test_impossible_models_are_refused(family: str, sizes: dict[str, Any], message: str):
+    with pytest.raises(VarkdError, match=message) as error:
+        build(family, sizes)
+    assert one_line(error)
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_weights_depend_on_the_seed_alone(family: str):
+    first, again, other = (build(family, SIZES[family], seed=seed) for seed in (0, 0, 1))
+    assert weights_hash(first) == weights_hash(again) != weights_hash(other)
+    assert all(parameter.isfinite().all() for parameter in first.parameters())
+    logits = first.head(first(codes_for(first), CONDITION, plan_for(first)))
+    torch.testing.assert_close(logits.softmax(-1), torch.full_like(logits, 1 / first.vocab_size), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_names_are_the_official_ones(family: str):
+    files = sorted(GOLDEN.glob(f"{family}-*.safetensors"))
+    assert files, f"no golden file for {family}"
+    official = {name.removeprefix("state.") for name in load_file(files[0]) if name.startswith("state.")}
+    layers = {name.split(".")[1] for name in official if name.startswith("layers.")}
+    ours = set(build(family, {**SIZES[family], "num_layers": len(layers)}).state_dict())
+    assert ours == official
+
+
+def test_save_and_load(model: Backbone, tmp_path: Path):
+    model.float()
+    save_backbone(model, tmp_path / "m", tokenizer_hash="abc")
+    loaded, info = load_backbone(tmp_path / "m")
+    assert info["tokenizer_hash"] == "abc" and info["family"] == model.family
+    assert loaded.config == model.config and not loaded.training and weights_hash(loaded) == weights_hash(model)
+    codes_BL, plan = codes_for(model), plan_for(model)
+    assert torch.equal(loaded(codes_BL, CONDITION, plan), model(codes_BL, CONDITION, plan))
+
+
+def test_a_run_folder_loads_its_selected_weights(model: Backbone, tmp_path: Path):
+    save_backbone(model.float(), tmp_path / "export")
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (run / "config.json").write_bytes((tmp_path / "export" / "config.json").read_bytes())
+    with pytest.raises(VarkdError, match="train it first"):
+        load_backbone(run)
+    (checkpoint / "ema.safetensors").write_bytes((tmp_path / "export" / "model.safetensors").read_bytes())
+    selected = {"checkpoint": checkpoint.name, "weights": "ema"}
+    (run / "checkpoints" / "selected.json").write_text(json.dumps(selected))
+    assert weights_hash(load_backbone(run)[0]) == weights_hash(model)
+
+
+def damage(folder: Path, how: str) -> None:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    state = load_file(weights)
+    name = sorted(state)[0]
+    info = json.loads(config.read_text())
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "empty":
+        weights.write_bytes(b"")
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "no config":
+        config.unlink()
+    elif how == "broken config":
+        config.write_text("{")
+    elif how == "unknown family":
+        config.write_text(json.dumps({**info, "family": "nonsense"}))
+    elif how == "other shape":
+        save_file({**state, name: state[name][:1].contiguous()}, weights)
+    elif how == "missing tensor":
+        save_file({key: value for key, value in state.items() if key != name}, weights)
+    elif how == "extra tensor":
+        save_file({**state, "nonsense": torch.zeros(1)}, weights)
+    else:
+        config.write_text(json.dumps({**info, "vocab_size": info["vocab_size"] + 1}))
+
+
+KINDS = ["truncated", "empty", "no weights", "no config", "broken config", "unknown family", "other shape",
+         "missing tensor", "extra tensor", "other size"]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_damaged_folders_have_one_clear_line(model: Backbone, tmp_path: Path, how: str):
+    save_backbone(model.float(), tmp_path / "m")
+    damage(tmp_path / "m", how)
+    with pytest.raises(VarkdError) as error:
+        load_backbone(tmp_path / "m")
+    assert one_line(error)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path):
+    with pytest.raises(VarkdError, match="nowhere"):
+        load_backbone(tmp_path / "nowhere")

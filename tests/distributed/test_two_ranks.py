@@ -1,0 +1,131 @@
+"""Two ranks are one: the same losses and weights, whatever is sharded, replicated, resumed or encoded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_runs import FROM_THE_START, arguments, checkpoint, largest_difference, log, stop_after, train
+
+from varkd.cli import main
+from varkd.errors import VarkdError
+from varkd.train.parallel import distribute
+from varkd.world import World
+
+SECONDS = 240
+# One student row in eight, and a teacher that samples: one rank has nothing to sample, and keeps no ring, for a while.
+FEW = (
+    "method=varkd", "method.contexts.contexts.shares.0.fraction=0.875", "train.micro_batches=2",
+    "method.contexts.contexts.shares.1.fraction=0.125", "method.terms.student.normaliser=selected",
+)  # fmt: skip
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, codes: Path, teacher: Path) -> Path:
+    """`one/NAME` trained here, `two/NAME` by two ranks; `two/codes` encoded by two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    varkd = (*FROM_THE_START, f"teacher={teacher}")
+    settings = {
+        "varkd": varkd,
+        "few": (*FEW, f"teacher={teacher}"),
+        "replicas": (*varkd, "train.replicas=2"),
+        "clipped": ("method=kd", f"teacher={teacher}", "train.optim.clip=0.05", "train.micro_batches=2"),
+        "from_two": varkd,
+        "from_one": varkd,
+    }
+    for name, overrides in settings.items():
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "from_one":  # one rank begins it in the folder where two ranks will go on
+                stop_after(patch, 3)
+                assert main(arguments(folder / "two" / name, codes, *overrides)) == 143
+            elif name != "from_two":
+                train(folder / "one" / name, codes, *overrides)
+    jobs: list[dict] = [
+        {"verb": "stop" if name == "from_two" else "train", "command": arguments(folder / "two" / name, codes, *overrides)}
+        for name, overrides in settings.items()
+    ]
+    jobs.append({"verb": "encode", "out": str(folder / "two" / "codes")})
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = torchrun(str(Path(__file__).with_name("two_ranks.py")), str(folder / "jobs.json"))
+    assert done.returncode == 0, done.stderr[-6000:]
+    return folder
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """The same losses to 1e-6 and, after six updates, the same weights, averages and method state to 1e-5."""
+    first, second = log(one), log(two)
+    assert [(line["split"], line["step"]) for line in first] == [(line["split"], line["step"]) for line in second]
+    for line, other in zip(first, second, strict=True):
+        assert line.keys() == other.keys()
+        loss = "ce" if line["split"] == "validation" else "loss"
+        assert line[loss] == pytest.approx(other[loss], abs=1e-6)
+        for name in line.keys() - {"split", "step"}:
+            assert line[name] == pytest.approx(other[name], abs=1e-5), name
+    assert largest_difference(one, two, 6) < 1e-5
+    assert largest_difference(one, two, 6, "ema") < 1e-5
+    assert sorted(checkpoint(one, 6)) == sorted(checkpoint(two, 6))
+
+
+@pytest.mark.parametrize("name", ["varkd", "few", "replicas", "clipped"])
+def test_two_ranks_train_like_one(runs: Path, name: str):
+    assert_same_run(runs / "one" / name, runs / "two" / name)
+
+
+def test_the_replay_buffer_and_the_thresholds_are_those_of_one_rank(runs: Path):
+    first, second = (checkpoint(runs / ranks / "varkd", 6) for ranks in ("one", "two"))
+    for name in ("row", "born", "label", "codes"):
+        key = f"method/rows/replay_{name}"
+        assert first[key].tolist() == second[key].tolist(), name
+    np.testing.assert_allclose(first["method/threshold/student"], second["method/threshold/student"], atol=1e-6)
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(runs: Path, codes: Path, teacher: Path):
+    run = runs / "two" / "from_two"
+    assert not (run / "checkpoints" / "step-00000006").exists()
+    train(run, codes, *FROM_THE_START, f"teacher={teacher}")
+    assert_same_run(runs / "one" / "varkd", run)
+
+
+def test_a_checkpoint_of_one_rank_goes_on_with_two(runs: Path):
+    assert_same_run(runs / "one" / "varkd", runs / "two" / "from_one")
+
+
+def test_two_ranks_encode_like_one(runs: Path, tmp_path: Path):
+    from varkd.run.data import encode
+
+    encode("digits", "pixels", tmp_path / "codes", shifts=1, shard_size=500, quiet=True)
+    names = sorted(path.name for path in (tmp_path / "codes").glob("*.npy"))
+    assert len(names) == 10
+    for name in [*names, "manifest.json", "reconstruction.png"]:
+        assert (tmp_path / "codes" / name).read_bytes() == (runs / "two" / "codes" / name).read_bytes(), name
+
+
+def test_the_command_line_under_torchrun(tmp_path: Path, codes: Path):
+    """Prints once, and trains like one process."""
+    done = torchrun("-m", "varkd.cli", *arguments(tmp_path / "two", codes))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == [str(tmp_path / "two")]
+    assert_same_run(train(tmp_path / "one", codes), tmp_path / "two")
+
+
+def test_bad_input_under_torchrun_ends_with_the_line(tmp_path: Path, codes: Path):
+    done = torchrun("-m", "varkd.cli", *arguments(tmp_path / "two", codes, "method=kd"))
+    assert done.returncode != 0
+    assert "varkd: error: method 'kd' needs a teacher: give teacher=RUN" in done.stderr
+    assert not (tmp_path / "two").exists()
+
+
+def test_what_does_not_divide_is_refused(make_model):
+    with pytest.raises(VarkdError, match="2 ranks cannot hold 3 replicas"):
+        distribute(make_model(0), World(0, 2), replicas=3)
+    model = make_model(0)
+    assert distribute(model, World(), replicas=1) is model

@@ -1,0 +1,125 @@
+"""Tiny runs through the command line: digits as pixel codes, one layer, batches of eight. Fixtures for several folders."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from varkd.cli import main
+
+SIZES = ("model.num_layers=1", "model.dim=16", "model.num_heads=1", "model.ffn_dim=16")
+SETTINGS = (
+    *SIZES, "train.updates=6", "train.batch_size=8", "train.grid_every=0", "train.log_every=1", "train.validate_every=3",
+    "train.checkpoint_every=3", "train.tensorboard=false", "train.optim.warmup=2", "train.optim.lr=0.01",
+    "evaluation.num_samples=40", "evaluation.resamples=20", "device=cpu",
+)  # fmt: skip
+# Student samples from the first update on, refreshed every other one: rings, ages and thresholds all matter at once.
+FROM_THE_START = (
+    "method=varkd", "method.contexts.contexts.shares.0.fraction=0.5", "method.contexts.contexts.shares.1.fraction=0.5",
+    "method.contexts.contexts.shares.1.contexts.every=2", "method.contexts.contexts.shares.1.contexts.capacity=2",
+    "method.terms.student.selection.quantile=0.5", "method.contexts.kappa=30",
+)  # fmt: skip
+TIMING = ("seconds", "sequences_per_second")
+Runner = Callable[..., Path]
+
+
+def arguments(out: Path, codes: Path, *overrides: object, recipe: str = "digits-student") -> list[str]:
+    """The command line of a tiny `varkd train`; later overrides win."""
+    return ["train", recipe, f"out={out}", f"data={codes}", *SETTINGS, *map(str, overrides)]
+
+
+def train(out: Path, codes: Path, *overrides: object, recipe: str = "digits-student") -> Path:
+    """Train in this process and expect success."""
+    assert main(arguments(out, codes, *overrides, recipe=recipe)) == 0
+    return out
+
+
+def process(command: list[str], **options: Any) -> subprocess.Popen[str]:
+    """`varkd` as a process of its own, whose standard error can be read."""
+    return subprocess.Popen([sys.executable, "-m", "varkd.cli", *command], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)  # fmt: skip
+
+
+def checkpoint(run: Path, step: int) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint as `{file}/{name}`."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    names = ("student", "ema", "optimizer", "method")
+    return {f"{name}/{key}": value for name in names for key, value in load_file(folder / f"{name}.safetensors").items()}
+
+
+def progress(run: Path, step: int) -> dict[str, Any]:
+    """The counters of a checkpoint, apart from its seconds."""
+    state = json.loads((run / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
+    return {name: value for name, value in state.items() if name != "seconds"}
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    """The lines of `log.jsonl`, apart from what a clock says."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
+
+
+def assert_same_state(run: Path, other: Path, step: int) -> None:
+    """Two checkpoints are equal bit by bit."""
+    first, second = checkpoint(run, step), checkpoint(other, step)
+    assert sorted(first) == sorted(second)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert progress(run, step) == progress(other, step)
+
+
+def largest_difference(run: Path, other: Path, step: int, part: str = "student") -> float:
+    """max |a - b| over the tensors of one part of two checkpoints."""
+    first, second = checkpoint(run, step), checkpoint(other, step)
+    names = [name for name in first if name.startswith(f"{part}/")]
+    assert names and names == [name for name in second if name.startswith(f"{part}/")]
+    return max(float((first[name] - second[name]).abs().max()) for name in names)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal right after update `step`, as an operator or a batch system would."""
+    from varkd.train.loop import Session
+
+    report = Session.report
+
+    def report_and_stop(self: Session, *arguments: Any) -> None:
+        report(self, *arguments)
+        if self.progress.step == step:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Session, "report", report_and_stop)
+
+
+@pytest.fixture(scope="session")
+def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits as pixel codes."""
+    out = _shared(tmp_path_factory) / "codes"
+    if not out.exists():
+        from varkd.run.data import encode
+
+        encode("digits", "pixels", out, quiet=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory, codes: Path) -> Path:
+    """A run folder whose model has learnt a little, so that a teacher's word differs from a student's."""
+    out = _shared(tmp_path_factory) / "teacher"
+    return out if out.exists() else train(out, codes, "train.updates=30", "train.batch_size=32", "train.checkpoint_every=30",
+                                          "seed=1", "train.optim.lr=0.03", "train.optim.ema=0.5")  # fmt: skip
+
+
+def _shared(factory: pytest.TempPathFactory) -> Path:
+    """One folder a session, whichever test folder imports these fixtures."""
+    folder = factory.getbasetemp() / "tiny-runs"
+    folder.mkdir(exist_ok=True)
+    return folder

@@ -1,0 +1,103 @@
+"""Methods as values: schedules, presets, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+
+from varkd.distill.contexts import Mixture, Rollout
+from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL
+from varkd.distill.method import Method, Term, cross_entropy_only
+from varkd.distill.schedule import Ramp, check_range, number, resolve
+from varkd.distill.selection import Confidence
+from varkd.distill.spaces import Clusters, Full
+from varkd.errors import VarkdError
+from varkd.methods import METHODS
+
+
+def test_ramp():
+    ramp = Ramp(1.0, 3.0, 0.2, 0.6)
+    progress = [0.0, 0.2, 0.3, 0.4, 0.6, 0.9, 1.0]
+    assert [ramp.at(p) for p in progress] == pytest.approx([1, 1, 1.5, 2, 3, 3, 3])
+    jump = Ramp(0.0, 1.0, 0.5, 0.5)
+    assert [jump.at(p) for p in (0.49, 0.5)] == [0, 1]
+
+
+@pytest.mark.parametrize("bounds", [(-0.1, 0.5), (0.6, 0.5), (0.0, 1.1)])
+def test_ramp_refuses_nonsense(bounds):
+    with pytest.raises(VarkdError, match="ramp"):
+        Ramp(0.0, 1.0, *bounds)
+
+
+def test_resolve_reaches_every_depth_and_leaves_the_original():
+    method = Method((Term("a", JSD(Ramp(0.0, 1.0)), weight=Ramp(2.0, 4.0), space=Full(Ramp(1.0, 3.0))),))
+    half = method.at(0.5)
+    term = half.terms[0]
+    assert isinstance(term.divergence, JSD) and isinstance(term.space, Full)
+    assert (term.divergence.beta, term.weight, term.space.temperature) == (0.5, 3.0, 2.0)
+    assert isinstance(method.terms[0].weight, Ramp)
+    assert resolve(half, 0.9) == half  # nothing left to change
+
+
+def test_a_ramp_used_before_it_is_fixed_is_a_programming_error():
+    assert number(0.25) == 0.25
+    with pytest.raises(TypeError, match="at\\(progress\\)"):
+        number(Ramp(0.0, 1.0))
+
+
+def test_ranges_look_at_both_ends_of_a_ramp():
+    check_range("x", "y", Ramp(0.0, 1.0), 0, 1)
+    with pytest.raises(VarkdError, match=r"x: y must lie in \[0, 1\]"):
+        check_range("x", "y", Ramp(0.5, 1.5), 0, 1)
+
+
+@pytest.mark.parametrize("terms", [(), (Term("a", ForwardKL()), Term("a", CrossEntropy()))])
+def test_terms_need_different_names(terms):
+    with pytest.raises(VarkdError, match="different names"):
+        Method(terms)
+
+
+def test_a_negative_weight_is_refused():
+    with pytest.raises(VarkdError, match="weight"):
+        Term("a", ForwardKL(), weight=-1.0)
+
+
+def test_who_needs_a_teacher():
+    assert not cross_entropy_only().needs_teacher
+    assert not Method((Term("ce", CrossEntropy()),), Rollout()).needs_teacher
+    assert Method((Term("ce", CrossEntropy()),), Rollout("teacher")).needs_teacher
+    assert Method((Term("ce", CrossEntropy(), selection=Confidence(score="margin")),)).needs_teacher
+    assert [name for name, preset in METHODS.items() if not preset.method.needs_teacher] == ["ce"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("progress", [0.0, 0.05, 0.25, 0.5, 1.0])
+def test_presets_resolve_and_prepare(name, progress):
+    preset = METHODS[name]
+    method = preset.method.at(progress)
+    assert resolve(method, 0.0) == method
+    products = method.prepare(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)))
+    wanted = {term.space.key for term in method.terms if isinstance(term.space, Clusters)}
+    assert {key for key in products if not key.endswith("/members")} == wanted
+    assert preset.source and preset.equation and preset.summary.endswith(".")
+    with pytest.raises(FrozenInstanceError):
+        preset.method.terms = ()  # type: ignore[misc]
+
+
+def test_varkd_begins_on_data_alone():
+    contexts = METHODS["varkd"].method.at(0.0).contexts
+    inner = contexts.contexts  # type: ignore[union-attr]
+    assert isinstance(inner, Mixture) and [share.fraction for share in inner.shares] == [1.0, 0.0]
+    later = METHODS["varkd"].method.at(0.5).contexts.contexts  # type: ignore[union-attr]
+    assert [share.fraction for share in later.shares] == [0.5, 0.5]  # type: ignore[union-attr]
+
+
+def test_ablations_change_one_part_of_varkd():
+    varkd = METHODS["varkd"].method
+    for name, preset in METHODS.items():
+        if name.startswith("varkd_"):
+            same_contexts = preset.method.contexts == varkd.contexts
+            changed = [a for a, b in zip(preset.method.terms, varkd.terms, strict=True) if a != b]
+            assert len(changed) + (not same_contexts) == 1, name
