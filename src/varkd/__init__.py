@@ -48,8 +48,8 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 
 __all__ = [
     "METHODS", "Backbone", "Batch", "CodeSet", "Condition", "Context", "ImageSet", "LlamaGen", "LlamaGenConfig",
-    "Loader", "LossInputs", "Method", "Part", "Plan", "Rng", "Sampler", "Scene", "Term", "VarkdError", "World", "denominators",
-    "distill_loss", "load", "load_tokenizer", "open_images", "rollout", "save", "save_tokenizer",
+    "Loader", "LossInputs", "Method", "Part", "Plan", "Rng", "Sampler", "Scene", "Term", "VarkdError", "World",
+    "denominators", "distill_loss", "load", "load_tokenizer", "open_images", "rollout", "save", "save_tokenizer",
 ]  # fmt: skip
 
 

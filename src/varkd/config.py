@@ -43,6 +43,11 @@ class Evaluation:
     seed: int = 1234
     resamples: int = 200
 
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size", "resamples"):
+            if getattr(self, name) < 1:
+                raise VarkdError(f"evaluation: {name} must be at least 1, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -148,7 +153,7 @@ def _recipe_folders() -> list[Path]:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise VarkdError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 

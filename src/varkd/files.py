@@ -76,7 +76,7 @@ def _flush_to_disk(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -91,7 +91,7 @@ def read_json(path: Path) -> Any:
         VarkdError: there is no such file, or it is not valid JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise VarkdError(f"no such file: {path}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

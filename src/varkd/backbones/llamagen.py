@@ -38,6 +38,9 @@ class LlamaGenConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_classes", "num_layers", "dim", "num_heads"):
+            if getattr(self, name) < 1:
+                raise VarkdError(f"llamagen: {name} must be at least 1, got {getattr(self, name)}")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 4:
             raise VarkdError(
                 f"llamagen: dim {self.dim} / num_heads {self.num_heads} must be a multiple of 4 (2-D rotary pairs)"

@@ -71,6 +71,8 @@ def load_backbone(folder: str | Path, device: str = "cpu") -> tuple[Backbone, di
     if not folder.is_dir():
         raise VarkdError(f"no model at {folder}: give a run folder or an exported model folder")
     info = read_json(folder / "config.json")
+    if not isinstance(info, dict):
+        raise VarkdError(f"{folder / 'config.json'} does not describe a model: copy or export it again")
     sizes = {name: value for name, value in info.items() if name not in ("family", "tokenizer_hash")}
     with torch.device("meta"):
         model = _construct(info.get("family", "?"), sizes, dropout=0.0)

@@ -58,6 +58,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise VarkdError(
             f"{folder} is of version {manifest.get('version')}, this varkd reads {VERSION}: encode the images again"
         )
+    for name in ("tokenizer", "image_shape", "grid", "class_names", "views", "source", "splits"):
+        if name not in manifest:
+            raise VarkdError(f"{folder / MANIFEST} is damaged (at '{name}'): run `varkd encode` again")
     return manifest
 
 

@@ -131,11 +131,20 @@ def fit(
     if height != width:
         raise VarkdError(f"the VQ tokenizer takes square images, these are {height}x{width}: give --image-size")
     config = VQConfig.small(height, channels, vocab_size, downsampling)
-    settings = FitConfig(flip=flip, seed=seed)
+    chosen = pick_device(device)
+    settings = FitConfig(flip=flip, seed=seed, bf16=_multiplies_bf16(chosen))
     settings = settings if steps is None else replace(settings, steps=steps)
-    tokenizer, record = fit_tokenizer(train, held_out, config, settings, device=pick_device(device), quiet=quiet)
+    tokenizer, record = fit_tokenizer(train, held_out, config, settings, device=chosen, quiet=quiet)
     save_tokenizer(tokenizer.cpu(), out, record)
     return record
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 there (its own instructions; emulation is slower)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # no public name for it yet
+    return bool(native and native())
 
 
 def import_vq(file: Path, out: Path, image_size: int) -> Tokenizer:

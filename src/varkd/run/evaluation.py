@@ -101,8 +101,9 @@ def _floors(codes: Codes, reference: ReferenceSet, net: FeatureNet) -> dict[str,
     with torch.no_grad():
         batches = ordered_batches(codes.split("validation"), 256)
         reconstructed = torch.cat([to_uint8(tokenizer.decode(batch.codes_BL.to(device))).cpu() for batch in batches])
+    num = len(images)
     lossless = codes.manifest["reconstruction"]["psnr"] >= 99
-    return floors(images, None if lossless else reconstructed, reference, net)
+    return {"num": num, **floors(images, None if lossless else reconstructed, reference, net)}
 
 
 def _agreement(

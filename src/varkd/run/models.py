@@ -85,6 +85,10 @@ def check_pair(student: Backbone, model: Backbone, tokenizer_hash: str | None, c
     if (model.vocab_size, model.num_classes) != wanted:
         raise VarkdError(f"this model has {model.vocab_size} codes and {model.num_classes} classes, the data "
                          f"{wanted[0]} and {wanted[1]}: use codes with the same tokenizer and classes")  # fmt: skip
+    height, width = codes.manifest["grid"]
+    if model.sequence_length != height * width:
+        raise VarkdError(f"this model has {model.sequence_length} codes an image, the data {height * width} "
+                         f"({height}x{width}): use codes with the same grid")  # fmt: skip
     model.check(student.plan(1, Rng(0), torch.zeros(1, dtype=torch.long)))
 
 

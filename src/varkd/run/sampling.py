@@ -61,8 +61,8 @@ def sample_run(
         VarkdError: no such run, or a label that it does not have.
     """
     run, codes, model = load_trained(folder, device)
-    if num < 1:
-        raise VarkdError(f"num={num}: ask for at least one sample")
+    if num < 1 or batch_size < 1:
+        raise VarkdError(f"num={num}, batch_size={batch_size}: ask for at least one sample at a time")
     wrong = [label for label in labels or [] if not 0 <= label < model.num_classes]
     if wrong:
         raise VarkdError(f"label {wrong[0]} is outside 0..{model.num_classes - 1} (the classes of this run)")

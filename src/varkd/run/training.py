@@ -23,7 +23,7 @@ from varkd.run.models import Objects, build_objects, new_student
 from varkd.run.sampling import generate
 from varkd.train.checkpoint import Progress
 from varkd.train.loop import Job, train
-from varkd.types import Batch
+from varkd.types import Batch, state_hash
 from varkd.world import World
 
 _VALIDATION_CODES = 512  # validation images that the loop looks at; `varkd evaluate` looks at all
@@ -106,12 +106,13 @@ def _record(run: Run, codes: Codes, folder: Path, objects: Objects, world: World
         "teacher_hash": objects.teacher_hash,
         "tokenizer_hash": codes.manifest["tokenizer"]["hash"],
         "codes": str(codes.folder.resolve()),
+        "products_hash": state_hash(codes.manifest["tokenizer"]["hash"], objects.products),
         "init_hash": weights_hash(load_backbone(run.init)[0]) if run.init else None,
     }
     path = folder / "environment.json"
     if path.is_file():
         before = read_json(path)
-        for name in ("teacher_hash", "tokenizer_hash", "init_hash"):
+        for name in ("teacher_hash", "tokenizer_hash", "init_hash", "products_hash"):
             if before.get(name) != recorded[name]:
                 old, new = (str(values.get(name))[:12] for values in (before, recorded))
                 what = name.removesuffix("_hash")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from varkd.errors import VarkdError
-from varkd.tokenizers.protocol import Tokenizer
+from varkd.tokenizers.protocol import Tokenizer, check_codes, check_images
 
 _RANGE_SLACK = 1e-3  # rounding of a float image; far below half the distance of two levels
 
@@ -79,20 +79,3 @@ class Pixels(Tokenizer):
         """
         check_codes(codes_BL, self.sequence_length, self.vocab_size)
         return self.levels_V[codes_BL].unflatten(1, self.image_shape)
-
-
-def check_images(images_BCHW: Tensor, image_shape: tuple[int, int, int]) -> None:
-    """Refuse images of another shape than (B, *image_shape) with one line."""
-    if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[1:]) != image_shape:
-        raise VarkdError(
-            f"the tokenizer takes images of shape (batch, {', '.join(map(str, image_shape))}), "
-            f"got {tuple(images_BCHW.shape)}: choose a tokenizer for these images, or resize them"
-        )
-
-
-def check_codes(codes_BL: Tensor, length: int, vocab_size: int) -> None:
-    """Refuse codes of another length than `length`, or outside [0, vocab_size), with one line."""
-    if codes_BL.ndim != 2 or codes_BL.shape[1] != length:
-        raise VarkdError(f"the tokenizer takes codes of shape (batch, {length}), got {tuple(codes_BL.shape)}")
-    if codes_BL.numel() and (int(codes_BL.min()) < 0 or int(codes_BL.max()) >= vocab_size):
-        raise VarkdError(f"codes must lie in [0, {vocab_size}): they come from another tokenizer")

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from varkd.errors import VarkdError
 from varkd.types import state_hash
 
 
@@ -68,3 +69,20 @@ def to_unit(images_uint8: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] -> uint8 by LlamaGen's rule: clamp(127.5 x + 128, 0, 255), truncated. Inverts `to_unit` exactly."""
     return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def check_images(images_BCHW: Tensor, image_shape: tuple[int, int, int]) -> None:
+    """Refuse images of another shape than (B, *image_shape) with one line."""
+    if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[1:]) != image_shape:
+        raise VarkdError(
+            f"the tokenizer takes images of shape (batch, {', '.join(map(str, image_shape))}), "
+            f"got {tuple(images_BCHW.shape)}: choose a tokenizer for these images, or resize them"
+        )
+
+
+def check_codes(codes_BL: Tensor, length: int, vocab_size: int) -> None:
+    """Refuse codes of another length than `length`, or outside [0, vocab_size), with one line."""
+    if codes_BL.ndim != 2 or codes_BL.shape[1] != length:
+        raise VarkdError(f"the tokenizer takes codes of shape (batch, {length}), got {tuple(codes_BL.shape)}")
+    if codes_BL.numel() and (int(codes_BL.min()) < 0 or int(codes_BL.max()) >= vocab_size):
+        raise VarkdError(f"codes must lie in [0, {vocab_size}): they come from another tokenizer")

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varkd.errors import VarkdError
-from varkd.tokenizers.pixels import check_codes, check_images
-from varkd.tokenizers.protocol import Tokenizer
+from varkd.tokenizers.protocol import Tokenizer, check_codes, check_images
 
 _SIMILARITIES_AT_ONCE = 1 << 24  # 64 MiB of float32
 _NORM_EPS = 1e-6

@@ -163,7 +163,8 @@ def test_bounds_and_identities(seed: int, scale: float, size: int):
     slack = 1e-9
     assert (tv >= 0).all() and (tv <= 1 + slack).all()
     torch.testing.assert_close(tv, 1 - torch.minimum(p, q).sum(1), rtol=1e-9, atol=1e-10)
-    assert (tv <= (forward / 2).sqrt() + slack).all() and (tv <= (reverse / 2).sqrt() + slack).all()  # Pinsker
+    for kl in (forward, reverse):  # Pinsker; a KL of 1e-24 may round below 0
+        assert (tv <= (kl.clamp_min(0) / 2).sqrt() + slack).all()
     assert (half <= math.log(2) + slack).all() and (half <= math.log(2) * tv + slack).all()
     torch.testing.assert_close(half, apply(JSD(0.5), z, s)[0], rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(apply(JSD(0.2), s, z)[0], apply(JSD(0.8), z, s)[0], rtol=1e-9, atol=1e-11)
