@@ -73,6 +73,7 @@ class Run:
 
 
 Tree = dict[str, Any]
+_TEXT = {item.name: str(item.type) for item in fields(Run) if str(item.type) in ("str", "str | None")}
 
 
 def load_run(recipe: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -88,11 +89,13 @@ def resolve(recipe: Tree, overrides: Sequence[str] = ()) -> Run:
     """Merge a recipe tree and overrides over the defaults and check the result."""
     asked = copy.deepcopy(recipe)
     pairs = [_split(override) for override in overrides]
-    preset, method_tree = _preset(asked.pop("method", None), dict(pairs).get("method"))
+    preset, method_tree = _preset(asked.pop("preset", None), asked.pop("method", None), dict(pairs).get("method"))
     base = _plain(asdict(Run()))
     base["preset"], base["method"] = preset, method_tree
     tree = _merge(base, asked, "")
     for key, value in pairs:
+        if key == "preset":
+            raise VarkdError(f"preset={value}: a name alone changes nothing, give method={value}")
         if key != "method":
             _assign(tree, key.split("."), value, key)
     return check(tree)
@@ -158,10 +161,10 @@ def _read_yaml(path: Path) -> Any:
         raise VarkdError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _preset(in_recipe: Any, in_override: Any) -> tuple[str, Tree]:
-    """The preset's name and its method tree, with the recipe's own changes merged in."""
+def _preset(shown: Any, in_recipe: Any, in_override: Any) -> tuple[str, Tree]:
+    """The preset's name and its method tree, with the recipe's own changes merged in. `shown`: as `varkd show` has it."""
     changes = dict(in_recipe) if isinstance(in_recipe, dict) else {}
-    name = in_override or changes.pop("preset", None) or (in_recipe if isinstance(in_recipe, str) else "ce")
+    name = in_override or changes.pop("preset", None) or (in_recipe if isinstance(in_recipe, str) else shown or "ce")
     if not isinstance(name, str) or name not in METHODS:
         raise VarkdError(f"unknown method '{name}': {did_you_mean(str(name), METHODS)} (`varkd methods` lists them)")
     tree = _plain(asdict(METHODS[name].method))
@@ -172,8 +175,8 @@ def _split(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise VarkdError(f"'{override}' is not key=value (example: train.updates=500)")
-    if text == "":
-        return key, None
+    if text == "" or key in _TEXT:  # paths and names are text, whatever they look like
+        return key, None if text in ("", "null") and "None" in _TEXT.get(key, "None") else text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

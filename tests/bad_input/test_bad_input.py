@@ -502,15 +502,10 @@ def test_sampling_what_cannot_be(tmp_path: Path, teacher: Path, refused: Refused
 
 
 def test_evaluating_too_few(teacher: Path, refused: Refused):
-    refused(["evaluate", teacher, "--num", "0"], "0", untouched=teacher)
+    refused(["evaluate", teacher, "--num", "0"], "num_samples must be at least 1", untouched=teacher)
 
 
 def test_a_run_that_is_not_finished(tmp_path: Path, codes: Path, refused: Refused):
     run = train(tmp_path / "run", codes, "train.updates=1")
     shutil.rmtree(run / "checkpoints")
     refused(["sample", run, "--out", tmp_path / "out"], "train it first", untouched=tmp_path)
-
-
-def test_a_report_of_runs_that_were_not_evaluated(tmp_path: Path, codes: Path, refused: Refused):
-    run = train(tmp_path / "run", codes, "train.updates=1")
-    refused(["report", run, "--out", tmp_path / "report"], "varkd evaluate", untouched=tmp_path)

@@ -200,7 +200,7 @@ class Attention(nn.Module):
             cache[0, ..., -num_new:, :], cache[1, ..., -num_new:, :] = k, v
             k, v = cache[0].to(q.dtype), cache[1].to(q.dtype)
         # New slots arrive either all at once (causal among themselves) or one by one (they see every cached slot).
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=num_new > 1)
+        x = attend(q, k, v, is_causal=num_new > 1)
         return self.resid_dropout(self.wo(x.transpose(1, 2).flatten(2)))
 
 
@@ -237,6 +237,15 @@ class RMSNorm(nn.Module):
         wide = x if x.dtype == torch.float64 else x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * self.weight
+
+
+def attend(q_BHLd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, is_causal: bool) -> Tensor:
+    """Scaled dot-product attention, in float32 where a CPU would differentiate it in bfloat16 (2.5 times slower)."""
+    if q_BHLd.device.type != "cpu" or not q_BHLd.requires_grad:
+        return F.scaled_dot_product_attention(q_BHLd, k_BHLd, v_BHLd, is_causal=is_causal)
+    with torch.autocast("cpu", enabled=False):
+        wide = (x if x.dtype == torch.float64 else x.float() for x in (q_BHLd, k_BHLd, v_BHLd))
+        return F.scaled_dot_product_attention(*wide, is_causal=is_causal).to(v_BHLd.dtype)
 
 
 def rotate(x_BHLd: Tensor, rope: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""The table of presets: complete, told apart, and values only."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+from dataclasses import replace
+
+import pytest
+
+from varkd import methods
+from varkd.cli import main
+from varkd.distill.contexts import Reweighted
+from varkd.distill.method import Method
+from varkd.methods import METHODS, Preset
+
+KEYS = {"name", "source", "equation", "summary", "contexts", "target", "terms", "schedule"}
+
+
+def table(capsys: pytest.CaptureFixture[str]) -> list[dict]:
+    capsys.readouterr()
+    assert main(["methods", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_table_lists_every_preset_with_every_axis(capsys: pytest.CaptureFixture[str]):
+    rows = table(capsys)
+    assert [row["name"] for row in rows] == list(METHODS)
+    for row in rows:
+        assert set(row) >= KEYS
+        assert all(row[key] for key in KEYS - {"schedule"}), row["name"]
+        assert isinstance(row["schedule"], dict)
+        for term in row["terms"]:
+            assert {"name", "on", "divergence", "space", "selection", "weight"} <= set(term)
+
+
+def test_no_two_rows_are_alike(capsys: pytest.CaptureFixture[str]):
+    """Neither what they are made of, nor what they say of themselves."""
+    rows = table(capsys)
+    made_of = [json.dumps({key: row[key] for key in ("contexts", "target", "terms", "schedule")}) for row in rows]
+    assert len(set(made_of)) == len(rows)
+    for key in ("equation", "summary"):
+        assert len({row[key] for row in rows}) == len(rows), key
+
+
+def test_each_preset_is_described_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """The description follows the value: change a part and its row changes."""
+    before = {row["name"]: row for row in table(capsys)}["varkd"]
+    contexts = METHODS["varkd"].method.contexts
+    assert isinstance(contexts, Reweighted)
+    changed = replace(METHODS["varkd"].method, contexts=replace(contexts, kappa=1.25))
+    monkeypatch.setitem(METHODS, "varkd", replace(METHODS["varkd"], method=changed))
+    after = {row["name"]: row for row in table(capsys)}["varkd"]
+    assert "1.25" in after["contexts"] and before["contexts"] != after["contexts"]
+    assert {key: before[key] for key in KEYS - {"contexts"}} == {key: after[key] for key in KEYS - {"contexts"}}
+
+
+def test_the_text_table_names_them_all(capsys: pytest.CaptureFixture[str]):
+    assert main(["methods"]) == 0
+    said = capsys.readouterr().out
+    for name, preset in METHODS.items():
+        assert name in said.splitlines() and preset.source in said and preset.equation in said
+
+
+def test_the_file_holds_values_only():
+    tree = ast.parse(inspect.getsource(methods))
+    kinds = (ast.FunctionDef, ast.If, ast.Lambda, ast.IfExp, ast.For, ast.While)
+    assert [node.lineno for node in ast.walk(tree) if isinstance(node, kinds)] == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_presets_know_whether_they_need_a_teacher(name: str):
+    preset = METHODS[name]
+    assert isinstance(preset, Preset) and isinstance(preset.method, Method)
+    assert preset.method.needs_teacher == (name != "ce")
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name.startswith("varkd")])
+def test_varkd_claims_no_more_than_it_is(name: str):
+    assert "independent implementation of the idea of arXiv 2606.06078" in METHODS[name].source
