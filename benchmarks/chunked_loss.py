@@ -99,8 +99,8 @@ def main() -> None:
             seconds[side].append(step(side, inputs, options.chunk_rows))
     median = {side: statistics.median(times) for side, times in seconds.items()}
     peak = {side: peak_bytes(side, size, options.chunk_rows, device) for side in SIDES}
-    print(f"{options.rows} rows x {options.codes} codes, width {options.dim}, chunks of {options.chunk_rows}, {device}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    print(f"{options.rows} rows x {options.codes} codes, width {options.dim}, chunks of {options.chunk_rows}, "
+          f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
     for side in SIDES:
         print(f"{side:8} value {values[side]:.6g}  {median[side]:.3f} s  peak {peak[side] / 2**20:.0f} MiB")
     print(f"chunked / plain: time {median['chunked'] / median['plain']:.2f}, "

@@ -1,4 +1,4 @@
-"""Tiny runs through the command line: digits as pixel codes, one layer, batches of eight. Fixtures for several folders."""
+"""Tiny runs through the command line: digits as pixel codes, one layer, batches of eight. Some folders' fixtures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from varkd.cli import main
 
 SIZES = ("model.num_layers=1", "model.dim=16", "model.num_heads=1", "model.ffn_dim=16")
 SETTINGS = (
-    *SIZES, "train.updates=6", "train.batch_size=8", "train.grid_every=0", "train.log_every=1", "train.validate_every=3",
-    "train.checkpoint_every=3", "train.tensorboard=false", "train.optim.warmup=2", "train.optim.lr=0.01",
-    "evaluation.num_samples=40", "evaluation.resamples=20", "device=cpu",
+    *SIZES, "train.updates=6", "train.batch_size=8", "train.grid_every=0", "train.log_every=1",
+    "train.validate_every=3", "train.checkpoint_every=3", "train.tensorboard=false", "train.optim.warmup=2",
+    "train.optim.lr=0.01", "evaluation.num_samples=40", "evaluation.resamples=20", "device=cpu",
 )  # fmt: skip
 # Student samples from the first update on, refreshed every other one: rings, ages and thresholds all matter at once.
 FROM_THE_START = (
@@ -30,7 +29,6 @@ FROM_THE_START = (
     "method.terms.student.selection.quantile=0.5", "method.contexts.kappa=30",
 )  # fmt: skip
 TIMING = ("seconds", "sequences_per_second")
-Runner = Callable[..., Path]
 
 
 def arguments(out: Path, codes: Path, *overrides: object, recipe: str = "digits-student") -> list[str]:
@@ -54,7 +52,9 @@ def checkpoint(run: Path, step: int) -> dict[str, Tensor]:
     """Every tensor of a checkpoint as `{file}/{name}`."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     names = ("student", "ema", "optimizer", "method")
-    return {f"{name}/{key}": value for name in names for key, value in load_file(folder / f"{name}.safetensors").items()}
+    return {
+        f"{name}/{key}": value for name in names for key, value in load_file(folder / f"{name}.safetensors").items()
+    }
 
 
 def progress(run: Path, step: int) -> dict[str, Any]:
@@ -114,8 +114,8 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher(tmp_path_factory: pytest.TempPathFactory, codes: Path) -> Path:
     """A run folder whose model has learnt a little, so that a teacher's word differs from a student's."""
     out = _shared(tmp_path_factory) / "teacher"
-    return out if out.exists() else train(out, codes, "train.updates=30", "train.batch_size=32", "train.checkpoint_every=30",
-                                          "seed=1", "train.optim.lr=0.03", "train.optim.ema=0.5")  # fmt: skip
+    longer = ("train.updates=30", "train.batch_size=32", "train.checkpoint_every=30", "train.optim.lr=0.03")
+    return out if out.exists() else train(out, codes, *longer, "train.optim.ema=0.5", "seed=1")
 
 
 def _shared(factory: pytest.TempPathFactory) -> Path:

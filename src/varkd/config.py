@@ -162,7 +162,7 @@ def _read_yaml(path: Path) -> Any:
 
 
 def _preset(shown: Any, in_recipe: Any, in_override: Any) -> tuple[str, Tree]:
-    """The preset's name and its method tree, with the recipe's own changes merged in. `shown`: as `varkd show` has it."""
+    """The preset's name and its method tree, with the recipe's own changes merged in; `shown`: by `varkd show`."""
     changes = dict(in_recipe) if isinstance(in_recipe, dict) else {}
     name = in_override or changes.pop("preset", None) or (in_recipe if isinstance(in_recipe, str) else shown or "ce")
     if not isinstance(name, str) or name not in METHODS:

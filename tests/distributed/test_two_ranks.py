@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_runs import FROM_THE_START, arguments, checkpoint, largest_difference, log, stop_after, train
 
+from tiny_runs import FROM_THE_START, arguments, checkpoint, largest_difference, log, stop_after, train
 from varkd.cli import main
 from varkd.errors import VarkdError
 from varkd.train.parallel import distribute
@@ -50,7 +50,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, codes: Path, teacher: Path) -
             elif name != "from_two":
                 train(folder / "one" / name, codes, *overrides)
     jobs: list[dict] = [
-        {"verb": "stop" if name == "from_two" else "train", "command": arguments(folder / "two" / name, codes, *overrides)}
+        {
+            "verb": "stop" if name == "from_two" else "train",
+            "command": arguments(folder / "two" / name, codes, *overrides),
+        }
         for name, overrides in settings.items()
     ]
     jobs.append({"verb": "encode", "out": str(folder / "two" / "codes")})

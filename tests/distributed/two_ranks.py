@@ -14,7 +14,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_runs import stop_after
-
 from varkd.config import load_run
 from varkd.run.data import encode
 from varkd.run.training import train_run

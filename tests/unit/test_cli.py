@@ -29,7 +29,8 @@ for verb in json.loads(sys.argv[1]):
     except SystemExit as end:
         codes[verb] = end.code
     print("=====")
-heavy = [name for name in ("torch", "numpy", "pydantic", "yaml", "datasets", "matplotlib", "sklearn", "rich") if name in sys.modules]
+names = ("torch", "numpy", "pydantic", "yaml", "datasets", "matplotlib", "sklearn", "rich")
+heavy = [name for name in names if name in sys.modules]
 print(json.dumps([codes, heavy]), file=sys.stderr)
 """
 
@@ -68,7 +69,9 @@ def test_what_is_shown_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture
     """`varkd show ... > recipe.yaml` is how a person begins one."""
     assert main(["show", "digits-student", "method=varkd", "method.contexts.kappa=2.5"]) == 0
     (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)
-    assert load_run(tmp_path / "recipe.yaml") == load_run("digits-student", ["method=varkd", "method.contexts.kappa=2.5"])
+    assert load_run(tmp_path / "recipe.yaml") == load_run(
+        "digits-student", ["method=varkd", "method.contexts.kappa=2.5"]
+    )
 
 
 def test_a_wrong_command_line_is_2(capsys: pytest.CaptureFixture[str]):

@@ -12,9 +12,11 @@ from varkd.cli import parser
 from varkd.demo import demo
 
 README = Path(__file__).parents[2] / "README.md"
-TINY = ("train.updates=3", "train.batch_size=8", "train.validate_every=3", "train.checkpoint_every=3",
-        "evaluation.num_samples=20", "evaluation.resamples=5", "model.num_layers=1", "model.dim=16", "model.num_heads=2",
-        "train.optim.warmup=1")  # fmt: skip
+TINY = (
+    "train.updates=3", "train.batch_size=8", "train.validate_every=3", "train.checkpoint_every=3",
+    "train.optim.warmup=1", "model.num_layers=1", "model.dim=16", "model.num_heads=2",
+    "evaluation.num_samples=20", "evaluation.resamples=5",
+)  # fmt: skip
 
 
 def blocks(language: str) -> list[str]:

@@ -7,6 +7,7 @@ weights-only reader.
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,7 +84,9 @@ def load_vq_official(path: str | Path, image_size: int) -> VQ:
     if not path.is_file():
         raise VarkdError(f"no such file: {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about unusual pickles, two lines before our one
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged or hostile file raises is not bounded
         reason = type(error).__name__
         raise VarkdError(f"{path} is not a plain PyTorch file of tensors ({reason}): download it again") from error

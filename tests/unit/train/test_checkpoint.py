@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from tiny_runs import arguments, assert_same_state, checkpoint, train
 
+from tiny_runs import arguments, assert_same_state, checkpoint, train
 from varkd.cli import main
 from varkd.errors import VarkdError
 from varkd.train import checkpoint as checkpoints
@@ -139,7 +139,13 @@ def test_loading_says_what_is_wrong(tmp_path: Path):
 def test_a_checkpoint_holds_no_teacher_and_no_pickle(tmp_path: Path, codes: Path, teacher: Path):
     run = train(tmp_path / "run", codes, "method=kd", f"teacher={teacher}", "train.updates=2")
     files = sorted(path.name for path in (run / "checkpoints" / "step-00000002").iterdir())
-    assert files == ["ema.safetensors", "method.safetensors", "optimizer.safetensors", "state.json", "student.safetensors"]
+    assert files == [
+        "ema.safetensors",
+        "method.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "student.safetensors",
+    ]
     hashes = [json.loads((folder / "environment.json").read_text())["teacher_hash"] for folder in (run, teacher)]
     assert isinstance(hashes[0], str) and hashes[1] is None
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from tiny_runs import (
     FROM_THE_START,
     arguments,
@@ -22,7 +23,6 @@ from tiny_runs import (
     stop_after,
     train,
 )
-
 from varkd.cli import main
 from varkd.errors import VarkdError
 from varkd.train.loop import Train
@@ -149,7 +149,9 @@ def test_micro_batches_in_bf16_stay_close(tmp_path: Path, codes: Path, teacher: 
 def test_a_spike_stops_the_run_and_keeps_the_last_good_checkpoint(
     tmp_path: Path, codes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    command = arguments(tmp_path / "run", codes, "train.updates=8", "train.checkpoint_every=2", "train.validate_every=8")
+    command = arguments(
+        tmp_path / "run", codes, "train.updates=8", "train.checkpoint_every=2", "train.validate_every=8"
+    )
     with monkeypatch.context() as patch:
         lr_at = Optim.lr_at
         patch.setattr(Optim, "lr_at", lambda self, step, updates: 1e30 if step == 4 else lr_at(self, step, updates))
@@ -168,7 +170,9 @@ def test_weights_that_blow_up_before_a_checkpoint_do_not_become_one(
 ):
     """The update that spoils the weights has a finite loss itself: the validation before the checkpoint tells."""
     lr_at = Optim.lr_at
-    monkeypatch.setattr(Optim, "lr_at", lambda self, step, updates: math.nan if step == 5 else lr_at(self, step, updates))
+    monkeypatch.setattr(
+        Optim, "lr_at", lambda self, step, updates: math.nan if step == 5 else lr_at(self, step, updates)
+    )
     assert main(arguments(tmp_path / "run", codes, "train.updates=9", "train.optim.ema=0")) == 2
     assert "the validation loss is not finite after update 6; last good checkpoint: update 3" in capsys.readouterr().err
     assert _checkpoints(tmp_path / "run") == ["step-00000003"]
@@ -179,7 +183,9 @@ def test_the_best_checkpoint_is_selected_and_kept(tmp_path: Path, codes: Path, m
 
     losses = iter([9.0, 3.0, 1.0, 2.0, 4.0])
     monkeypatch.setattr(training, "cross_entropy", lambda *_: next(losses))
-    run = train(tmp_path / "run", codes, "train.updates=4", "train.select=best", "train.validate_every=1", "train.keep=1")
+    run = train(
+        tmp_path / "run", codes, "train.updates=4", "train.select=best", "train.validate_every=1", "train.keep=1"
+    )
     assert '"step-00000002"' in (run / "checkpoints" / "selected.json").read_text()
     assert _checkpoints(run) == ["step-00000002", "step-00000004"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def test_the_rate_warms_up_linearly_and_falls_along_a_cosine():
     assert rates[4] == pytest.approx(2.0)
     assert rates[54] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5)), "half-way down at half-time"
     assert rates[104] == pytest.approx(0.2)
-    assert all(later <= earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(rates[4:]))
 
 
 @pytest.mark.parametrize(("warmup", "updates"), [(0, 1), (10, 5), (5, 5), (0, 3)])

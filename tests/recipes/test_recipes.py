@@ -1,0 +1,75 @@
+"""Every recipe that ships trains, as it is but for two updates; sizes that do not fit would fail here."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from varkd.backbones.store import load_backbone
+from varkd.cli import main
+from varkd.tokenizers.store import save_tokenizer
+from varkd.tokenizers.vq import VQ, VQConfig
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+SHORT = ("train.updates=2", "train.batch_size=8", "train.validate_every=2", "train.checkpoint_every=2",
+         "train.grid_every=2", "train.log_every=1", "device=cpu")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def colour_codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten classes of 32 x 32 noise, as CIFAR-10's parquet file has them, in codes of an untrained tokenizer."""
+    import datasets
+    from datasets import config
+
+    folder = tmp_path_factory.mktemp("colour")
+    random = np.random.default_rng(0)
+
+    def picture() -> dict:
+        buffer = io.BytesIO()
+        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(buffer, format="PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    rows = {"img": [picture() for _ in range(40)], "label": [i % 10 for i in range(40)]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "HF_DATASETS_CACHE", str(folder / "cache"))
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+        torch.manual_seed(0)
+        save_tokenizer(VQ(VQConfig.small(32, 3, 512, 4)), folder / "tokenizer")
+        command = ["encode", str(folder / "train.parquet"), "--tokenizer", str(folder / "tokenizer"), "--flip", "--out"]
+        assert main([*command, str(folder / "codes"), "--device", "cpu"]) == 0
+    return folder / "codes"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains(recipe: Path, tmp_path: Path, codes: Path, colour_codes: Path):
+    data = codes if recipe.stem.startswith("digits") else colour_codes
+    assert main(["train", recipe.stem, f"out={tmp_path / 'run'}", f"data={data}", *SHORT]) == 0
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
+    assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
+    assert (tmp_path / "run" / "tensorboard").is_dir()
+
+
+@pytest.mark.parametrize("family", ["digits", "cifar10"])
+def test_the_student_of_a_pair_learns_from_its_teacher(family: str, tmp_path: Path, codes: Path, colour_codes: Path):
+    """The teacher is the larger one by far, and every step of the README's job fits the one before."""
+    data = codes if family == "digits" else colour_codes
+    teacher, start, student = tmp_path / "teacher", tmp_path / "start", tmp_path / "varkd"
+    quick = (*SHORT, "train.grid_every=0", "train.tensorboard=false")
+    assert main(["train", f"{family}-teacher", f"out={teacher}", f"data={data}", *quick]) == 0
+    assert main(["train", f"{family}-student", f"out={start}", f"data={data}", *quick]) == 0
+    places = (f"out={student}", f"data={data}", f"teacher={teacher}", f"init={start}", "method=varkd")
+    assert main(["train", f"{family}-student", *places, *quick]) == 0
+    sizes = [sum(p.numel() for p in load_backbone(folder)[0].parameters()) for folder in (teacher, student)]
+    assert sizes[0] > 8 * sizes[1]
+
+
+def test_recipes_say_how_to_use_them():
+    for recipe in RECIPES:
+        assert "# varkd train " + recipe.stem in recipe.read_text(), recipe.name
