@@ -76,6 +76,8 @@ class Checkpoints:
             raise error or VarkdError("the first rank could not write the checkpoint; see its message")
 
     def _write(self, tensors: dict[str, dict[str, Tensor]], progress: Progress) -> None:
+        for unfinished in self.folder.glob(".step-*"):  # of a process that was killed while it wrote
+            shutil.rmtree(unfinished, ignore_errors=True)
         with atomic_folder(self.path(progress.step)) as temporary:
             for name, values in tensors.items():
                 _save_tensors(values, temporary / f"{name}.safetensors")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from tiny_runs import arguments, assert_same_state, checkpoint, train
+from tiny_runs import arguments, assert_same_state, checkpoint, stop_after, train
 from varkd.cli import main
 from varkd.errors import VarkdError
 from varkd.train import checkpoint as checkpoints
@@ -107,6 +107,18 @@ def test_old_checkpoints_go(tmp_path: Path, codes: Path):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "selected.json", "step-00000005", "step-00000006"
     ]  # fmt: skip
+
+
+def test_what_a_killed_process_left_goes(tmp_path: Path, codes: Path):
+    left = tmp_path / "run" / "checkpoints" / ".step-00000003.0123abcd.tmp"
+    command = arguments(tmp_path / "run", codes)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 1)
+        assert main(command) == 143
+    left.mkdir()
+    (left / "student.safetensors").write_bytes(b"half")
+    assert main(command) == 0
+    assert not left.exists() and leftovers(tmp_path / "run") == []
 
 
 def test_a_checkpoint_without_its_last_file_does_not_count(tmp_path: Path, codes: Path):
