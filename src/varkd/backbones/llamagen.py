@@ -249,8 +249,8 @@ def attend(q_BHLd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, is_causal: bool) -> T
     if q_BHLd.device.type != "cpu" or not q_BHLd.requires_grad:
         return F.scaled_dot_product_attention(q_BHLd, k_BHLd, v_BHLd, is_causal=is_causal)
     with torch.autocast("cpu", enabled=False):
-        wide = (x if x.dtype == torch.float64 else x.float() for x in (q_BHLd, k_BHLd, v_BHLd))
-        return F.scaled_dot_product_attention(*wide, is_causal=is_causal).to(v_BHLd.dtype)
+        q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q_BHLd, k_BHLd, v_BHLd))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).to(v_BHLd.dtype)
 
 
 def rotate(x_BHLd: Tensor, rope: Tensor) -> Tensor:
