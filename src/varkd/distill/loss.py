@@ -197,7 +197,7 @@ def _part_weight(inputs: LossInputs, term: Term, part: Part, scores: Scores, sta
     stats.add(f"kept/{term.name}", selected_BL.double().sum(), selected_BL.numel())
     if part.source == "student":
         # (sum w)^2 / (B sum w^2) over the whole step, where the weights have mean 1
-        stats.add("ess/student", len(part), part.weight_B.square().sum())
+        stats.add("ess/student", len(part), part.weight_B.double().square().sum())
         stats.add("age/student", part.age_B.sum(), len(part))
     return selected_BL * part.weight_B.unsqueeze(1)
 
