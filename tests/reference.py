@@ -1,15 +1,23 @@
 """Float64 closed forms, written from the formulas and not from the code: values and gradients.
 
 Each divergence takes student logits s and teacher logits z, (N, V), and returns its value (N,) and its gradient with
-respect to s (N, V). p is the teacher, q the student; m is a mixture.
+respect to s (N, V). p is the teacher, q the student; m is a mixture. `plain_loss` at the end is not independent: it is
+the loss of a context with full logits and autograd.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from varkd.distill import loss as loss_module
+from varkd.distill.divergences import Rows
+from varkd.distill.loss import Group, LossInputs, Stats
+from varkd.distill.schedule import number
+from varkd.types import Context
 
 Pair = tuple[Tensor, Tensor]
 
@@ -77,3 +85,22 @@ def cross_entropy(s: Tensor, z: Tensor, code: Tensor) -> Pair:
 def cluster_masses(p: Tensor, cluster: Tensor) -> Tensor:
     """P_k = sum of p over the codes of cluster k: (N, K), by a plain sum."""
     return torch.stack([p[:, cluster == k].sum(1) for k in range(int(cluster.max()) + 1)], dim=1)
+
+
+def plain_loss(inputs: LossInputs, context: Context, denominators: Mapping[str, float]) -> Tensor:
+    """The same loss written out with full logits and autograd: what the chunked one must equal."""
+    total = torch.zeros((), dtype=torch.float64)
+    for group in Group.all_of(context):
+        part = group.stacked
+        student_NV = inputs.student.head(inputs.student(part.codes_BL, part.condition, part.plan)).flatten(0, 1)
+        teacher_hidden_ND = loss_module._teacher_hidden(inputs, part)
+        teacher_NV = None
+        if teacher_hidden_ND is not None and inputs.teacher is not None:
+            teacher_NV = inputs.teacher.head(teacher_hidden_ND).detach()
+        weights = loss_module._term_weights(inputs, group, teacher_hidden_ND, Stats())
+        for term in inputs.method.terms:
+            value_N = loss_module._term_value(
+                term, student_NV, teacher_NV, Rows(part.supervision_BL.flatten()), inputs.products
+            )
+            total = total + (weights[term.name] * value_N).sum() * number(term.weight) / denominators[term.name]
+    return total

@@ -292,20 +292,3 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(ctx, *grad_outputs):
         scaled = [None if grad is None else grad * grad_outputs[0] for grad in ctx.grads]
         return (*scaled, None, None)
-
-
-def plain_loss(inputs: LossInputs, context: Context, denominators: Mapping[str, float]) -> Tensor:
-    """The same loss written out with full logits and autograd: the reference of the tests and benchmarks."""
-    total = torch.zeros((), dtype=torch.float64)
-    for group in Group.all_of(context):
-        part = group.stacked
-        student_NV = inputs.student.head(inputs.student(part.codes_BL, part.condition, part.plan)).flatten(0, 1)
-        teacher_hidden_ND = _teacher_hidden(inputs, part)
-        teacher_NV = None
-        if teacher_hidden_ND is not None and inputs.teacher is not None:
-            teacher_NV = inputs.teacher.head(teacher_hidden_ND).detach()
-        weights = _term_weights(inputs, group, teacher_hidden_ND, Stats())
-        for term in inputs.method.terms:
-            value_N = _term_value(term, student_NV, teacher_NV, Rows(part.supervision_BL.flatten()), inputs.products)
-            total = total + (weights[term.name] * value_N).sum() * number(term.weight) / denominators[term.name]
-    return total

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from reference import plain_loss
 from varkd.backbones.protocol import Backbone
 from varkd.distill import loss as module
 from varkd.distill.contexts import Data, Mixture, Reweighted, Rollout, Scene, Share, State
 from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL, ReverseKL
-from varkd.distill.loss import LossInputs, Stats, chunked_head_loss, denominators, distill_loss, plain_loss
+from varkd.distill.loss import LossInputs, Stats, chunked_head_loss, denominators, distill_loss
 from varkd.distill.method import Method, Term, threshold_key
 from varkd.distill.selection import Confidence, Random
 from varkd.distill.spaces import Clusters
