@@ -32,7 +32,7 @@ def demo(out: Path, *, seed: int = 0, overwrite: bool = False, overrides: tuple[
     """
     begun = time.monotonic()
     codes = out / "codes"
-    encode("digits", "pixels", codes, shifts=1)
+    encode("digits", "pixels", codes)
     runs = _runs(out, codes, seed, overrides)
     for run in runs:
         train_run(run, overwrite=overwrite)
