@@ -129,8 +129,12 @@ def _run_encode(arguments: argparse.Namespace) -> None:
     options = _options(
         arguments, "flip", "shifts", "batch_size", "shard_size", "image_size", "validation", "seed", "device"
     )
-    manifest = encode(arguments.data, arguments.tokenizer, arguments.out, **options)
-    if World.from_environment().is_main:
+    world = World.from_environment()
+    try:
+        manifest = encode(arguments.data, arguments.tokenizer, arguments.out, **options)
+    finally:
+        world.close()
+    if world.is_main:
         numbers = ", ".join(f"{split} {entry['num']}" for split, entry in manifest["splits"].items())
         check = manifest["reconstruction"]
         print(f"{numbers} images in {len(manifest['views'])} view(s); reconstruction PSNR {check['psnr']:.2f} dB "
