@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import settings
 from varkd.backbones.llamagen import LlamaGen, LlamaGenConfig
 from varkd.types import Batch
 
+# One thread, here and in the processes that tests start: other numbers of threads sum in another order.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 # The same examples on every run: a red test must mean a change. Search further with `--hypothesis-profile=default`.
 settings.register_profile("varkd", derandomize=True, deadline=None)
 settings.load_profile("varkd")
