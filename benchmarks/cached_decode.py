@@ -1,6 +1,6 @@
 """Cached decoding (`start`/`step`) against recomputing the prefix at every step: samples per second, in one run.
 
-python benchmarks/cached_decode.py [--grid 16] [--layers 6] [--dim 192] [--batch 16]
+python benchmarks/cached_decode.py [--grid 8] [--layers 6] [--dim 192] [--batch 16]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def recompute(model: Backbone, condition: Condition, uniform_BL: torch.Tensor) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("grid", 16), ("layers", 6), ("dim", 192), ("batch", 16), ("repeats", 3)):
+    for name, default in (("grid", 8), ("layers", 6), ("dim", 192), ("batch", 16), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     sizes = {"vocab_size": 512, "num_classes": 10, "grid": (options.grid, options.grid), "num_layers": options.layers,

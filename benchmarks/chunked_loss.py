@@ -3,16 +3,16 @@
     python benchmarks/chunked_loss.py [--rows 4096] [--codes 16384] [--dim 768] [--repeats 5]
 
 Both sides compute forward KL between two heads and its gradient on the same hidden states, alternating. Peak memory
-on the CPU is the growth of the resident set, each side in a fresh process; on CUDA the allocator's peak.
+on the CPU is the growth of the resident set (Linux), each side in a fresh process; on CUDA the allocator's peak.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +79,16 @@ def _peak(side: str, size: tuple[int, int, int], chunk_rows: int, device: str) -
         return torch.cuda.max_memory_allocated() - before
     small = problem(8, 64, 8, device)
     step(side, small, chunk_rows)  # libraries load on first use; that is not the loss's memory
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, which a child inherits from its parent
+    before = _status("VmHWM")
     step(side, inputs, chunk_rows)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def main() -> None:
@@ -92,7 +99,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = (options.rows, options.codes, options.dim)
     inputs = problem(*size, device)
-    values = {side: float(SIDES[side](*inputs, options.chunk_rows)) for side in SIDES}
+    values = {side: SIDES[side](*inputs, options.chunk_rows).item() for side in SIDES}
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(options.repeats):
         for side in SIDES:
