@@ -110,7 +110,7 @@ def train(job: Job) -> Progress:
     session = Session(job)
     settings = job.train
     with bar(job.label, settings.updates, job.quiet or not job.world.is_main) as progress_bar, _signals() as received:
-        session.validate_and_save_at_start()
+        session.validate_at_start()
         while session.progress.step < settings.updates:
             begun = time.perf_counter()
             values = session.update()
@@ -215,7 +215,7 @@ class Session:
             self.log.write("train", step, {**values, **timing})
             self.window_begun, self.window_step = time.perf_counter(), step
 
-    def validate_and_save_at_start(self) -> None:
+    def validate_at_start(self) -> None:
         """Step 0 is logged too: curves begin at the shared initialisation."""
         if self.progress.step == 0:
             self._validate()
