@@ -23,9 +23,9 @@ from varkd.types import Condition, Plan
 class Sampler:
     """How codes are drawn: guidance, then temperature, then top-k, then top-p.
 
-    `temperature=0` is greedy. `top_k=0` and `top_p=1` keep everything. `guidance=1` runs the conditional branch alone;
-    above it the logits are null + s (cond - null), for the first `guidance_interval` + 2 codes only when that is >= 0
-    (LlamaGen's `cfg_interval`).
+    `temperature=0` is greedy. `top_k=0` and `top_p=1` keep everything. `guidance` up to 1 is off (the official rule):
+    the conditional branch alone. Above it the logits are null + s (cond - null), for the first `guidance_interval` + 2
+    codes only when that is >= 0 (LlamaGen's `cfg_interval`).
     """
 
     kind: Literal["sampler"] = "sampler"
@@ -36,16 +36,11 @@ class Sampler:
     guidance_interval: int = -1
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and self.guidance >= 0):
             raise VarkdError(
-                f"sampler: need temperature >= 0, top_k >= 0 and 0 < top_p <= 1, "
-                f"got {self.temperature}, {self.top_k}, {self.top_p}"
+                f"sampler: need temperature >= 0, top_k >= 0, 0 < top_p <= 1 and guidance >= 0, "
+                f"got {self.temperature}, {self.top_k}, {self.top_p}, {self.guidance}"
             )
-
-    @property
-    def is_plain(self) -> bool:
-        """True when codes are drawn from the model's own distribution."""
-        return self == Sampler()
 
 
 @dataclass(frozen=True)

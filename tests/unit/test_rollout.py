@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import product
 from typing import Any
 
@@ -225,12 +224,9 @@ def test_greedy_codes_are_certain(student):
     assert (samples.logp_BL == 0).all()
 
 
-@pytest.mark.parametrize("values", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "values", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"guidance": -1.0}]
+)
 def test_nonsense_is_refused(values):
     with pytest.raises(VarkdError, match="sampler"):
         Sampler(**values)
-
-
-def test_plain():
-    assert Sampler().is_plain and not Sampler(top_k=5).is_plain and not Sampler(temperature=0.9).is_plain
-    assert math.isclose(Sampler().temperature, 1)

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from varkd.distill.contexts import Contexts, Data, State
-from varkd.distill.divergences import CrossEntropy, Divergence
+from varkd.distill.divergences import Divergence
 from varkd.distill.schedule import Scalar, check_range, resolve
 from varkd.distill.selection import All, Confidence, Selection
 from varkd.distill.spaces import Full, Products, Space
@@ -88,8 +88,3 @@ class Method:
 def threshold_key(term: Term) -> str:
     """Where the state keeps the per-position threshold of a term."""
     return f"threshold/{term.name}"
-
-
-def cross_entropy_only(name: str = "ce") -> Method:
-    """Maximum likelihood on the data: how teachers (and the `ce` baseline) are trained."""
-    return Method(terms=(Term(name, CrossEntropy()),))

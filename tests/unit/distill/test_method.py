@@ -9,7 +9,7 @@ import torch
 
 from varkd.distill.contexts import Mixture, Rollout
 from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL
-from varkd.distill.method import Method, Term, cross_entropy_only
+from varkd.distill.method import Method, Term
 from varkd.distill.schedule import Ramp, check_range, number, resolve
 from varkd.distill.selection import Confidence
 from varkd.distill.spaces import Clusters, Full
@@ -65,7 +65,7 @@ def test_a_negative_weight_is_refused():
 
 
 def test_who_needs_a_teacher():
-    assert not cross_entropy_only().needs_teacher
+    assert not METHODS["ce"].method.needs_teacher
     assert not Method((Term("ce", CrossEntropy()),), Rollout()).needs_teacher
     assert Method((Term("ce", CrossEntropy()),), Rollout("teacher")).needs_teacher
     assert Method((Term("ce", CrossEntropy(), selection=Confidence(score="margin")),)).needs_teacher
