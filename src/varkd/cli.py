@@ -199,7 +199,11 @@ def _sampler_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--temperature", type=float, default=None, help=f"0 is greedy {text}")
     verb.add_argument("--top-k", type=int, default=None, help=f"0 keeps all codes {text}")
     verb.add_argument("--top-p", type=float, default=None, help=f"1 keeps all codes {text}")
-    verb.add_argument("--guidance", type=float, default=None, help=f"classifier-free guidance, 1 is off {text}")
+    verb.add_argument("--guidance", type=float, default=None, help=f"largest classifier-free guidance scale, 1 is off; "
+                      f"it moves along the family's own schedule {text}")  # fmt: skip
+    verb.add_argument("--guidance-power", type=float, default=None, help=f"rar: shape of the schedule {text}")
+    verb.add_argument("--steps", type=int, default=None, help=f"decode in parallel in this many steps {text}")
+    verb.add_argument("--step-schedule", default=None, help=f"arpg: arccos or cosine {text}")
 
 
 def _sampler(arguments: argparse.Namespace):
@@ -208,7 +212,7 @@ def _sampler(arguments: argparse.Namespace):
 
     from varkd.config import read_run
 
-    names = ("temperature", "top_k", "top_p", "guidance")
+    names = ("temperature", "top_k", "top_p", "guidance", "guidance_power", "steps", "step_schedule")
     given = {name: value for name, value in _options(arguments, *names).items() if value is not None}
     return replace(read_run(arguments.run_folder).evaluation.sampler, **given) if given else None
 

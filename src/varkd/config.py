@@ -10,7 +10,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -24,13 +24,19 @@ from varkd.train.loop import Train
 
 @dataclass(frozen=True)
 class Model:
-    """The student's family and sizes. Codes, classes and grid come from the data."""
+    """The student's family and sizes. Codes, classes and grid (or scales) come from the data.
+
+    `order` ("raster" or "random") is for families that decode in any order, `shared_adaln` for `var`; None is the
+    family's own choice.
+    """
 
     family: str = "llamagen"
     num_layers: int = 2
     dim: int = 32
     num_heads: int = 2
     ffn_dim: int | None = None
+    order: Literal["raster", "random"] | None = None
+    shared_adaln: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ two ranks = one, resume and paired samples testable. No gradients and no files h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,18 +15,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from varkd.backbones.protocol import Backbone
+from varkd.backbones.protocol import Backbone, GuidanceKind, Nucleus
 from varkd.errors import VarkdError
 from varkd.types import Condition, Plan
+from varkd.world import Rng
 
 
 @dataclass(frozen=True)
 class Sampler:
     """How codes are drawn: guidance, then temperature, then top-k, then top-p.
 
-    `temperature=0` is greedy. `top_k=0` and `top_p=1` keep everything. `guidance` up to 1 is off (the official rule):
-    the conditional branch alone. Above it the logits are null + s (cond - null), for the first `guidance_interval` + 2
-    codes only when that is >= 0 (LlamaGen's `cfg_interval`).
+    `temperature=0` is greedy. `top_k=0` and `top_p=1` keep everything. `guidance` is the largest scale s in
+    null + s (cond - null) while an image is decoded, 1 is off; how s gets there is `guidance_schedule`, by default each
+    family's own (`guidance_per_step`; VAR's official `cfg` is `guidance` - 1). `steps` asks for parallel decoding,
+    sharing the codes out by `step_schedule` where a family knows several.
     """
 
     kind: Literal["sampler"] = "sampler"
@@ -33,7 +36,12 @@ class Sampler:
     top_k: int = 0
     top_p: float = 1.0
     guidance: float = 1.0
+    guidance_schedule: Literal["family", GuidanceKind] = "family"
     guidance_interval: int = -1
+    guidance_start: float = 1.0
+    guidance_power: float = 1.0
+    steps: int | None = None
+    step_schedule: str | None = None
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and self.guidance >= 0):
@@ -41,6 +49,12 @@ class Sampler:
                 f"sampler: need temperature >= 0, top_k >= 0, 0 < top_p <= 1 and guidance >= 0, "
                 f"got {self.temperature}, {self.top_k}, {self.top_p}, {self.guidance}"
             )
+        if self.steps is not None and self.steps < 1:
+            raise VarkdError(f"sampler: steps must be at least 1, got {self.steps}")
+
+    def plan(self, model: Backbone, rng: Rng, row_B: Tensor, order_BL: Tensor | None = None) -> Plan:
+        """How `model` decodes one sequence for each of `row_B`."""
+        return model.plan(len(row_B), rng, row_B, self.steps, order_BL, self.step_schedule)
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ def rollout(
     Raises:
         VarkdError: prefix steps without codes, or no step left to sample.
     """
-    guidance_S = guidance_schedule(sampler, plan)
+    guidance_S = guidance_per_step(sampler, plan, model.guidance)
     guided = bool((guidance_S != 1).any())
     batch, length = plan.order_BL.shape
     codes_BL = torch.zeros(batch, length, dtype=torch.long, device=plan.order_BL.device)
@@ -89,7 +103,7 @@ def rollout(
         for index in range(prefix_steps, len(plan.sizes)):
             rank = slice(done, done + plan.sizes[index])
             logits = guide(model.head(hidden), float(guidance_S[index])) if guided else model.head(hidden)
-            codes_Bn, logp_Bn = draw(logits, sampler, uniform_BL[:, rank])
+            codes_Bn, logp_Bn = draw(logits, sampler, uniform_BL[:, rank], model.nucleus)
             codes_BL.scatter_(1, plan.order_BL[:, rank], codes_Bn)
             logp_BL.scatter_(1, plan.order_BL[:, rank], logp_Bn)
             done = rank.stop
@@ -112,23 +126,47 @@ def guide(logits_2BnV: Tensor, scale: float) -> Tensor:
     return conditional if scale == 1 else null + scale * (conditional - null)
 
 
-def guidance_schedule(sampler: Sampler, plan: Plan) -> Tensor:
-    """The guidance scale of every decoding step, float32 (S,). LlamaGen: constant, or cut off after an interval."""
-    steps = torch.arange(len(plan.sizes))
-    scale_S = torch.full((len(plan.sizes),), float(sampler.guidance))
-    if sampler.guidance <= 1:
-        return torch.ones_like(scale_S)  # the official rule: guidance is on iff the scale exceeds 1
-    if sampler.guidance_interval >= 0:
-        scale_S[steps > sampler.guidance_interval + 1] = 1.0
-    return scale_S
+def guidance_per_step(sampler: Sampler, plan: Plan, family: GuidanceKind) -> Tensor:
+    """The guidance scale of every decoding step, float32 (S,); `family` is what "family" stands for.
+
+    With g = `guidance`, N codes in S steps, and t codes decoded before a step that decodes n:
+
+        constant        g, where g > 1; only for the first `guidance_interval` + 2 codes when that is >= 0 (LlamaGen)
+        scales          1 + (g - 1) k / (S - 1) at scale k (VAR, g = cfg + 1)
+        decoded_before  s0 + (g - s0) t / N, where g > 1; s0 = `guidance_start` (RandAR)
+        decoded_after   1 + (g - 1) (t + n) / N (ARPG)
+        power_cosine    1 + (g - 1) (1 - cos(pi (t / N)^power)) / 2, where g > 0; power = `guidance_power` (RAR)
+    """
+    kind = family if sampler.guidance_schedule == "family" else sampler.guidance_schedule
+    sizes_S = torch.tensor(plan.sizes, dtype=torch.float64)
+    after_S = sizes_S.cumsum(0) / sizes_S.sum()
+    before_S = after_S - sizes_S / sizes_S.sum()
+    steps_S, scale = torch.arange(len(sizes_S)), float(sampler.guidance)
+    if (scale <= 1 and kind in ("constant", "decoded_before")) or (scale == 0 and kind == "power_cosine"):
+        return torch.ones(len(sizes_S))  # the official codes switch guidance off there
+    if kind == "constant":
+        cut = sampler.guidance_interval >= 0
+        scale_S = torch.where((steps_S > sampler.guidance_interval + 1) & cut, 1.0, torch.full_like(sizes_S, scale))
+    elif kind == "scales":
+        scale_S = 1 + (scale - 1) * steps_S.double() / max(1, len(sizes_S) - 1)
+    elif kind == "decoded_before":
+        scale_S = sampler.guidance_start + (scale - sampler.guidance_start) * before_S
+    elif kind == "decoded_after":
+        scale_S = 1 + (scale - 1) * after_S
+    else:
+        scale_S = 1 + (scale - 1) * (1 - torch.cos(math.pi * before_S**sampler.guidance_power)) / 2
+    return scale_S.float()
 
 
-def draw(logits_BnV: Tensor, sampler: Sampler, uniform_Bn: Tensor) -> tuple[Tensor, Tensor]:
+def draw(
+    logits_BnV: Tensor, sampler: Sampler, uniform_Bn: Tensor, nucleus: Nucleus = "descending"
+) -> tuple[Tensor, Tensor]:
     """Codes and their log-probabilities (both (B, n)) by the inverse CDF of the filtered distribution."""
     if sampler.temperature == 0:
         codes_Bn = logits_BnV.argmax(-1)
         return codes_Bn, torch.zeros_like(uniform_Bn)
-    logits = filter_logits(logits_BnV.float() / max(sampler.temperature, 1e-5), sampler.top_k, sampler.top_p)
+    heated = logits_BnV.float() / max(sampler.temperature, 1e-5)
+    logits = filter_logits(heated, sampler.top_k, sampler.top_p, nucleus)
     logp_BnV = logits.log_softmax(-1)
     # In float64 u * total < total holds strictly, so a filtered-out code can never be reached by rounding.
     cdf = logp_BnV.double().exp().cumsum(-1)
@@ -137,18 +175,28 @@ def draw(logits_BnV: Tensor, sampler: Sampler, uniform_Bn: Tensor) -> tuple[Tens
     return codes_Bn1.squeeze(-1), logp_BnV.gather(-1, codes_Bn1).squeeze(-1)
 
 
-def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """LlamaGen's filters: -inf below the k-th largest (ties kept), then outside the nucleus (its last code kept)."""
+def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0, nucleus: Nucleus = "descending") -> Tensor:
+    """-inf below the k-th largest logit (ties kept), then outside the nucleus of what is left.
+
+    The nucleus by the two official rules: "descending" (LlamaGen) drops a code when the codes above it hold more than
+    p; "ascending" (VAR) drops a code when it and the codes below it hold at most 1 - p, never the most likely one.
+    """
     if top_k > 0:
         threshold = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
-    if top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)  # mass strictly before each code
-        before[..., 0] = 0
-        removed = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, before > top_p)
-        logits = logits.masked_fill(removed, -torch.inf)
-    return logits
+    if top_p >= 1:
+        return logits
+    ordered, index = logits.sort(dim=-1, descending=nucleus == "descending")
+    mass = ordered.softmax(-1).cumsum(-1)
+    if nucleus == "descending":
+        mass = mass.roll(1, -1)  # strictly before each code
+        mass[..., 0] = 0
+        dropped = mass > top_p
+    else:
+        dropped = mass <= 1 - top_p
+        dropped[..., -1] = False
+    removed = torch.zeros_like(dropped).scatter(-1, index, dropped)
+    return logits.masked_fill(removed, -torch.inf)
 
 
 @contextmanager

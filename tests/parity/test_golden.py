@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from varkd.errors import VarkdError
-from varkd.verify import compare, main, verify
+from varkd.verify.__main__ import main
+from varkd.verify.check import verify
+from varkd.verify.golden import compare
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("*.safetensors"))
@@ -46,8 +48,10 @@ def failures(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", WITH_MODEL, ids=lambda path: path.stem)
 def test_a_changed_weight_fails(path: Path, copy):
-    name = "state.output.weight" if path.name.startswith("llamagen-") else "state.decoder.conv_out.weight"
-    weight = load_file(path)[name].clone()
+    tensors = load_file(path)
+    last = ("output.weight", "head.weight", "lm_head.weight", "decoder.conv_out.weight")
+    (name,) = [f"state.{name}" for name in last if f"state.{name}" in tensors]
+    weight = tensors[name].clone()
     weight.view(-1)[0] += 0.05
     assert failures(copy(path, **{name: weight}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
 from varkd.errors import VarkdError
-from varkd.rollout import Sampler, draw, evaluating, filter_logits, guidance_schedule, guide, rollout
+from varkd.rollout import Sampler, draw, evaluating, filter_logits, guidance_per_step, guide, rollout
 from varkd.types import Condition, Plan
 from varkd.world import Rng
 
@@ -33,7 +34,7 @@ def full_logits(model: Backbone, codes_BL: Tensor, condition: Condition) -> Tens
 def naive_decode(model: Backbone, condition: Condition, sampler: Sampler, uniform_BL: Tensor) -> Tensor:
     """One full forward pass per code and branch, and a hand-written inverse CDF."""
     codes_BL = torch.zeros_like(uniform_BL, dtype=torch.long)
-    guidance = guidance_schedule(sampler, model.plan(1)).tolist()
+    guidance = guidance_per_step(sampler, model.plan(1), model.guidance).tolist()
     for position in range(codes_BL.shape[1]):
         conditional = full_logits(model, codes_BL, condition)[:, position]
         null = full_logits(model, codes_BL, condition.null(model.null_label))[:, position]
@@ -113,15 +114,16 @@ def test_samples_follow_the_exact_joint_distribution(make_model):
     scale=st.floats(0.01, 50),
     top_k=st.integers(0, 10),
     top_p=st.floats(0.01, 1),
+    nucleus=st.sampled_from(["descending", "ascending"]),
 )
-def test_filtered_codes_are_never_drawn(seed: int, size: int, scale: float, top_k: int, top_p: float):
+def test_filtered_codes_are_never_drawn(seed: int, size: int, scale: float, top_k: int, top_p: float, nucleus):
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(5, 7, size, generator=generator)
-    kept = filter_logits(logits, top_k, top_p).isfinite()
+    kept = filter_logits(logits, top_k, top_p, nucleus).isfinite()
     assert kept.any(-1).all()
     uniforms = torch.rand(5, 7, generator=generator)
     uniforms[0], uniforms[1] = 0.0, ALMOST_ONE
-    codes, logp = draw(logits, Sampler(top_k=top_k, top_p=top_p), uniforms)
+    codes, logp = draw(logits, Sampler(top_k=top_k, top_p=top_p), uniforms, nucleus)
     assert (codes < size).all() and kept.gather(-1, codes.unsqueeze(-1)).all() and logp.isfinite().all()
     if top_k:
         assert (kept.sum(-1) <= top_k).all()
@@ -176,11 +178,47 @@ def test_guidance_formula_and_schedule():
     assert guide(stacked, 3.0).tolist() == [[0.5 + 3 * 0.5, -1 + 3 * 3.0]]
     assert torch.equal(guide(stacked, 1.0), stacked[:1])
     plan = Plan(torch.arange(6).unsqueeze(0), (1,) * 6)
-    schedule = lambda **how: guidance_schedule(Sampler(**how), plan).tolist()
+    schedule = lambda **how: guidance_per_step(Sampler(**how), plan, "constant").tolist()
     assert schedule(guidance=2.0) == [2] * 6
     assert schedule(guidance=2.0, guidance_interval=0) == [2, 2, 1, 1, 1, 1]  # the first `interval` + 2 codes
     assert schedule(guidance=2.0, guidance_interval=3) == [2, 2, 2, 2, 2, 1]
     assert schedule(guidance=1.0) == [1] * 6 and schedule(guidance=0.5) == [1] * 6
+
+
+PARALLEL = Plan(torch.arange(8).unsqueeze(0), (1, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "expected"),
+    [
+        ("scales", {"guidance": 2.5}, [1.0, 1.75, 2.5]),
+        ("scales", {"guidance": 1.0}, [1.0, 1.0, 1.0]),
+        ("decoded_before", {"guidance": 5.0}, [1.0, 1.5, 3.0]),
+        ("decoded_before", {"guidance": 5.0, "guidance_start": 3.0}, [3.0, 3.25, 4.0]),
+        ("decoded_before", {"guidance": 1.0, "guidance_start": 3.0}, [1.0, 1.0, 1.0]),
+        ("decoded_after", {"guidance": 5.0}, [1.5, 3.0, 5.0]),
+        ("decoded_after", {"guidance": 0.0}, [0.875, 0.5, 0.0]),
+        ("power_cosine", {"guidance": 3.0}, [1.0, 1 + (1 - math.cos(math.pi / 8)), 2.0]),
+        ("power_cosine", {"guidance": 3.0, "guidance_power": 2.0}, [1.0, 1 + (1 - math.cos(math.pi / 64)),
+                                                                  1 + (1 - math.cos(math.pi / 4))]),
+        ("power_cosine", {"guidance": 3.0, "guidance_power": 0.0}, [3.0, 3.0, 3.0]),
+        ("power_cosine", {"guidance": 0.0}, [1.0, 1.0, 1.0]),
+    ],
+)  # fmt: skip
+def test_guidance_schedules_by_hand(kind, how, expected):
+    own = guidance_per_step(Sampler(**how), PARALLEL, kind)
+    named = guidance_per_step(Sampler(**how, guidance_schedule=kind), PARALLEL, "constant")
+    assert torch.equal(own, named)
+    torch.testing.assert_close(own, torch.tensor(expected))
+
+
+def test_the_two_nucleus_rules_differ_where_they_should():
+    """Masses 0.5, 0.25, 0.25 and p = 0.5: "descending" keeps the code at which the mass above is not yet over p."""
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    kept = lambda rule: filter_logits(logits, 0, 0.5, rule).isfinite().sum().item()
+    assert kept("descending") == 2 and kept("ascending") == 1
+    one = torch.zeros(1, 4)
+    assert filter_logits(one, 0, 1e-6, "ascending").isfinite().sum() == 1  # the likeliest code always stays
 
 
 # ---- prefixes, modes, refusals
@@ -225,7 +263,7 @@ def test_greedy_codes_are_certain(student):
 
 
 @pytest.mark.parametrize(
-    "values", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"guidance": -1.0}]
+    "values", [{"steps": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"guidance": -1.0}]
 )
 def test_nonsense_is_refused(values):
     with pytest.raises(VarkdError, match="sampler"):

@@ -9,15 +9,24 @@ Left out: label dropping and guidance (they act on batches and logits, see `type
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varkd.backbones.protocol import Backbone
+from varkd.backbones.layers import (
+    FeedForward,
+    LabelEmbedding,
+    RMSNorm,
+    attend,
+    cache_dtype,
+    rope_table,
+    rotate,
+    swiglu_width,
+)
+from varkd.backbones.protocol import Backbone, count_layers
 from varkd.errors import VarkdError
 from varkd.types import Condition, Plan
 from varkd.world import Rng
@@ -52,7 +61,7 @@ class LlamaGenConfig:
 
     @property
     def ffn_width(self) -> int:
-        return self.ffn_dim or -(-int(2 * (4 * self.dim) / 3) // 256) * 256
+        return self.ffn_dim or swiglu_width(self.dim)
 
 
 @dataclass
@@ -68,6 +77,8 @@ class LlamaGen(Backbone):
     """The model. `dropout` applies to embeddings, attention output and FFN output, in training mode only."""
 
     family: ClassVar[str] = "llamagen"
+    config_class: ClassVar[type[Any]] = LlamaGenConfig
+    official_extras: ClassVar[tuple[str, ...]] = ("freqs_cis", r"layers\.\d+\.attention\.kv_cache\..*", "causal_mask")
 
     def __init__(self, config: LlamaGenConfig, dropout: float = 0.0) -> None:
         super().__init__()
@@ -78,6 +89,10 @@ class LlamaGen(Backbone):
         self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.layers)
 
     def initialise(self, generator: torch.Generator) -> None:
         """The official start: normal(0, 0.02), unit norm gains, a zero output head.
@@ -111,19 +126,21 @@ class LlamaGen(Backbone):
 
     def plan(
         self, batch_size: int, rng: Rng | None = None, row_B: Tensor | None = None, steps: int | None = None,
-        order_BL: Tensor | None = None,
+        order_BL: Tensor | None = None, schedule: str | None = None,
     ) -> Plan:  # fmt: skip
         """Raster order, one code a step: nothing is drawn.
 
         Raises:
             VarkdError: another number of steps or another order is asked for.
         """
-        del rng, row_B
+        del rng, row_B, schedule
         length = self.sequence_length
+        if steps not in (None, length):
+            raise VarkdError(f"llamagen predicts one code a step ({length} steps); {steps} steps cannot be had")
         if order_BL is None:
             order_BL = torch.arange(length, device=self.output.weight.device).expand(batch_size, -1)
         plan = Plan(order_BL, (1,) * length)
-        self.check(plan if steps is None else Plan(order_BL, _even_sizes(length, steps)))
+        self.check(plan)
         return plan
 
     def check(self, plan: Plan) -> None:
@@ -153,13 +170,28 @@ class LlamaGen(Backbone):
                 raise VarkdError(f"start: {prefix_steps} prefix steps need at least as many prefix codes")
             x_BLD = torch.cat([x_BLD, self.tok_embeddings(prefix_codes_BL[:, :prefix_steps])], dim=1)
         config, weight = self.config, self.output.weight
-        dtype = torch.get_autocast_dtype(weight.device.type) if _autocasting(weight.device) else weight.dtype
         shape = (config.num_layers, 2, len(x_BLD), config.num_heads, self.sequence_length, config.head_dim)
-        state = LlamaGenState(torch.empty(shape, device=weight.device, dtype=dtype), _rope_of(config, weight.device))
+        state = LlamaGenState(
+            torch.empty(shape, device=weight.device, dtype=cache_dtype(weight)), _rope_of(config, weight.device)
+        )
         return state, self._extend(state, x_BLD)
 
     def step(self, state: LlamaGenState, codes_Bn: Tensor) -> Tensor:
         return self._extend(state, self.tok_embeddings(codes_Bn))
+
+    @classmethod
+    def infer(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Everything but the number of heads and the grid (256 and 384 pixel models have the same shapes)."""
+        vocab_size, dim = shapes["tok_embeddings.weight"]
+        return {
+            "vocab_size": vocab_size, "num_classes": shapes["cls_embedding.embedding_table.weight"][0] - 1,
+            "num_layers": count_layers(shapes, r"layers\.(\d+)\."), "dim": dim,
+            "ffn_dim": shapes["layers.0.feed_forward.w1.weight"][0],
+        }  # fmt: skip
+
+    @classmethod
+    def class_rows(cls, config: Any) -> tuple[str, int]:
+        return "cls_embedding.embedding_table.weight", 0
 
     def _extend(self, state: LlamaGenState, x_BnD: Tensor) -> Tensor:
         """Run new slots against the cache; the hidden state of the last slot predicts the next code."""
@@ -179,7 +211,7 @@ class Block(nn.Module):
     def __init__(self, config: LlamaGenConfig, dropout: float) -> None:
         super().__init__()
         self.attention = Attention(config, dropout)
-        self.feed_forward = FeedForward(config, dropout)
+        self.feed_forward = FeedForward(config.dim, config.ffn_width, dropout)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
@@ -209,80 +241,5 @@ class Attention(nn.Module):
         return self.resid_dropout(self.wo(x.transpose(1, 2).flatten(2)))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, config: LlamaGenConfig, dropout: float) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_width, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_width, bias=False)
-        self.w2 = nn.Linear(config.ffn_width, config.dim, bias=False)
-        self.ffn_dropout = nn.Dropout(dropout)
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.ffn_dropout(self.w2(F.silu(self.w1(x_BLD)) * self.w3(x_BLD)))
-
-
-class LabelEmbedding(nn.Module):
-    """Class labels, with the null label in the last row -> one slot (B, 1, D)."""
-
-    def __init__(self, num_labels: int, dim: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_labels, dim)
-
-    def forward(self, label_B: Tensor) -> Tensor:
-        return self.embedding_table(label_B).unsqueeze(1)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
-
-
-def attend(q_BHLd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, is_causal: bool) -> Tensor:
-    """Scaled dot-product attention, in float32 where a CPU would differentiate it in bfloat16 (2.5 times slower)."""
-    if q_BHLd.device.type != "cpu" or not q_BHLd.requires_grad:
-        return F.scaled_dot_product_attention(q_BHLd, k_BHLd, v_BHLd, is_causal=is_causal)
-    with torch.autocast("cpu", enabled=False):
-        q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q_BHLd, k_BHLd, v_BHLd))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).to(v_BHLd.dtype)
-
-
-def rotate(x_BHLd: Tensor, rope: Tensor) -> Tensor:
-    """Rotate adjacent lane pairs by the slot's angles: `rope` is (L, head_dim / 2, 2) of cosines and sines."""
-    wide = x_BHLd if x_BHLd.dtype == torch.float64 else x_BHLd.float()
-    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope.to(wide.dtype).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_BHLd.dtype)
-
-
-@lru_cache(maxsize=32)
-def rope_table(grid: tuple[int, int], head_dim: int, base: float, device: torch.device) -> Tensor:
-    """2-D rotary cosines and sines, float32 (1 + L, head_dim / 2, 2): class slot (zeros), then cells in raster order.
-
-    The first half of the pairs turns with the row, the second with the column.
-    """
-    with torch.inference_mode(False):
-        half = head_dim // 2
-        frequency = base ** (-torch.arange(0, half, 2).float() / half)
-        row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-        angle = torch.cat([row.reshape(-1, 1) * frequency, column.reshape(-1, 1) * frequency], dim=1)
-        table = torch.stack([angle.cos(), angle.sin()], dim=-1)
-        return torch.cat([torch.zeros_like(table[:1]), table]).to(device)
-
-
 def _rope_of(config: LlamaGenConfig, device: torch.device) -> Tensor:
     return rope_table(tuple(config.grid), config.head_dim, config.rope_base, device)
-
-
-def _autocasting(device: torch.device) -> bool:
-    return torch.is_autocast_enabled(device.type)
-
-
-def _even_sizes(length: int, steps: int) -> tuple[int, ...]:
-    return tuple(length * (i + 1) // steps - length * i // steps for i in range(steps))

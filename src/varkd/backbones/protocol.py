@@ -7,8 +7,11 @@ guidance and label dropping stand outside. The contract that makes "on-policy" t
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +23,48 @@ from varkd.world import Rng
 State = Any
 """KV cache and running features of one decode: owned by the caller, opaque to everyone but the backbone."""
 
+GuidanceKind = Literal["constant", "scales", "decoded_before", "decoded_after", "power_cosine"]
+"""How the guidance scale moves while an image is decoded; the formulas stand in `rollout.guidance_per_step`."""
+Nucleus = Literal["descending", "ascending"]
+"""Which of the two official top-p rules a family samples with, see `rollout.filter_logits`."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a codes folder says about its codes: enough to size a backbone for them.
+
+    `scales` are the sides of a multi-scale tokenizer's maps, coarse to fine, or None where the codes are one grid.
+    """
+
+    vocab_size: int
+    num_classes: int
+    grid: tuple[int, int]
+    scales: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        return f"scales {self.scales}" if self.scales else f"a {self.grid[0]}x{self.grid[1]} grid"
+
 
 class Backbone(nn.Module, ABC):
     """Base of all families. Subclasses keep their sizes in `config`, a frozen dataclass."""
 
     family: ClassVar[str]
+    config_class: ClassVar[type[Any]]
+    guidance: ClassVar[GuidanceKind] = "constant"
+    nucleus: ClassVar[Nucleus] = "descending"
+    official_extras: ClassVar[tuple[str, ...]] = ()
+    """Regular expressions (full match) of tensors in official files that we recompute or do not need."""
     config: Any
 
     @property
     @abstractmethod
     def head(self) -> nn.Linear:
         """The output layer D -> V, kept apart so that it can be applied in chunks."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks, in order: what is sharded one by one."""
 
     @abstractmethod
     def initialise(self, generator: torch.Generator) -> None:
@@ -59,9 +93,20 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def plan(
         self, batch_size: int, rng: Rng | None = None, row_B: Tensor | None = None, steps: int | None = None,
-        order_BL: Tensor | None = None,
+        order_BL: Tensor | None = None, schedule: str | None = None,
     ) -> Plan:  # fmt: skip
-        """Draw the order and the step sizes of a batch, once. `steps` asks for parallel decoding where there is any."""
+        """Fix the order and the step sizes of a batch, once.
+
+        Args:
+            rng, row_B: where random orders are drawn from (stream "order"); families without them ignore both.
+            steps: parallel decoding in this many steps, where there is any; None is the family's own way (one code a
+                step, or one scale a step).
+            order_BL: an order to use instead of the family's own (`Plan.order_BL`).
+            schedule: how `steps` share the codes, where a family knows several ways.
+
+        Raises:
+            VarkdError: this family cannot decode like that.
+        """
 
     @abstractmethod
     def check(self, plan: Plan) -> None:
@@ -84,6 +129,42 @@ class Backbone(nn.Module, ABC):
     def step(self, state: State, codes_Bn: Tensor) -> Tensor:
         """Consume the codes just sampled (in order); return the hidden_BnD of the next step."""
 
+    @classmethod
+    def sizes_for(cls, layout: Layout) -> dict[str, Any]:
+        """The config fields that the codes determine.
+
+        Raises:
+            VarkdError: the family cannot model such codes.
+        """
+        if layout.scales:
+            raise VarkdError(
+                f"{cls.family} models one grid of codes, but these come from a multi-scale tokenizer ({layout}): "
+                "use model.family=var, or encode with a vq tokenizer"
+            )
+        return {"vocab_size": layout.vocab_size, "num_classes": layout.num_classes, "grid": layout.grid}
+
+    @classmethod
+    @abstractmethod
+    def infer(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The config fields that the shapes of an official state dict determine (never a guess).
+
+        Raises:
+            KeyError: it is not a state dict of this family.
+        """
+
+    def set_quantiser(self, quantiser: Mapping[str, Tensor]) -> None:
+        """Give a next-scale backbone the frozen tensors of its tokenizer; other families read codes without them."""
+        del quantiser
+
+    def official_state(self) -> dict[str, Tensor]:
+        """The weights under the official key layout: what the official code loads strictly."""
+        return dict(self.state_dict())
+
+    @classmethod
+    @abstractmethod
+    def class_rows(cls, config: Any) -> tuple[str, int]:
+        """(name of the tensor, first row) of the class table: `num_classes` rows, then the null label's row."""
+
     def check_inputs(self, codes_BL: Tensor, condition: Condition) -> None:
         """Shapes and dtypes of a batch, with one clear line each."""
         if codes_BL.ndim != 2 or codes_BL.shape[1] != self.sequence_length:
@@ -96,3 +177,8 @@ class Backbone(nn.Module, ABC):
             raise VarkdError(f"labels must be integers, got {condition.label_B.dtype}")
         if condition.label_B.shape != codes_BL.shape[:1]:
             raise VarkdError(f"{len(codes_BL)} sequences but labels of shape {tuple(condition.label_B.shape)}")
+
+
+def count_layers(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
+    """How many different numbers the one group of `pattern` matches at the start of the names."""
+    return len({found[1] for name in shapes if (found := re.match(pattern, name))})

@@ -5,6 +5,7 @@ A run folder loads like an exported model: its `checkpoints/selected.json` names
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,34 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from varkd.backbones.llamagen import LlamaGen, LlamaGenConfig
+from varkd.backbones.llamagen import LlamaGen
 from varkd.backbones.protocol import Backbone
 from varkd.errors import VarkdError, did_you_mean
 from varkd.files import atomic_folder, read_json, write_json
 from varkd.types import state_hash
 
-FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {"llamagen": (LlamaGen, LlamaGenConfig)}
-"""Family name -> (module class, config class)."""
+FAMILIES: dict[str, type[Backbone]] = {model.family: model for model in (LlamaGen,)}
 
 
-def build(family: str, sizes: dict[str, Any], dropout: float = 0.0, seed: int = 0, device: str = "cpu") -> Backbone:
+def family_class(family: str) -> type[Backbone]:
+    """The class of a family.
+
+    Raises:
+        VarkdError: there is no such family.
+    """
+    if family not in FAMILIES:
+        raise VarkdError(f"unknown backbone family '{family}': {did_you_mean(family, FAMILIES)}")
+    return FAMILIES[family]
+
+
+def build(
+    family: str, sizes: dict[str, Any], dropout: float = 0.0, seed: int = 0, device: str = "cpu",
+    quantiser: Mapping[str, Tensor] | None = None,
+) -> Backbone:  # fmt: skip
     """A freshly initialised backbone. Weights depend on `seed` only; no global generator is touched.
+
+    `quantiser` holds the frozen tensors of the tokenizer that a next-scale backbone reads its codes with
+    (`Tokenizer.quantiser`); other families have no use for it.
 
     Raises:
         VarkdError: unknown family, or a size that it does not have.
@@ -34,16 +51,16 @@ def build(family: str, sizes: dict[str, Any], dropout: float = 0.0, seed: int = 
         model = _construct(family, sizes, dropout)
     model.to_empty(device="cpu")
     model.initialise(torch.Generator().manual_seed(seed))
+    if quantiser:
+        model.set_quantiser(quantiser)
     return model.to(device)
 
 
 def _construct(family: str, sizes: dict[str, Any], dropout: float) -> Backbone:
-    if family not in FAMILIES:
-        raise VarkdError(f"unknown backbone family '{family}': {did_you_mean(family, FAMILIES)}")
-    model_class, config_class = FAMILIES[family]
+    model_class: Any = family_class(family)
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
     try:
-        return model_class(config_class(**sizes), dropout)
+        return model_class(model_class.config_class(**sizes), dropout)
     except TypeError as error:
         raise VarkdError(f"{family}: {str(error).replace('__init__() ', '')}") from None
 

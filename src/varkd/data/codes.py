@@ -41,6 +41,12 @@ def map_shard(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[A
     return array
 
 
+def sequence_length(manifest: dict[str, Any]) -> int:
+    """L: codes of one image, by the manifest's grid, or by its scales where a multi-scale tokenizer wrote it."""
+    height, width = manifest["grid"]
+    return sum(side * side for side in manifest["scales"]) if "scales" in manifest else height * width
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished codes folder.
 
@@ -74,7 +80,7 @@ class CodeSet:
         self.image_shape: tuple[int, int, int] = tuple(manifest["image_shape"])
         self.tokenizer_hash: str = manifest["tokenizer"]["hash"]
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
-        self.sequence_length: int = manifest["grid"][0] * manifest["grid"][1]
+        self.sequence_length: int = sequence_length(manifest)
         self.num_views = len(manifest["views"]) if split == "train" else 1
         self._shards: list[NDArray[np.uint16]] = []
         labels: list[NDArray[np.int64]] = []

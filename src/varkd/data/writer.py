@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from varkd.data.codes import FORMAT, MANIFEST, PARTIAL, VERSION, map_shard
+from varkd.data.codes import FORMAT, MANIFEST, PARTIAL, VERSION, map_shard, sequence_length
 from varkd.errors import VarkdError
 from varkd.files import atomic_file, read_json, write_json
 from varkd.world import World
@@ -23,8 +23,9 @@ Manifest = dict[str, Any]
 
 
 def plan_manifest(
-    *, tokenizer: Manifest, grid: tuple[int, int], image_shape: tuple[int, int, int],
-    class_names: tuple[str, ...], views: tuple[str, ...], source: Manifest, nums: dict[str, int], shard_size: int,
+    *, tokenizer: Manifest, grid: tuple[int, int], scales: tuple[int, ...] | None = None,
+    image_shape: tuple[int, int, int], class_names: tuple[str, ...], views: tuple[str, ...], source: Manifest,
+    nums: dict[str, int], shard_size: int,
 ) -> Manifest:  # fmt: skip
     """The manifest of a folder that is still to be written; `nums` gives each split's number of images.
 
@@ -36,12 +37,13 @@ def plan_manifest(
     if shard_size < 1:
         raise VarkdError(f"shard_size={shard_size} must be at least 1 image")
     splits = {split: {"num": num, "shards": _shards(split, num, shard_size)} for split, num in nums.items()}
+    layout: Manifest = {"grid": list(grid), "scales": list(scales)} if scales else {"grid": list(grid)}
     return {
         "format": FORMAT,
         "version": VERSION,
         "tokenizer": tokenizer,
         "image_shape": list(image_shape),
-        "grid": list(grid),
+        **layout,
         "class_names": list(class_names),
         "views": list(views),
         "source": source,
@@ -119,7 +121,7 @@ class CodeWriter:
 
     @property
     def _length(self) -> int:
-        return self.planned["grid"][0] * self.planned["grid"][1]
+        return sequence_length(self.planned)
 
 
 def _same_job(folder: Path, found: Manifest, planned: Manifest) -> None:

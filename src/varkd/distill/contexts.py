@@ -51,6 +51,7 @@ class Data:
 
     kind: Literal["data"] = "data"
     needs_teacher: ClassVar[bool] = False
+    rollouts: ClassVar[tuple[Rollout, ...]] = ()
 
     def __call__(self, batch: Batch, scene: Scene) -> Context:
         plan = scene.student.plan(len(batch), scene.rng, batch.row_B)
@@ -73,9 +74,14 @@ class Rollout:
     def needs_teacher(self) -> bool:
         return self.by == "teacher"
 
+    @property
+    def rollouts(self) -> tuple[Rollout, ...]:
+        """Every rollout inside a context: its plans are what the teacher must be able to honour."""
+        return (self,)
+
     def __call__(self, batch: Batch, scene: Scene) -> Context:
         condition = Condition(batch.label_B)
-        plan = scene.student.plan(len(batch), scene.rng, batch.row_B)
+        plan = self.sampler.plan(scene.student, scene.rng, batch.row_B)
         uniform_BL = scene.rng.uniform(f"rollout/{self.by}", batch.row_B, plan.order_BL.shape[1])
         samples = rollout(scene.model(self.by), condition, plan, self.sampler, uniform_BL)
         part = Part.of(self.by, samples.codes_BL, condition, plan, batch.row_B)
@@ -108,6 +114,10 @@ class Replay:
     def needs_teacher(self) -> bool:
         return self.rollout.needs_teacher
 
+    @property
+    def rollouts(self) -> tuple[Rollout, ...]:
+        return (self.rollout,)
+
     def __call__(self, batch: Batch, scene: Scene) -> Context:
         step, state = scene.rng.step, scene.state
         stale_B = torch.ones(len(batch), dtype=torch.bool, device=batch.row_B.device)
@@ -138,7 +148,8 @@ class Replay:
         pick_B = ((usable_BC.cumsum(1) > nth_B.unsqueeze(1)) & usable_BC).int().argmax(1)
         codes_BL, logp_BL = (state[f"rows/replay_{name}"][slot_B, pick_B] for name in ("codes", "logp"))
         condition = Condition(state["rows/replay_label"][slot_B, pick_B])
-        plan = scene.student.plan(len(batch), scene.rng, batch.row_B)
+        order_BL = state["rows/replay_order"][slot_B, pick_B]  # the very order in which the codes were sampled
+        plan = self.rollout.sampler.plan(scene.student, scene.rng, batch.row_B, order_BL)
         part = Part.of(self.rollout.by, codes_BL, condition, plan, batch.row_B)
         return replace(part, behaviour_logp_BL=logp_BL, age_B=age_BC.gather(1, pick_B.unsqueeze(1)).squeeze(1))
 
@@ -155,7 +166,7 @@ class Replay:
         assert part.behaviour_logp_BL is not None
         values = {
             "codes": part.codes_BL, "logp": part.behaviour_logp_BL, "label": part.condition.label_B,
-            "born": torch.full_like(part.row_B, rng.step),
+            "born": torch.full_like(part.row_B, rng.step), "order": part.plan.order_BL,
         }  # fmt: skip
         updated = dict(state)
         for name, value in values.items():
@@ -173,6 +184,7 @@ class Replay:
         length, shape = part.codes_BL.shape[1], (len(new_B), self.capacity)
         empty = {
             "codes": part.codes_BL.new_zeros(*shape, length),
+            "order": part.codes_BL.new_zeros(*shape, length),
             "logp": torch.zeros(*shape, length, device=row.device),
             "label": part.row_B.new_zeros(shape),
             "born": part.row_B.new_full(shape, -(10**9)),
@@ -209,6 +221,10 @@ class Mixture:
     @property
     def needs_teacher(self) -> bool:
         return any(share.contexts.needs_teacher for share in self.shares)
+
+    @property
+    def rollouts(self) -> tuple[Rollout, ...]:
+        return tuple(rollout for share in self.shares for rollout in share.contexts.rollouts)
 
     def __call__(self, batch: Batch, scene: Scene) -> Context:
         fractions = tuple(number(share.fraction) for share in self.shares)
@@ -250,6 +266,10 @@ class Reweighted:
         check_range("reweighted", "ess_floor", self.ess_floor, 0, 1)
         if self.kappa < 0 or self.clip < 1:
             raise VarkdError(f"reweighted: need kappa >= 0 and clip >= 1, got {self.kappa} and {self.clip}")
+
+    @property
+    def rollouts(self) -> tuple[Rollout, ...]:
+        return self.contexts.rollouts
 
     def __call__(self, batch: Batch, scene: Scene) -> Context:
         context = self.contexts(batch, scene)

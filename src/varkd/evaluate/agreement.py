@@ -66,9 +66,8 @@ def student_batches(student: Backbone, label_B: Tensor, seed: int, batch_size: i
     for begin in range(0, len(label_B), batch_size):
         label = label_B[begin : begin + batch_size].to(device)
         row_B = torch.arange(begin, begin + len(label), device=device)
-        rng = Rng(seed)
-        plan = student.plan(len(label), rng, row_B)
-        uniform_BL = rng.uniform("agreement", row_B, plan.order_BL.shape[1])
+        plan = _plan(student, row_B)
+        uniform_BL = Rng(seed).uniform("agreement", row_B, plan.order_BL.shape[1])
         samples = rollout(student, Condition(label), plan, Sampler(), uniform_BL)
         batches.append(Batch(samples.codes_BL, label, row_B))
     return batches
@@ -102,5 +101,10 @@ def _compare(
 
 
 def _inputs(model: Backbone, batch: Batch, device: torch.device) -> tuple[Tensor, Condition, Plan]:
-    plan = model.plan(len(batch), Rng(0), batch.row_B.to(device))
+    plan = _plan(model, batch.row_B.to(device))
     return batch.codes_BL.to(device), Condition(batch.label_B.to(device)), plan
+
+
+def _plan(model: Backbone, row_B: Tensor) -> Plan:
+    """The same order for a row wherever it is sampled or compared."""
+    return model.plan(len(row_B), Rng(0), row_B)

@@ -18,7 +18,7 @@ def samples_per_second(model: Backbone, sampler: Sampler, batch_size: int = 64, 
     device = model.head.weight.device
     row_B = torch.arange(batch_size, device=device)
     condition = Condition(row_B % model.num_classes)
-    plan = model.plan(batch_size, Rng(0), row_B)
+    plan = sampler.plan(model, Rng(0), row_B)
     uniform_BL = Rng(0).uniform("speed", row_B, plan.order_BL.shape[1])
     seconds = []
     for _ in range(repeats + 1):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from varkd.backbones.protocol import Layout
 from varkd.config import Run
 from varkd.data.codes import CodeSet, read_manifest
 from varkd.data.images import ImageSet, Split, open_images
@@ -32,6 +33,13 @@ class Codes:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         return read_manifest(self.folder)
+
+    @cached_property
+    def layout(self) -> Layout:
+        manifest = self.manifest
+        scales = tuple(manifest["scales"]) if "scales" in manifest else None
+        vocab_size, num_classes = manifest["tokenizer"]["vocab_size"], len(manifest["class_names"])
+        return Layout(vocab_size, num_classes, tuple(manifest["grid"]), scales)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

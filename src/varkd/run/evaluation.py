@@ -23,7 +23,6 @@ from varkd.run.data import Codes, pick_device
 from varkd.run.environment import versions
 from varkd.run.models import load_trained
 from varkd.run.sampling import balanced_labels, generate
-from varkd.tokenizers.protocol import to_uint8
 from varkd.types import Batch
 
 _GRID_ROWS = 4
@@ -100,7 +99,9 @@ def _floors(codes: Codes, reference: ReferenceSet, net: FeatureNet) -> dict[str,
     tokenizer = codes.tokenizer.to(device).eval()
     with torch.no_grad():
         batches = ordered_batches(codes.split("validation"), 256)
-        reconstructed = torch.cat([to_uint8(tokenizer.decode(batch.codes_BL.to(device))).cpu() for batch in batches])
+        reconstructed = torch.cat(
+            [tokenizer.to_uint8(tokenizer.decode(batch.codes_BL.to(device))).cpu() for batch in batches]
+        )
     num = len(images)
     lossless = codes.manifest["reconstruction"]["psnr"] >= 99
     return {"num": num, **floors(images, None if lossless else reconstructed, reference, net)}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from varkd.backbones.protocol import Backbone
-from varkd.backbones.store import build, load_backbone, weights_hash
+from varkd.backbones.store import build, family_class, load_backbone, weights_hash
 from varkd.config import Run, read_run
+from varkd.data.codes import sequence_length
 from varkd.distill.spaces import Products
 from varkd.errors import VarkdError
 from varkd.files import read_json
@@ -39,6 +40,8 @@ def build_objects(run: Run, codes: Codes, world: World, device: torch.device) ->
     if run.teacher:
         teacher, info = load_backbone(run.teacher)
         check_pair(student, teacher, info.get("tokenizer_hash"), codes)
+        for rollout in run.method.contexts.rollouts:
+            teacher.check(rollout.sampler.plan(student, Rng(0), torch.zeros(1, dtype=torch.long)))
     elif run.method.needs_teacher:
         raise VarkdError(f"method '{run.preset}' needs a teacher: give teacher=RUN")
     teacher_hash = weights_hash(teacher) if teacher is not None else None
@@ -51,7 +54,6 @@ def build_objects(run: Run, codes: Codes, world: World, device: torch.device) ->
 
 def new_student(run: Run, codes: Codes) -> Backbone:
     """The student at its first step: drawn from the seed, or the weights of `init`."""
-    manifest = codes.manifest
     if run.init:
         model, info = load_backbone(run.init)
         check_pair(model, model, info.get("tokenizer_hash"), codes)
@@ -59,12 +61,9 @@ def new_student(run: Run, codes: Codes) -> Backbone:
         student = build(model.family, sizes, _dropout(run))
         student.load_state_dict(model.state_dict())
         return student
-    sizes = {
-        "vocab_size": manifest["tokenizer"]["vocab_size"], "num_classes": len(manifest["class_names"]),
-        "grid": manifest["grid"], "num_layers": run.model.num_layers, "dim": run.model.dim,
-        "num_heads": run.model.num_heads, "ffn_dim": run.model.ffn_dim,
-    }  # fmt: skip
-    return build(run.model.family, sizes, _dropout(run), run.seed)
+    chosen = {name: value for name, value in asdict(run.model).items() if name != "family" and value is not None}
+    sizes = {**family_class(run.model.family).sizes_for(codes.layout), **chosen}
+    return build(run.model.family, sizes, _dropout(run), run.seed, quantiser=codes.tokenizer.quantiser)
 
 
 def _dropout(run: Run) -> float:
@@ -85,10 +84,10 @@ def check_pair(student: Backbone, model: Backbone, tokenizer_hash: str | None, c
     if (model.vocab_size, model.num_classes) != wanted:
         raise VarkdError(f"this model has {model.vocab_size} codes and {model.num_classes} classes, the data "
                          f"{wanted[0]} and {wanted[1]}: use codes with the same tokenizer and classes")  # fmt: skip
-    height, width = codes.manifest["grid"]
-    if model.sequence_length != height * width:
-        raise VarkdError(f"this model has {model.sequence_length} codes an image, the data {height * width} "
-                         f"({height}x{width}): use codes with the same grid")  # fmt: skip
+    length = sequence_length(codes.manifest)
+    if model.sequence_length != length:
+        raise VarkdError(f"this model has {model.sequence_length} codes an image, the data {length} "
+                         f"({codes.layout}): use codes with the same grid")  # fmt: skip
     model.check(student.plan(1, Rng(0), torch.zeros(1, dtype=torch.long)))
 
 

@@ -15,7 +15,7 @@ from varkd.files import atomic_folder, write_json
 from varkd.progress import bar
 from varkd.rollout import Sampler, rollout
 from varkd.run.models import load_trained
-from varkd.tokenizers.protocol import Tokenizer, to_uint8
+from varkd.tokenizers.protocol import Tokenizer
 from varkd.types import Condition
 from varkd.world import Rng
 
@@ -35,10 +35,10 @@ def generate(
         for begin in range(0, len(label_B), batch_size):
             row_B = torch.arange(begin, min(begin + batch_size, len(label_B)), device=device)
             condition = Condition(label_B[row_B.cpu()].to(device))
-            plan = model.plan(len(row_B), rng, row_B)
+            plan = sampler.plan(model, rng, row_B)
             uniform_BL = rng.uniform("sample", row_B, plan.order_BL.shape[1])
             codes_BL = rollout(model, condition, plan, sampler, uniform_BL).codes_BL
-            images.append(to_uint8(tokenizer.decode(codes_BL)).cpu())
+            images.append(tokenizer.to_uint8(tokenizer.decode(codes_BL)).cpu())
             codes.append(codes_BL.cpu())
             running.update(int(row_B[-1]) + 1)
     return torch.cat(images), torch.cat(codes)

@@ -52,8 +52,22 @@ class Tokenizer(nn.Module, ABC):
         """Codes -> images in [-1, 1] (not clamped)."""
 
     @property
+    def scales(self) -> tuple[int, ...] | None:
+        """The sides of the maps of a multi-scale tokenizer, coarse to fine (codes concatenated); None for one grid."""
+        return None
+
+    @property
     def sequence_length(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return sum(side * side for side in self.scales) if self.scales else self.grid[0] * self.grid[1]
+
+    def to_uint8(self, images: Tensor) -> Tensor:
+        """Decoded images in [-1, 1] -> uint8 by this tokenizer's official rule. LlamaGen's unless overridden."""
+        return to_uint8(images)
+
+    @property
+    def quantiser(self) -> dict[str, Tensor]:
+        """What a next-scale backbone needs to read its own codes (`residual.py`); empty for one grid."""
+        return {}
 
     @cached_property
     def hash(self) -> str:

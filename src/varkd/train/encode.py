@@ -20,7 +20,7 @@ from varkd.data.images import ImageSet, Split, open_images
 from varkd.data.views import apply_view, check_views
 from varkd.data.writer import CodeWriter, Manifest, plan_manifest
 from varkd.errors import VarkdError
-from varkd.tokenizers.protocol import Tokenizer, to_uint8, to_unit
+from varkd.tokenizers.protocol import Tokenizer, to_unit
 from varkd.world import World
 
 PSNR_CAP = 99.0  # dB; stands for an image that comes back without any error
@@ -59,6 +59,7 @@ def encode_images(
             "vocab_size": tokenizer.vocab_size,
         },
         grid=tokenizer.grid,
+        scales=tokenizer.scales,
         image_shape=train.image_shape,
         class_names=train.class_names,
         views=views,
@@ -152,7 +153,7 @@ def _reconstruction(
         index_B = np.arange(start, min(start + batch_size, num))
         originals_BCHW = images.batch(index_B)
         codes_BL = codes.codes(index_B, np.zeros_like(index_B)).to(device)
-        decoded_BCHW = to_uint8(tokenizer.decode(codes_BL)).cpu()
+        decoded_BCHW = tokenizer.to_uint8(tokenizer.decode(codes_BL)).cpu()
         psnrs.append(psnr(originals_BCHW, decoded_BCHW))
         if start == 0:
             rows = torch.cat([originals_BCHW[:_SHOWN_IMAGES], decoded_BCHW[:_SHOWN_IMAGES]])

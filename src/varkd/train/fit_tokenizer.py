@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from varkd.data.images import ImageSet
 from varkd.errors import VarkdError
 from varkd.progress import bar
-from varkd.tokenizers.protocol import Tokenizer, to_uint8, to_unit
+from varkd.tokenizers.protocol import Tokenizer, to_unit
 from varkd.tokenizers.vq import VQ, VQConfig
 from varkd.train.encode import psnr
 from varkd.train.optim import Optim
@@ -102,7 +102,7 @@ def measure(tokenizer: Tokenizer, images: ImageSet, *, quiet: bool = False) -> d
             stop = min(start + _VALIDATION_BATCH, len(images))
             batch = images.batch(np.arange(start, stop)).to(device)
             codes_BL = tokenizer.encode(to_unit(batch))
-            total += float(psnr(batch, to_uint8(tokenizer.decode(codes_BL))).double().sum())
+            total += float(psnr(batch, tokenizer.to_uint8(tokenizer.decode(codes_BL))).double().sum())
             count_V += torch.bincount(codes_BL.flatten().cpu(), minlength=tokenizer.vocab_size)
             running.update(stop)
     return {

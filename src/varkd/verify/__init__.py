@@ -1,0 +1,3 @@
+"""Golden files against our modules: `python -m varkd.verify FILE.safetensors ...`."""
+
+from varkd.verify.check import verify as verify
