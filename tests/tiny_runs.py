@@ -111,6 +111,21 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def scale_codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits as codes of an untrained multi-scale tokenizer: 21 an image, in maps of side 1, 2 and 4."""
+    folder = _shared(tmp_path_factory) / "scales"
+    if not (folder / "codes").exists():
+        from varkd.run.data import encode
+        from varkd.tokenizers.multiscale import MultiScale, MultiScaleConfig
+        from varkd.tokenizers.store import save_tokenizer
+
+        torch.manual_seed(0)
+        save_tokenizer(MultiScale(MultiScaleConfig.small(8, 1, vocab_size=32, downsampling=2)), folder / "tokenizer")
+        encode("digits", str(folder / "tokenizer"), folder / "codes", quiet=True)
+    return folder / "codes"
+
+
+@pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory, codes: Path) -> Path:
     """A run folder whose model has learnt a little, so that a teacher's word differs from a student's."""
     out = _shared(tmp_path_factory) / "teacher"

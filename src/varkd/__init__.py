@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from varkd.methods import METHODS
     from varkd.rollout import Sampler, rollout
     from varkd.run.models import load
+    from varkd.run.official import export, load_official
     from varkd.tokenizers.store import load_tokenizer, save_tokenizer
     from varkd.types import Batch, Condition, Context, Part, Plan
     from varkd.world import Rng, World
@@ -40,6 +41,7 @@ _WHERE = {
     "methods": ("METHODS",),
     "rollout": ("Sampler", "rollout"),
     "run.models": ("load",),
+    "run.official": ("export", "load_official"),
     "tokenizers.store": ("load_tokenizer", "save_tokenizer"),
     "types": ("Batch", "Condition", "Context", "Part", "Plan"),
     "world": ("Rng", "World"),
@@ -49,7 +51,8 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 __all__ = [
     "METHODS", "Backbone", "Batch", "CodeSet", "Condition", "Context", "ImageSet", "LlamaGen", "LlamaGenConfig",
     "Loader", "LossInputs", "Method", "Part", "Plan", "Rng", "Sampler", "Scene", "Term", "VarkdError", "World",
-    "denominators", "distill_loss", "load", "load_tokenizer", "open_images", "rollout", "save", "save_tokenizer",
+    "denominators", "distill_loss", "export", "load", "load_official", "load_tokenizer", "open_images", "rollout",
+    "save", "save_tokenizer",
 ]  # fmt: skip
 
 

@@ -52,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
     _report(_verb(verbs, "report", _run_report, "one self-contained HTML page that compares runs"))
     _show(_verb(verbs, "show", _run_show, "print a resolved run"))
     _methods(_verb(verbs, "methods", _run_methods, "list the method presets"))
+    _zoo(_verb(verbs, "zoo", _run_zoo, "list the published models that varkd reads"))
+    _convert(_verb(verbs, "convert", _run_convert, "an official checkpoint -> a model folder, with a key report"))
+    _export(_verb(verbs, "export", _run_export, "the model of a run -> a model folder, or an official file"))
     return top
 
 
@@ -74,12 +77,17 @@ def _run_demo(arguments: argparse.Namespace) -> None:
 
 
 def _tokenizer(verbs) -> None:
-    text = "train a VQ tokenizer on images, or import an official one"
+    text = "train a tokenizer on images, or import an official one"
     group = verbs.add_parser("tokenizer", help=text, description=text[0].upper() + text[1:] + ".")
     inner = group.add_subparsers(title="verbs", metavar="VERB", required=True)
-    fit = _verb(inner, "fit", _run_tokenizer_fit, "train a VQ tokenizer by reconstruction")
+    fit = _verb(inner, "fit", _run_tokenizer_fit, "train a tokenizer by reconstruction")
     fit.add_argument("data", help=_DATA)
     fit.add_argument("--out", type=Path, required=True, help="folder of the tokenizer")
+    fit.add_argument(
+        "--kind", choices=("vq", "multiscale"), default="vq", help="one grid of codes, or VAR's maps of growing size"
+    )
+    fit.add_argument("--scales", type=int, nargs="+", default=None, metavar="SIDE",
+                     help="multiscale: sides of the maps (default: 1 2 4 ... to the last)")  # fmt: skip
     fit.add_argument(
         "--codes", type=int, default=512, dest="vocab_size", help="codebook entries (default: %(default)s)"
     )
@@ -88,27 +96,38 @@ def _tokenizer(verbs) -> None:
     fit.add_argument("--no-flip", action="store_false", dest="flip", help="do not mirror training images")
     fit.add_argument("--overwrite", action="store_true")
     _image_options(fit)
-    official = _verb(inner, "import", _run_tokenizer_import, "an official LlamaGen VQ checkpoint -> a tokenizer folder")
-    official.add_argument("file", type=Path, help="vq_ds16_c2i.pt or the like")
-    official.add_argument("--out", type=Path, required=True)
-    official.add_argument("--image-size", type=int, default=256, help="side of the images (default: %(default)s)")
+    _tokenizer_import(_verb(inner, "import", _run_tokenizer_import, "an official tokenizer -> a tokenizer folder"))
+
+
+def _tokenizer_import(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("file", type=Path, help="vq_ds16_c2i.pt, vae_ch160v4096z32.pth, maskgit-vqgan-*.bin or the like")
+    verb.add_argument("--out", type=Path, required=True, help="folder of the tokenizer")
+    verb.add_argument("--image-size", type=int, default=256, help="side of the images (default: %(default)s)")
+    verb.add_argument("--kind", choices=("vq", "multiscale", "maskgit"), default=None,
+                      help="LlamaGen's, VAR's or MaskGIT's (default: recognised by the tensors)")  # fmt: skip
+    verb.add_argument("--scales", type=int, nargs="+", default=None, metavar="SIDE",
+                      help="multiscale: sides of the maps (default: the published ones for 256 or 512)")  # fmt: skip
+    verb.add_argument("--overwrite", action="store_true")
 
 
 def _run_tokenizer_fit(arguments: argparse.Namespace) -> None:
     from varkd.run.data import fit
 
-    names = ("vocab_size", "downsampling", "steps", "flip", "overwrite", "image_size", "validation", "seed", "device")
+    names = ("kind", "scales", "vocab_size", "downsampling", "steps", "flip", "overwrite",
+             "image_size", "validation", "seed", "device")  # fmt: skip
     record = fit(arguments.data, arguments.out, **_options(arguments, *names))
     print(f"PSNR {record['psnr']:.2f} dB on {record['num']} held-out images, {record['seconds']:.0f} s")
     print(f"{record['codes_used']:.0%} of the codes used\n{arguments.out}")
 
 
 def _run_tokenizer_import(arguments: argparse.Namespace) -> None:
-    from varkd.run.data import import_vq
+    from varkd.run.data import import_official
 
-    tokenizer = import_vq(arguments.file, arguments.out, arguments.image_size)
-    rows, columns = tokenizer.grid
-    print(f"{tokenizer.vocab_size} codes on a {rows}x{columns} grid, hash {tokenizer.hash[:12]}\n{arguments.out}")
+    options = _options(arguments, "image_size", "kind", "scales", "overwrite")
+    tokenizer = import_official(arguments.file, arguments.out, **options)
+    sides = [f"{side}x{side}" for side in tokenizer.scales or tokenizer.grid[:1]]
+    where = f"maps of {', '.join(sides)}" if tokenizer.scales else f"a {sides[0]} grid"
+    print(f"{tokenizer.kind}: {tokenizer.vocab_size} codes on {where}, hash {tokenizer.hash[:12]}\n{arguments.out}")
 
 
 def _encode(verb: argparse.ArgumentParser) -> None:
@@ -281,6 +300,58 @@ def _run_methods(arguments: argparse.Namespace) -> None:
 
     rows = describe_presets(METHODS)
     print(json.dumps(rows, indent=1) if arguments.json else format_presets(rows))
+
+
+def _zoo(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="machine-readable, with sizes and sampling settings")
+    verb.add_argument("--tokenizers", action="store_true", help="list the published tokenizers instead")
+
+
+def _run_zoo(arguments: argparse.Namespace) -> None:
+    import json
+
+    from varkd.backbones import zoo
+
+    if arguments.json:
+        print(json.dumps(zoo.describe(arguments.tokenizers), indent=1))
+    else:
+        print(zoo.format_tokenizers() if arguments.tokenizers else zoo.format_zoo())
+
+
+def _convert(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("file", type=Path, help="the official file (.pt, .pth, .bin, .safetensors), or an FSDP folder")
+    verb.add_argument("--out", type=Path, required=True, help="model folder")
+    verb.add_argument("--family", default=None, help="default: recognised by the tensors")
+    verb.add_argument("--model", default=None, metavar="NAME", help="which model of `varkd zoo` the weights are")
+    verb.add_argument("--heads", type=int, default=None, help="attention heads, where neither file nor zoo tells")
+    verb.add_argument(
+        "--grid", type=int, nargs="+", default=None, metavar="SIDE", help="codes per column and row (or one number)"
+    )
+    verb.add_argument("--scales", type=int, nargs="+", default=None, metavar="SIDE", help="var: sides of the maps")
+    verb.add_argument("--num-classes", type=int, default=None, help="replace the class table by a new one for so many")
+    verb.add_argument("--seed", type=int, default=0, help="of the new class table")
+    verb.add_argument("--tokenizer", type=Path, default=None, help="tokenizer folder: needed for var, else recorded")
+    verb.add_argument("--weights", choices=("model", "ema"), default="model", help="which of the weights in the file")
+
+
+def _run_convert(arguments: argparse.Namespace) -> None:
+    from varkd.run.official import convert_file
+
+    names = ("family", "model", "heads", "grid", "scales", "num_classes", "seed", "tokenizer", "weights")
+    lines = convert_file(arguments.file, arguments.out, **_options(arguments, *names))
+    print("\n".join([*lines, str(arguments.out)]))
+
+
+def _export(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run_folder", type=Path, metavar="RUN", help="run folder (its selected weights) or model folder")
+    verb.add_argument("--out", type=Path, required=True, help="model folder, or with --official a file")
+    verb.add_argument("--official", action="store_true", help="write the file that the family's official code loads")
+
+
+def _run_export(arguments: argparse.Namespace) -> None:
+    from varkd.run.official import export
+
+    print(f"{export(arguments.run_folder, arguments.out, arguments.official)}\n{arguments.out}")
 
 
 def _options(arguments: argparse.Namespace, *names: str) -> dict:

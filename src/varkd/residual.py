@@ -93,9 +93,8 @@ class Quantiser:
 
     def inputs(self, codes_BL: Tensor) -> Tensor:
         """Teacher forcing: the inputs of scales 1.. from given codes, (B, L - p_0^2, E)."""
-        found, last = [], len(self.scales) - 1
-        for scale, features in enumerate(self.features(codes_BL)):
-            if scale < last:
-                found.append(self.next_input(features, scale + 1))
-        none = self.codebook_VE.new_zeros(len(codes_BL), 0, self.codebook_VE.shape[1])
-        return torch.cat([none, *found], dim=1)
+        found = [self.codebook_VE.new_zeros(len(codes_BL), 0, self.codebook_VE.shape[1])]
+        # The range comes first: it ends before the features of the last scale, which nothing reads, are computed.
+        for scale, features in zip(range(1, len(self.scales)), self.features(codes_BL), strict=False):
+            found.append(self.next_input(features, scale))
+        return torch.cat(found, dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,23 @@ SIZES: dict[str, dict[str, Any]] = {
         "dim": 16,
         "num_heads": 2,
         "ffn_dim": 24,
-    }
-}
+    },
+    "arpg": {"vocab_size": 12, "num_classes": 3, "grid": (2, 3), "num_layers": 4, "dim": 16, "num_heads": 2,
+             "ffn_dim": 24},
+    "randar": {"vocab_size": 12, "num_classes": 3, "grid": (2, 3), "num_layers": 2, "dim": 16, "num_heads": 2,
+               "ffn_dim": 24},
+    "rar": {"vocab_size": 12, "num_classes": 3, "grid": (2, 3), "num_layers": 2, "dim": 16, "num_heads": 2,
+            "ffn_dim": 24, "order": "random"},
+    "var": {"vocab_size": 12, "num_classes": 3, "scales": (1, 2, 3), "code_dim": 4, "num_layers": 2, "dim": 16,
+            "num_heads": 2, "ffn_dim": 24},
+}  # fmt: skip
 RASTER_ONLY = {"llamagen"}
+PARALLEL = {"arpg", "randar"}
+"""Families that decode any order, one per row, in any number of steps."""
+WITHOUT_GRADIENT: dict[str, tuple[str, ...]] = {
+    # A key's bias adds the same number to all logits of a query, and a softmax does not see that.
+    "rar": (r"blocks\.\d+\.attn\.k_norm\.bias",),
+}
 CONDITION = Condition(torch.tensor([0, 3, 2]))
 
 
@@ -75,14 +90,17 @@ def ranked(hidden_BLD: Tensor, plan: Plan) -> Tensor:
 # ---- the mathematics
 
 
+def assert_decodes_as_trained(model: Backbone, plan: Plan) -> None:
+    codes_BL = codes_for(model)
+    expected = ranked(model(codes_BL, CONDITION, plan), plan)
+    for steps in range(len(plan.sizes)):
+        found = decoded(model, codes_BL, CONDITION, plan, steps)
+        torch.testing.assert_close(found, expected[:, sum(plan.sizes[:steps]) :], rtol=1e-9, atol=1e-11)
+
+
 @torch.no_grad()
 def test_decoding_sees_what_training_sees(model: Backbone):
-    codes_BL, plan = codes_for(model), plan_for(model)
-    expected = ranked(model(codes_BL, CONDITION, plan), plan)
-    torch.testing.assert_close(decoded(model, codes_BL, CONDITION, plan), expected, rtol=1e-9, atol=1e-11)
-    for steps in (1, len(plan.sizes) // 2, len(plan.sizes) - 1):
-        restarted = decoded(model, codes_BL, CONDITION, plan, steps)
-        torch.testing.assert_close(restarted, expected[:, sum(plan.sizes[:steps]) :], rtol=1e-9, atol=1e-11)
+    assert_decodes_as_trained(model, plan_for(model))
 
 
 @torch.no_grad()
@@ -90,13 +108,12 @@ def test_two_decodes_do_not_disturb_each_other(model: Backbone):
     codes_BL, plan = codes_for(model), plan_for(model)
     alone = decoded(model, codes_BL, CONDITION, plan)
     first, _ = model.start(CONDITION, plan)
-    model.step(first, codes_BL[:, :1])
+    model.step(first, codes_BL[:, : plan.sizes[0]])
     torch.testing.assert_close(decoded(model, codes_BL, CONDITION, plan), alone, rtol=0, atol=0)
 
 
-@torch.no_grad()
-def test_hidden_states_look_back_only(model: Backbone):
-    codes_BL, plan = codes_for(model), plan_for(model)
+def assert_sees_earlier_steps(model: Backbone, plan: Plan) -> None:
+    codes_BL = codes_for(model)
     hidden_BLD = model(codes_BL, CONDITION, plan)
     assert hidden_BLD.shape == (3, model.sequence_length, model.head.in_features)
     for position in range(model.sequence_length):
@@ -106,6 +123,49 @@ def test_hidden_states_look_back_only(model: Backbone):
         seen = plan.step_BL > plan.step_BL[:, [position]]
         assert not moved[~seen].any(), f"code {position} reaches a step that it should not"
         assert moved[seen].all(), f"code {position} is ignored by a later step"
+
+
+@torch.no_grad()
+def test_hidden_states_look_back_only(model: Backbone):
+    assert_sees_earlier_steps(model, plan_for(model))
+
+
+def parallel_plans(model: Backbone) -> list[Plan]:
+    """Every number of steps in drawn orders, one per row, then orders and sizes that no schedule makes."""
+    length, row_B = model.sequence_length, torch.arange(3)
+    plans = [model.plan(3, Rng(1), row_B, steps=steps) for steps in range(1, length + 1)]
+    assert [len(plan.sizes) for plan in plans] == list(range(1, length + 1))
+    raster = torch.arange(length)
+    mixed_BL = torch.stack([raster, raster.flip(0), torch.randperm(length, generator=torch.Generator().manual_seed(2))])
+    return [*plans, *(Plan(mixed_BL, sizes) for sizes in [(3, 1, length - 4), (1, 2, length - 4, 1), (length - 1, 1)])]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", sorted(PARALLEL), indirect=True)
+def test_parallel_plans_decode_as_they_train(model: Backbone):
+    for plan in parallel_plans(model):
+        model.check(plan)
+        assert_decodes_as_trained(model, plan)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", sorted(PARALLEL), indirect=True)
+def test_parallel_plans_look_back_only(model: Backbone):
+    for plan in parallel_plans(model):
+        assert_sees_earlier_steps(model, plan)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", sorted(PARALLEL), indirect=True)
+def test_one_batch_holds_many_orders(model: Backbone):
+    """A row under its own order is what it is alone."""
+    codes_BL = codes_for(model)
+    for plan in parallel_plans(model):
+        hidden_BLD = model(codes_BL, CONDITION, plan)
+        for row in range(3):
+            only = slice(row, row + 1)
+            alone = model(codes_BL[only], CONDITION.select(only), plan.select(only))
+            torch.testing.assert_close(alone, hidden_BLD[only], rtol=1e-9, atol=1e-11)
 
 
 @torch.no_grad()
@@ -156,7 +216,11 @@ def test_every_weight_gets_a_gradient(model: Backbone):
     logits = model.head(model(codes_for(model), CONDITION, plan_for(model)))
     logits.square().sum().backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        assert parameter.grad is not None, name
+        if any(re.fullmatch(pattern, name) for pattern in WITHOUT_GRADIENT.get(model.family, ())):
+            assert parameter.grad.abs().max() < 1e-9, f"{name} has a gradient after all"
+        else:
+            assert parameter.grad.abs().max() > 1e-6, name
 
 
 # ---- plans and refusals
@@ -188,6 +252,39 @@ def test_raster_families_refuse_other_plans(family: str):
         model.plan(2, steps=2)
     with pytest.raises(VarkdError):
         model.plan(2, order_BL=torch.arange(length).flip(0).expand(2, -1))
+
+
+@pytest.mark.parametrize("model", sorted(PARALLEL), indirect=True)
+def test_parallel_families_refuse_impossible_plans(model: Backbone):
+    length, row_B = model.sequence_length, torch.arange(2)
+    order_BL, ones = torch.arange(length).expand(2, -1), (1,) * length
+    repeated, shifted = order_BL.clone(), order_BL + 1
+    repeated[1, 0] = 1
+    for plan in [Plan(repeated, ones), Plan(shifted, ones), Plan(order_BL[:, 1:] - 1, ones[1:])]:
+        with pytest.raises(VarkdError) as error:
+            model.check(plan)
+        assert one_line(error)
+        with pytest.raises(VarkdError):
+            model.start(Condition(torch.zeros(2, dtype=torch.long)), plan)
+    asked: list[tuple[dict[str, Any], str]] = [
+        ({"steps": 0}, "steps"), ({"steps": length + 1}, "steps"), ({"steps": -1}, "steps"),
+        ({"schedule": "nonsense"}, "schedule"), ({"order_BL": order_BL[:1]}, "shape"),
+        ({"order_BL": order_BL[:, 1:]}, "shape"), ({"order_BL": repeated}, "exactly once"),
+    ]  # fmt: skip
+    for arguments, message in asked:
+        with pytest.raises(VarkdError, match=message) as error:
+            model.plan(2, Rng(0), row_B, **arguments)
+        assert one_line(error)
+    with pytest.raises(VarkdError, match="give rng"):
+        model.plan(2)
+
+
+@pytest.mark.parametrize("model", sorted(PARALLEL), indirect=True)
+def test_drawn_orders_depend_on_seed_and_row(model: Backbone):
+    both = model.plan(2, Rng(0), torch.tensor([5, 9])).order_BL
+    assert torch.equal(model.plan(1, Rng(0), torch.tensor([9])).order_BL, both[1:])
+    many = model.plan(40, Rng(0), torch.arange(40)).order_BL
+    assert len(many.unique(dim=0)) > 30 and not torch.equal(many, model.plan(40, Rng(1), torch.arange(40)).order_BL)
 
 
 def test_a_drawn_plan_is_accepted(model: Backbone):
@@ -247,10 +344,10 @@ def test_weights_depend_on_the_seed_alone(family: str):
 def test_names_are_the_official_ones(family: str):
     files = sorted(GOLDEN.glob(f"{family}-*.safetensors"))
     assert files, f"no golden file for {family}"
-    official = {name.removeprefix("state.") for name in load_file(files[0]) if name.startswith("state.")}
-    layers = {name.split(".")[1] for name in official if name.startswith("layers.")}
-    ours = set(build(family, {**SIZES[family], "num_layers": len(layers)}).state_dict())
-    assert ours == official
+    shapes = {name: tuple(value.shape) for name, value in load_file(files[0]).items()}
+    official = {name.removeprefix("state."): shape for name, shape in shapes.items() if name.startswith("state.")}
+    num_layers = FAMILIES[family].infer(official)["num_layers"]
+    assert set(build(family, {**SIZES[family], "num_layers": num_layers}).official_state()) == set(official)
 
 
 def test_save_and_load(model: Backbone, tmp_path: Path):

@@ -43,7 +43,10 @@ def copy(tmp_path: Path):
 
 
 def failures(path: Path) -> list[str]:
-    return [check.key for check in verify(path) if not check.passed]
+    try:
+        return [check.key for check in verify(path) if not check.passed]
+    except VarkdError as error:  # an order that is no permutation cannot even be run
+        return [str(error)]
 
 
 @pytest.mark.parametrize("path", WITH_MODEL, ids=lambda path: path.stem)
@@ -58,16 +61,19 @@ def test_a_changed_weight_fails(path: Path, copy):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_compared_tensor_is_really_compared(path: Path, copy):
-    """Shift one number of one tensor at a time: that tensor, or one computed from it, must fail."""
+    """Shift a number or two of one tensor at a time: that tensor, or one computed from it, must fail."""
     tensors = load_file(path)
     for name in [name for name in tensors if not name.startswith("state.")]:
         changed = tensors[name].clone()
         if changed.dtype == torch.uint8:
             changed.view(-1)[:64] = changed.view(-1)[:64].bitwise_xor(64)
+        elif name.startswith("vq_state."):
+            changed += 0.5  # all of it: a codebook row that no code uses cannot be seen
         elif changed.is_floating_point():
             changed.view(-1)[changed.argmax()] += 0.5  # the largest one passes every filter
         else:
-            changed.view(-1)[0] = (changed.view(-1)[0] + 1) % 2
+            # Two of them: the code that is generated last is seen by none, and it may be the first one.
+            changed.view(-1)[:2] = (changed.view(-1)[:2] + 1) % 2
         assert failures(copy(path, **{name: changed})), f"{name} may be anything"
 
 

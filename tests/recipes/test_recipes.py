@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from varkd.backbones.store import load_backbone
+from varkd.backbones.protocol import Layout
+from varkd.backbones.store import build, family_class, load_backbone
 from varkd.cli import main
+from varkd.config import load_run
+from varkd.tokenizers.multiscale import MultiScale, MultiScaleConfig
+from varkd.tokenizers.protocol import Tokenizer
 from varkd.tokenizers.store import save_tokenizer
 from varkd.tokenizers.vq import VQ, VQConfig
 
@@ -22,8 +28,8 @@ SHORT = ("train.updates=2", "train.batch_size=8", "train.validate_every=2", "tra
 
 
 @pytest.fixture(scope="session")
-def colour_codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten classes of 32 x 32 noise, as CIFAR-10's parquet file has them, in codes of an untrained tokenizer."""
+def colour_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Ten classes of 32 x 32 noise, as CIFAR-10's parquet file has them."""
     import datasets
     from datasets import config
 
@@ -40,16 +46,34 @@ def colour_codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "HF_DATASETS_CACHE", str(folder / "cache"))
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
-        torch.manual_seed(0)
-        save_tokenizer(VQ(VQConfig.small(32, 3, 512, 4)), folder / "tokenizer")
-        command = ["encode", str(folder / "train.parquet"), "--tokenizer", str(folder / "tokenizer"), "--flip", "--out"]
-        assert main([*command, str(folder / "codes"), "--device", "cpu"]) == 0
+        yield folder / "train.parquet"
+
+
+def encoded(images: Path, tokenizer: Tokenizer) -> Path:
+    """Codes of an untrained tokenizer."""
+    folder = images.parent / tokenizer.kind
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    command = ["encode", str(images), "--tokenizer", str(folder / "tokenizer"), "--flip", "--out", str(folder / "codes")]
+    assert main([*command, "--device", "cpu"]) == 0
     return folder / "codes"
 
 
+@pytest.fixture(scope="session")
+def colour_codes(colour_images: Path) -> Path:
+    torch.manual_seed(0)
+    return encoded(colour_images, VQ(VQConfig.small(32, 3, 512, 4)))
+
+
+@pytest.fixture(scope="session")
+def colour_scale_codes(colour_images: Path) -> Path:
+    torch.manual_seed(0)
+    return encoded(colour_images, MultiScale(MultiScaleConfig.small(32, 3, 512, 4)))
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_trains(recipe: Path, tmp_path: Path, codes: Path, colour_codes: Path):
-    data = codes if recipe.stem.startswith("digits") else colour_codes
+def test_a_recipe_trains(recipe: Path, tmp_path: Path, request: pytest.FixtureRequest):
+    kind = "codes" if recipe.stem.startswith("digits") else "colour_codes"
+    data = request.getfixturevalue("colour_scale_codes" if "-var-" in recipe.stem else kind)
     assert main(["train", recipe.stem, f"out={tmp_path / 'run'}", f"data={data}", *SHORT]) == 0
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
     assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
@@ -68,6 +92,22 @@ def test_the_student_of_a_pair_learns_from_its_teacher(family: str, tmp_path: Pa
     assert main(["train", f"{family}-student", *places, *quick]) == 0
     sizes = [sum(p.numel() for p in load_backbone(folder)[0].parameters()) for folder in (teacher, student)]
     assert sizes[0] > 8 * sizes[1]
+
+
+@pytest.mark.parametrize("family", ["var", "arpg", "randar", "rar"])
+def test_the_recipes_of_a_family_are_a_pair(family: str):
+    """The teacher is the larger one, and nothing but size and training tells the two apart."""
+    layout = Layout(512, 10, (8, 8), *(((1, 2, 4, 8), 16, 4) if family == "var" else ()))
+    count: dict[str, int] = {}
+    runs = {role: load_run(f"cifar10-{family}-{role}") for role in ("teacher", "student")}
+    for role, run in runs.items():
+        chosen = {name: value for name, value in asdict(run.model).items() if name != "family" and value is not None}
+        model = build(run.model.family, family_class(family).sizes_for(layout) | chosen)
+        assert model.family == family
+        count[role] = sum(parameter.numel() for parameter in model.parameters())
+    assert count["teacher"] >= 500_000 and 150_000 <= count["student"] <= 300_000
+    assert count["teacher"] > 2.5 * count["student"]
+    assert runs["teacher"].evaluation == runs["student"].evaluation == load_run("cifar10-student").evaluation
 
 
 def test_recipes_say_how_to_use_them():

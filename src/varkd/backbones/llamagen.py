@@ -91,7 +91,7 @@ class LlamaGen(Backbone):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def transformer_blocks(self) -> Sequence[nn.Module]:
         return list(self.layers)
 
     def initialise(self, generator: torch.Generator) -> None:

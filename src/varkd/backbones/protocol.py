@@ -34,12 +34,15 @@ class Layout:
     """What a codes folder says about its codes: enough to size a backbone for them.
 
     `scales` are the sides of a multi-scale tokenizer's maps, coarse to fine, or None where the codes are one grid.
+    `code_dim` and `num_phi` are the width of its codebook and the number of its convolutions.
     """
 
     vocab_size: int
     num_classes: int
     grid: tuple[int, int]
     scales: tuple[int, ...] | None = None
+    code_dim: int | None = None
+    num_phi: int | None = None
 
     def __str__(self) -> str:
         return f"scales {self.scales}" if self.scales else f"a {self.grid[0]}x{self.grid[1]} grid"
@@ -63,7 +66,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def blocks(self) -> Sequence[nn.Module]:
+    def transformer_blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks, in order: what is sharded one by one."""
 
     @abstractmethod

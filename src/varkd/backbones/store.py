@@ -15,13 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from varkd.backbones.arpg import ARPG
 from varkd.backbones.llamagen import LlamaGen
 from varkd.backbones.protocol import Backbone
+from varkd.backbones.randar import RandAR
+from varkd.backbones.rar import RAR
+from varkd.backbones.var import VAR
 from varkd.errors import VarkdError, did_you_mean
 from varkd.files import atomic_folder, read_json, write_json
 from varkd.types import state_hash
 
-FAMILIES: dict[str, type[Backbone]] = {model.family: model for model in (LlamaGen,)}
+FAMILIES: dict[str, type[Backbone]] = {model.family: model for model in (LlamaGen, VAR, ARPG, RandAR, RAR)}
 
 
 def family_class(family: str) -> type[Backbone]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,10 @@ from varkd.data.codes import CodeSet, read_manifest
 from varkd.data.images import ImageSet, Split, open_images
 from varkd.data.views import view_names
 from varkd.errors import VarkdError
+from varkd.tokenizers.multiscale import MultiScaleConfig
 from varkd.tokenizers.pixels import Pixels, PixelsConfig
 from varkd.tokenizers.protocol import Tokenizer
-from varkd.tokenizers.store import load_tokenizer, load_vq_official, save_tokenizer
+from varkd.tokenizers.store import load_official, load_tokenizer, save_tokenizer
 from varkd.tokenizers.vq import VQConfig
 from varkd.train.encode import encode_images
 from varkd.train.fit_tokenizer import FitConfig, fit_tokenizer
@@ -37,9 +39,11 @@ class Codes:
     @cached_property
     def layout(self) -> Layout:
         manifest = self.manifest
-        scales = tuple(manifest["scales"]) if "scales" in manifest else None
-        vocab_size, num_classes = manifest["tokenizer"]["vocab_size"], len(manifest["class_names"])
-        return Layout(vocab_size, num_classes, tuple(manifest["grid"]), scales)
+        sizes = manifest["tokenizer"]["vocab_size"], len(manifest["class_names"]), tuple(manifest["grid"])
+        if "scales" not in manifest:
+            return Layout(*sizes)
+        num_phi, code_dim = self.tokenizer.quantiser["phi.bias"].shape
+        return Layout(*sizes, tuple(manifest["scales"]), code_dim, num_phi)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -124,21 +128,25 @@ def open_codes(run: Run) -> Codes:
 
 
 def fit(
-    data: str, out: Path, *, image_size: int | None = None, validation: float = 0.1, vocab_size: int = 512,
-    downsampling: int = 4, steps: int | None = None, seed: int = 0, flip: bool = True, device: str = "auto",
-    overwrite: bool = False, quiet: bool = False,
+    data: str, out: Path, *, kind: str = "vq", scales: Sequence[int] | None = None, image_size: int | None = None,
+    validation: float = 0.1, vocab_size: int = 512, downsampling: int = 4, steps: int | None = None, seed: int = 0,
+    flip: bool = True, device: str = "auto", overwrite: bool = False, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """`varkd tokenizer fit`: train a VQ tokenizer on images, save it to `out`, return its record (PSNR, seconds)."""
-    if (out / "config.json").exists() and not overwrite:
-        raise VarkdError(f"{out} already holds a tokenizer: choose another --out, or --overwrite")
+    """`varkd tokenizer fit`: train a tokenizer on images, save it to `out`, return its record (PSNR, seconds)."""
+    _check_free(out, overwrite)
+    if kind == "vq" and scales is not None:
+        raise VarkdError("--scales is for --kind multiscale: the vq tokenizer has one grid of codes")
     train, held_out = (
         open_images(data, split, image_size=image_size, validation=validation, seed=seed)
         for split in ("train", "validation")
     )
     channels, height, width = train.image_shape
     if height != width:
-        raise VarkdError(f"the VQ tokenizer takes square images, these are {height}x{width}: give --image-size")
-    config = VQConfig.small(height, channels, vocab_size, downsampling)
+        raise VarkdError(f"the {kind} tokenizer takes square images, these are {height}x{width}: give --image-size")
+    if kind == "vq":
+        config = VQConfig.small(height, channels, vocab_size, downsampling)
+    else:
+        config = MultiScaleConfig.small(height, channels, vocab_size, downsampling, scales)
     chosen = pick_device(device)
     settings = FitConfig(flip=flip, seed=seed, bf16=_multiplies_bf16(chosen))
     settings = settings if steps is None else replace(settings, steps=steps)
@@ -155,8 +163,17 @@ def _multiplies_bf16(device: torch.device) -> bool:
     return bool(native and native())
 
 
-def import_vq(file: Path, out: Path, image_size: int) -> Tokenizer:
-    """`varkd tokenizer import`: an official LlamaGen VQ checkpoint (.pt) -> a tokenizer folder."""
-    tokenizer = load_vq_official(file, image_size)
+def import_official(
+    file: Path, out: Path, *, image_size: int = 256, kind: str | None = None, scales: Sequence[int] | None = None,
+    overwrite: bool = False,
+) -> Tokenizer:  # fmt: skip
+    """`varkd tokenizer import`: a published tokenizer (see `load_official`) -> a tokenizer folder."""
+    _check_free(out, overwrite)
+    tokenizer = load_official(file, image_size, kind, scales)
     save_tokenizer(tokenizer, out)
     return tokenizer
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if (out / "config.json").exists() and not overwrite:
+        raise VarkdError(f"{out} already holds a tokenizer: choose another --out, or --overwrite")

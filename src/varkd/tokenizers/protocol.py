@@ -85,6 +85,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
+def truncate_to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> uint8 by the rule of VAR and MaskGIT-VQGAN: clamp, then 255 (x + 1) / 2, truncated."""
+    return (images.clamp(-1, 1) + 1).div(2).mul(255).to(torch.uint8)
+
+
 def check_images(images_BCHW: Tensor, image_shape: tuple[int, int, int]) -> None:
     """Refuse images of another shape than (B, *image_shape) with one line."""
     if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[1:]) != image_shape:

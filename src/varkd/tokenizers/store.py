@@ -1,13 +1,11 @@
 """Tokenizer folders: `config.json` (kind, the config's fields, hash) and `model.safetensors` when there are weights.
 
-Nothing is ever unpickled: folders are JSON and safetensors, and official `.pt` files go through PyTorch's
-weights-only reader.
+Nothing is ever unpickled: folders are JSON and safetensors, and official files go through `varkd.containers`.
 """
 
 from __future__ import annotations
 
-import re
-import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,16 +15,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from varkd.containers import read_state
 from varkd.errors import VarkdError, did_you_mean
 from varkd.files import atomic_folder, read_json, write_json
+from varkd.tokenizers.maskgit import MaskGIT, MaskGITConfig
+from varkd.tokenizers.multiscale import MultiScale, MultiScaleConfig
 from varkd.tokenizers.pixels import Pixels, PixelsConfig
 from varkd.tokenizers.protocol import Tokenizer
 from varkd.tokenizers.vq import VQ, VQConfig
 
-KINDS: dict[str, tuple[type[Tokenizer], type]] = {"pixels": (Pixels, PixelsConfig), "vq": (VQ, VQConfig)}
+KINDS: dict[str, tuple[type[Tokenizer], type]] = {
+    "pixels": (Pixels, PixelsConfig),
+    "vq": (VQ, VQConfig),
+    "multiscale": (MultiScale, MultiScaleConfig),
+    "maskgit": (MaskGIT, MaskGITConfig),
+}
 _CONFIG, _WEIGHTS, _FIT = "config.json", "model.safetensors", "fit.json"
 T = TypeVar("T", bound=Tokenizer)
-_OFFICIAL_GROUPS = 32  # the one size that no shape tells
+_SIGNS = {
+    "vq": ("encoder.conv_blocks.0.res.0.conv1.weight",),
+    "multiscale": ("encoder.down.0.block.0.conv1.weight", "encoder.mid.block_1.conv1.weight"),
+    "maskgit": ("encoder.down.0.block.0.conv1.weight", "encoder.mid.0.conv1.weight"),
+}
+"""Tensors by which a state dict is recognised."""
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, fit: dict[str, Any] | None = None) -> None:
@@ -74,28 +85,55 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def load_vq_official(path: str | Path, image_size: int) -> VQ:
-    """Read an official LlamaGen tokenizer (`vq_ds16_c2i.pt`, `vq_ds8_c2i.pt`, ...); sizes follow from the shapes.
+def load_official(
+    path: str | Path, image_size: int, kind: str | None = None, scales: Sequence[int] | None = None
+) -> Tokenizer:
+    """Read a published tokenizer: LlamaGen's VQ, VAR's multi-scale VQVAE, or MaskGIT-VQGAN; sizes follow from shapes.
+
+    The file may be anything that `containers.read_state` unwraps. Usage statistics of the codebook are left out: they
+    say nothing of the codes, and files with and without them shall have one hash.
+
+    Args:
+        image_size: side of the images; the networks take any, but a grid of codes has one size.
+        kind: `vq`, `multiscale` or `maskgit`; None recognises it by its tensors.
+        scales: sides of a multi-scale tokenizer's maps, where `image_size` is none of the published ones.
 
     Raises:
-        VarkdError: no such file, not a plain file of tensors (anything else is refused unread), or not this network.
+        VarkdError: as `containers.read_state`; no such tokenizer in the file, or sizes that do not fit it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise VarkdError(f"no such file: {path}")
+    if kind is not None and kind not in _SIGNS:
+        raise VarkdError(f"no official tokenizers of kind '{kind}': {did_you_mean(kind, _SIGNS)}")
+    state = read_state(path, "tokenizer").state
+    found = _recognise(state, Path(path))
+    if kind not in (None, found):
+        raise VarkdError(f"{path} is a tokenizer of kind {found}, not {kind}: leave out --kind")
+    if scales is not None and found != "multiscale":
+        raise VarkdError(f"{path} is a tokenizer of kind {found}, with one grid of codes: leave out --scales")
+    module, config_class = KINDS[found]
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual pickles, two lines before our one
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged or hostile file raises is not bounded
-        reason = type(error).__name__
-        raise VarkdError(f"{path} is not a plain PyTorch file of tensors ({reason}): download it again") from error
-    state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise VarkdError(f"{path} holds no state dict (looked under 'model' and at the top)")
+        config = config_class.infer(shapes, image_size, **({} if scales is None else {"scales": scales}))
+    except KeyError as error:
+        raise VarkdError(f"{path} is not a whole {found} tokenizer: it lacks the tensor {error}") from None
+    except VarkdError as error:
+        raise VarkdError(f"{path} does not fit: {error}") from None
+    except ValueError:  # another number of axes
+        raise VarkdError(f"{path} is not a {found} tokenizer: its tensors have other shapes") from None
     with torch.device("meta"):
-        tokenizer = VQ(_infer_config(state, image_size, path))
-    return _assign(tokenizer, {name: value.float() for name, value in state.items()}, path)
+        tokenizer = module(config)
+    unused = {name: torch.zeros(value.shape) for name, value in tokenizer.named_buffers()}
+    return _assign(tokenizer, {name: value.float() for name, value in state.items()} | unused, Path(path))
+
+
+def _recognise(state: Mapping[str, Tensor], path: Path) -> str:
+    for kind, names in _SIGNS.items():
+        if all(name in state for name in names):
+            return kind
+    found = ", ".join(list(state)[:3])
+    raise VarkdError(
+        f"{path} is no tokenizer that varkd knows ({', '.join(_SIGNS)}); its tensors begin with {found}: "
+        "give the file of the tokenizer itself"
+    )
 
 
 def _config(config: type, settings: dict[str, Any], path: Path) -> Any:
@@ -145,26 +183,3 @@ def _assign(tokenizer: T, state: dict[str, Tensor], path: Path) -> T:
             raise VarkdError(f"'{name}' in {path} has shape {tuple(state[name].shape)}, the config says {wanted[name]}")
     tokenizer.load_state_dict(state, strict=True, assign=True)
     return tokenizer.requires_grad_(False).eval()
-
-
-def _infer_config(state: dict[str, Tensor], image_size: int, path: Path) -> VQConfig:
-    """The sizes that the shapes of an official state dict determine."""
-    try:
-        ch, channels = state["encoder.conv_in.weight"].shape[:2]
-        levels = _count(state, r"encoder\.conv_blocks\.(\d+)\.")
-        widths = [len(state[f"encoder.conv_blocks.{level}.res.0.conv1.bias"]) for level in range(levels)]
-        vocab_size, codebook_dim = state["quantize.embedding.weight"].shape
-        return VQConfig(
-            image_size, channels, ch, tuple(width // ch for width in widths), len(state["encoder.conv_out.bias"]),
-            _count(state, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
-            _count(state, r"decoder\.conv_blocks\.0\.res\.(\d+)\."),
-            vocab_size, codebook_dim, _OFFICIAL_GROUPS, attention="encoder.mid.1.q.weight" in state,
-        )  # fmt: skip
-    except KeyError as error:
-        raise VarkdError(f"{path} is not a LlamaGen VQ tokenizer: it lacks the tensor {error}") from None
-    except VarkdError as error:
-        raise VarkdError(f"{path} does not fit: {error}") from None
-
-
-def _count(state: dict[str, Tensor], pattern: str) -> int:
-    return len({match[1] for name in state if (match := re.match(pattern, name))})

@@ -16,10 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varkd.errors import VarkdError
+from varkd.tokenizers.layers import (
+    OFFICIAL_GROUPS,
+    SIMILARITIES_AT_ONCE,
+    Downsample,
+    ResidualBlock,
+    Shapes,
+    Upsample,
+    attend_over_map,
+    count,
+    norm,
+)
 from varkd.tokenizers.protocol import Tokenizer, check_codes, check_images
 
-_SIMILARITIES_AT_ONCE = 1 << 24  # 64 MiB of float32
-_NORM_EPS = 1e-6
 _USAGE_LENGTH = 65536  # the official usage buffer; it takes no part in encoding or decoding
 
 
@@ -68,6 +77,20 @@ class VQConfig:
         return cls(
             image_size, channels, ch=32, ch_mult=(*(1,) * (levels - 1), 2), z_channels=64, num_res_blocks=1,
             decoder_res_blocks=1, vocab_size=vocab_size, norm_groups=8,
+        )  # fmt: skip
+
+    @classmethod
+    def infer(cls, shapes: Shapes, image_size: int) -> Self:
+        """The sizes of an official state dict. Raises KeyError for a tensor that is not there."""
+        ch, channels = shapes["encoder.conv_in.weight"][:2]
+        levels = count(shapes, r"encoder\.conv_blocks\.(\d+)\.")
+        widths = [shapes[f"encoder.conv_blocks.{level}.res.0.conv1.bias"][0] for level in range(levels)]
+        vocab_size, codebook_dim = shapes["quantize.embedding.weight"]
+        return cls(
+            image_size, channels, ch, tuple(width // ch for width in widths), shapes["encoder.conv_out.bias"][0],
+            count(shapes, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+            count(shapes, r"decoder\.conv_blocks\.0\.res\.(\d+)\."),
+            vocab_size, codebook_dim, OFFICIAL_GROUPS, attention="encoder.mid.1.q.weight" in shapes,
         )  # fmt: skip
 
     @property
@@ -166,7 +189,7 @@ class Codebook(nn.Module):
         that memory does not grow with N x V.
         """
         rows_EV = F.normalize(self.embedding.weight, dim=1).T
-        chunks = F.normalize(vectors_NE, dim=1).split(max(1, _SIMILARITIES_AT_ONCE // rows_EV.shape[1]))
+        chunks = F.normalize(vectors_NE, dim=1).split(max(1, SIMILARITIES_AT_ONCE // rows_EV.shape[1]))
         return torch.cat([(chunk @ rows_EV).argmax(dim=1) for chunk in chunks])
 
 
@@ -187,7 +210,7 @@ class Encoder(nn.Module):
             for level in range(last + 1)
         )  # fmt: skip
         self.mid = _middle(widths[-1], config)
-        self.norm_out = _norm(widths[-1], config.norm_groups)
+        self.norm_out = norm(widths[-1], config.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -214,7 +237,7 @@ class Decoder(nn.Module):
             )
             for level in range(last + 1)
         )  # fmt: skip
-        self.norm_out = _norm(widths[-1], config.norm_groups)
+        self.norm_out = norm(widths[-1], config.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], config.channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -248,58 +271,17 @@ class Level(nn.Module):
         return hidden
 
 
-class ResidualBlock(nn.Module):
-    def __init__(self, width_in: int, width: int, groups: int) -> None:
-        super().__init__()
-        self.norm1 = _norm(width_in, groups)
-        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
-        self.norm2 = _norm(width, groups)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else None
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        inner = self.conv1(F.silu(self.norm1(hidden)))
-        inner = self.conv2(F.silu(self.norm2(inner)))
-        return inner + (hidden if self.nin_shortcut is None else self.nin_shortcut(hidden))
-
-
 class Attention(nn.Module):
     """Single-head attention over all positions of a feature map, with a residual."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.norm = _norm(width, groups)
+        self.norm = norm(width, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, hidden: Tensor) -> Tensor:
         normed = self.norm(hidden)
-        query, key, value = (
-            layer(normed).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v)
-        )
-        mixed = F.scaled_dot_product_attention(query, key, value).squeeze(1).transpose(1, 2)
-        return hidden + self.proj_out(mixed.reshape(hidden.shape))
-
-
-class Downsample(nn.Module):
-    """Half the resolution: pad on the right and below only, then a stride-2 convolution."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.conv(F.pad(hidden, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Twice the resolution: nearest neighbour, then a convolution."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+        return hidden + self.proj_out(attend_over_map(self.q(normed), self.k(normed), self.v(normed)))
 
 
 def _middle(width: int, config: VQConfig) -> nn.ModuleList:
@@ -307,7 +289,3 @@ def _middle(width: int, config: VQConfig) -> nn.ModuleList:
     if config.attention:
         blocks.insert(1, Attention(width, config.norm_groups))
     return nn.ModuleList(blocks)
-
-
-def _norm(width: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, width, eps=_NORM_EPS)

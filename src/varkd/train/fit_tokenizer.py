@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from varkd.data.images import ImageSet
 from varkd.errors import VarkdError
 from varkd.progress import bar
+from varkd.tokenizers.multiscale import MultiScale, MultiScaleConfig
 from varkd.tokenizers.protocol import Tokenizer, to_unit
 from varkd.tokenizers.vq import VQ, VQConfig
 from varkd.train.encode import psnr
@@ -31,6 +32,7 @@ from varkd.train.optim import Optim
 from varkd.world import Rng
 
 _VALIDATION_BATCH = 256
+Fitted = VQ | MultiScale
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class FitConfig:
 
 
 def fit_tokenizer(
-    train: ImageSet, validation: ImageSet, config: VQConfig, fit: FitConfig, *,
+    train: ImageSet, validation: ImageSet, config: VQConfig | MultiScaleConfig, fit: FitConfig, *,
     device: torch.device | str = "cpu", quiet: bool = False,
-) -> tuple[VQ, dict[str, Any]]:  # fmt: skip
+) -> tuple[Fitted, dict[str, Any]]:  # fmt: skip
     """Train a tokenizer on `train` and measure it on `validation`.
 
     Returns the tokenizer (in evaluation mode) and its record, plain JSON: `psnr` (mean dB on validation), `num`,
@@ -111,14 +113,14 @@ def measure(tokenizer: Tokenizer, images: ImageSet, *, quiet: bool = False) -> d
     }  # fmt: skip
 
 
-def _build(config: VQConfig, seed: int) -> VQ:
+def _build(config: VQConfig | MultiScaleConfig, seed: int) -> Fitted:
     # torch.nn initialises from the global CPU generator: seed it for this block only.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return VQ(config)
+        return VQ(config) if isinstance(config, VQConfig) else MultiScale(config)
 
 
-def _train(model: VQ, train: ImageSet, fit: FitConfig, device: torch.device, quiet: bool) -> tuple[float, int]:
+def _train(model: Fitted, train: ImageSet, fit: FitConfig, device: torch.device, quiet: bool) -> tuple[float, int]:
     """The training loop: (last loss, number of restarted codes)."""
     optim = Optim(fit.lr, round(fit.warmup * fit.steps), 0.0, fit.weight_decay, betas=(0.9, 0.99), clip=fit.grad_clip)
     optimizer = optim.build(model)
@@ -132,8 +134,8 @@ def _train(model: VQ, train: ImageSet, fit: FitConfig, device: torch.device, qui
                 flip_B = torch.rand(len(images), generator=rng.generator("flip")).to(device) < 0.5
                 images = torch.where(flip_B[:, None, None, None], images.flip(3), images)
             if step == 1:
-                restarter.begin(_latent_rows(model, images), rng)
-            loss, latents_NE, codes_BL = _loss(model, images, fit)
+                restarter.begin(_first_latents(model, images, fit), rng)
+            loss, found = _loss(model, images, fit)
             if not math.isfinite(loss.item()):
                 raise VarkdError(f"tokenizer fit: the loss is {loss.item()} at step {step}: lower lr ({fit.lr})")
             optimizer.zero_grad()
@@ -142,26 +144,59 @@ def _train(model: VQ, train: ImageSet, fit: FitConfig, device: torch.device, qui
             for group in optimizer.param_groups:
                 group["lr"] = optim.lr_at(step - 1, fit.steps)
             optimizer.step()
-            restarter.observe(step, latents_NE, codes_BL, rng)
+            restarter.observe(step, found.latents_NE, found.codes_BL, rng)
             running.update(step, f"loss {loss.item():.4f}")
     return loss.item(), restarter.restarts
 
 
-def _loss(model: VQ, images: Tensor, fit: FitConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """(the loss, normalised latents (N, E), codes (B, L)) of images in [-1, 1]."""
-    autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=fit.bf16)
+class Reconstruction(NamedTuple):
+    """What one step of a tokenizer gives the loss and the restarts."""
+
+    images: Tensor
+    codebook: Tensor
+    commitment: Tensor
+    latents_NE: Tensor
+    codes_BL: Tensor
+
+
+def _loss(model: Fitted, images: Tensor, fit: FitConfig) -> tuple[Tensor, Reconstruction]:
+    """The loss of images in [-1, 1], and what it was made of."""
+    found = _RECONSTRUCT[type(model)](model, images, torch.autocast(images.device.type, torch.bfloat16, fit.bf16))
+    error = found.images.float() - images
+    loss = error.abs().mean() + error.square().mean()
+    return loss + fit.codebook * found.codebook + fit.commitment * found.commitment, found
+
+
+def _reconstruct_vq(model: VQ, images: Tensor, autocast: torch.autocast) -> Reconstruction:
     with autocast:
         latents = model.latents(images)
     unit = F.normalize(latents.float(), dim=1)
     entries, codes_BL = model.quantise(unit)
     with autocast:
         reconstructed = model.decode_entries(unit + (entries - unit).detach())
-    error = reconstructed.float() - images
-    loss = (
-        error.abs().mean() + error.square().mean()
-        + fit.codebook * F.mse_loss(entries, unit.detach()) + fit.commitment * F.mse_loss(unit, entries.detach())
-    )  # fmt: skip
-    return loss, _rows(unit), codes_BL
+    codebook, commitment = F.mse_loss(entries, unit.detach()), F.mse_loss(unit, entries.detach())
+    return Reconstruction(reconstructed, codebook, commitment, _rows(unit), codes_BL)
+
+
+def _reconstruct_multiscale(model: MultiScale, images: Tensor, autocast: torch.autocast) -> Reconstruction:
+    """VAR's: the sum of the scales is compared with the latents after every scale, and passed on after the last."""
+    with autocast:
+        latents = model.latents(images)
+    latents = latents.float()
+    scales = model.quantise(latents)
+    with autocast:
+        reconstructed = model.decode_features(latents + (scales[-1].features_BEPP - latents).detach())
+    codebook = torch.stack([F.mse_loss(scale.features_BEPP, latents.detach()) for scale in scales]).mean()
+    commitment = torch.stack([F.mse_loss(latents, scale.features_BEPP.detach()) for scale in scales]).mean()
+    rows_NE = torch.cat([scale.rows_BnE.flatten(0, 1) for scale in scales])
+    codes_BL = torch.cat([scale.codes_Bn for scale in scales], dim=1)
+    return Reconstruction(reconstructed, codebook, commitment, rows_NE, codes_BL)
+
+
+_RECONSTRUCT: dict[type[Fitted], Callable[..., Reconstruction]] = {
+    VQ: _reconstruct_vq,
+    MultiScale: _reconstruct_multiscale,
+}
 
 
 class Restarter:
@@ -199,8 +234,10 @@ class Restarter:
 
 
 @torch.no_grad()
-def _latent_rows(model: VQ, images: Tensor) -> Tensor:
-    return _rows(F.normalize(model.latents(images), dim=1))
+def _first_latents(model: Fitted, images: Tensor, fit: FitConfig) -> Tensor:
+    """Rows to start the codebook on: while it is zero, a multi-scale tokenizer's scales take nothing off its latents."""
+    model.quantize.embedding.weight.zero_()
+    return _loss(model, images, fit)[1].latents_NE
 
 
 def _rows(vectors_BEhw: Tensor) -> Tensor:

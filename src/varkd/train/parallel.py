@@ -45,7 +45,7 @@ def distribute(model: Backbone, world: World, replicas: int = 1) -> Backbone:
     shape = (replicas, world.size // replicas)
     mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
     mesh = mesh["shard"] if replicas == 1 else mesh
-    for layer in model.blocks:
+    for layer in model.transformer_blocks:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "start")

@@ -8,7 +8,7 @@ from typing import Any
 
 from varkd.errors import VarkdError
 from varkd.files import read_json
-from varkd.verify import llamagen, rules, tokenizers
+from varkd.verify import arpg, llamagen, randar, rar, rules, tokenizers, var
 from varkd.verify.golden import Check, Golden
 
 
@@ -35,7 +35,13 @@ def verify(path: str | Path) -> list[Check]:
 
 _WITH_TENSORS: dict[str, Callable[[Golden], Iterator[Check]]] = {
     "llamagen": llamagen.checks,
+    "arpg": arpg.checks,
+    "randar": randar.checks,
+    "rar": rar.checks,
+    "var": var.checks,
     "llamagen_vq": tokenizers.llamagen_vq,
+    "var_vqvae": tokenizers.var_vqvae,
+    "maskgit_vqgan": tokenizers.maskgit_vqgan,
     "filter": rules.filters,
 }
 _WITHOUT_TENSORS: dict[str, Callable[[dict[str, Any]], Iterator[Check]]] = {

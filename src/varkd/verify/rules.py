@@ -7,15 +7,24 @@ from typing import Any
 
 import torch
 
-from varkd.backbones.llamagen import LlamaGen, LlamaGenConfig
+from varkd.backbones import zoo
+from varkd.backbones.official import blank_model
 from varkd.backbones.protocol import Nucleus
+from varkd.backbones.store import family_class
 from varkd.errors import VarkdError
 from varkd.rollout import filter_logits
-from varkd.tokenizers.vq import VQ, VQConfig
-from varkd.verify import llamagen
+from varkd.tokenizers.store import KINDS
+from varkd.verify import arpg, llamagen, randar, rar, var
 from varkd.verify.golden import Check, Golden, compare
 
-_SCHEDULES = {"llamagen": llamagen.schedule}
+_SCHEDULES = {
+    "llamagen": llamagen.schedule,
+    "var": var.schedule,
+    "arpg": arpg.schedule,
+    "randar": randar.schedule,
+    "rar": rar.schedule,
+}
+_TOKENIZERS = {known.name: known for known in zoo.TOKENIZERS}
 
 
 def filters(golden: Golden) -> Iterator[Check]:
@@ -49,28 +58,45 @@ def schedules(info: dict[str, Any]) -> Iterator[Check]:
 
 
 def shapes(info: dict[str, Any]) -> Iterator[Check]:
-    if info["case"] != "llamagen":
-        raise VarkdError(f"no check for the shapes of '{info['case']}'")
-    for name, model in info["models"].items():
-        ours = _vq16_shapes() if name == "VQ-16" else _llamagen_shapes(model["keys"])
-        theirs = _expand(model["keys"])
+    """Names, shapes and numbers of parameters of published models, built without weights from the shapes alone."""
+    for name, golden in info["models"].items():
+        theirs = _expand(golden["keys"])
+        ours, params, published = _tokenizer(name) if name in _TOKENIZERS else _backbone(info["case"], theirs)
         wrong = {key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)}
         yield Check(f"{name} ({len(theirs)} tensors)", float(len(wrong)), not wrong)
+        wanted = {golden["n_parameters"], *published}
+        yield Check(f"{name} ({params} parameters)", float(max(abs(params - n) for n in wanted)), wanted == {params})
 
 
-def _llamagen_shapes(keys: dict[str, Any]) -> dict[str, list[int]]:
-    (vocab_size, dim), _ = keys["tok_embeddings.weight"]
-    (num_labels, _), _ = keys["cls_embedding.embedding_table.weight"]
-    num_layers = keys["layers.{i}.attention.wo.weight"][1]
-    heads = dim // 100 if dim == 3200 else dim // 64  # the 3B model alone has heads of width 100
-    config = LlamaGenConfig(vocab_size, num_labels - 1, (16, 16), num_layers, dim, heads)
+_Built = tuple[dict[str, list[int]], int, set[int]]  # shapes of all tensors, parameters, and what the zoo says they are
+
+
+def _backbone(family: str, theirs: dict[str, list[int]]) -> _Built:
+    """What conversion makes of these tensors. The zoo stands in for what shapes do not tell (heads, grid)."""
+    state = {key: torch.empty(shape, device="meta") for key, shape in theirs.items()}
+    sizes = family_class(family).infer({key: tuple(shape) for key, shape in theirs.items()})
+    entries = zoo.with_sizes(family, sizes)
+    if not entries:
+        raise VarkdError(f"no published {family} model has the sizes {sizes}")
+    model, _ = blank_model(state, family, model=entries[0].name)
+    ours = {key: list(value.shape) for key, value in model.official_state().items()}
+    return ours, _parameters(model), {entry.params for entry in entries}
+
+
+def _tokenizer(name: str) -> _Built:
+    """The default sizes of our tokenizers are the published ones."""
+    known = _TOKENIZERS[name]
+    if known.kind not in KINDS:
+        raise VarkdError(f"no tokenizer of the kind '{known.kind}' to compare {name} with")
+    module, config = KINDS[known.kind]
     with torch.device("meta"):
-        return {key: list(value.shape) for key, value in LlamaGen(config).state_dict().items()}
+        tokenizer = module(config())
+    ours = {key: list(value.shape) for key, value in tokenizer.state_dict().items()}
+    return ours, _parameters(tokenizer), {known.params}
 
 
-def _vq16_shapes() -> dict[str, list[int]]:
-    with torch.device("meta"):
-        return {key: list(value.shape) for key, value in VQ(VQConfig()).state_dict().items()}
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _expand(keys: dict[str, Any]) -> dict[str, list[int]]:

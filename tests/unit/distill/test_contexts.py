@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
+from varkd.backbones.store import build
 from varkd.distill import contexts as module
 from varkd.distill.contexts import (
     Contexts,
@@ -29,6 +30,7 @@ from varkd.distill.contexts import (
     sequence_weights,
 )
 from varkd.distill.schedule import Ramp, resolve
+from varkd.distill.scores import code_logp
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
 from varkd.types import Batch, Condition, Context, Part
@@ -238,6 +240,69 @@ def test_replay_beside_fresh_rollouts_still_remembers_its_rows(student, batch):
     mixture = Mixture((Share(Rollout(), 0.5), Share(Replay(every=10), 0.5)))
     contexts = run_replay(mixture, student, batch, 3)
     assert contexts[2].parts[1].age_B.tolist() == [2] * 4
+
+
+# ---- replay of sequences that were sampled in an order of their own
+
+
+@pytest.fixture(params=[("rar", None), ("randar", None), ("randar", 3), ("arpg", 4)], ids=lambda p: f"{p[0]} {p[1]}")
+def any_order(request: pytest.FixtureRequest) -> tuple[Backbone, Rollout]:
+    """A backbone that draws an order per row, and a rollout in so many steps (None: one code a step)."""
+    family, steps = request.param
+    sizes = {"vocab_size": 12, "num_classes": 3, "grid": (2, 3), "num_layers": 2, "dim": 16, "num_heads": 2}
+    model = build(family, {**sizes, "ffn_dim": 24, "order": "random"}).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.4, generator=generator)
+    return model, Rollout(sampler=Sampler(steps=steps))
+
+
+def test_replayed_sequences_keep_the_plan_they_were_sampled_with(any_order, batch):
+    model, rollout = any_order
+    replay = Replay(rollout, every=4, capacity=2)
+    born: dict[int, Part] = {}
+    reused_from = set()
+    for step, context in enumerate(run_replay(replay, model, batch, 12)):
+        (part,) = context.parts
+        if step % 4 == 0:
+            born[step] = part
+        for row, age in enumerate(part.age_B.tolist()):
+            first = born[step - age]
+            assert torch.equal(part.codes_BL[row], first.codes_BL[row])
+            assert torch.equal(part.plan.order_BL[row], first.plan.order_BL[row])
+            assert part.plan.sizes == first.plan.sizes
+            reused_from.add(age // 4)
+    orders = {tuple(row) for part in born.values() for row in part.plan.order_BL.tolist()}
+    assert reused_from == {0, 1} and len(orders) > 16  # both entries of the ring; 24 draws of 720 orders
+
+
+@torch.no_grad()
+def test_the_plan_of_a_replayed_part_gives_the_log_probabilities_it_was_drawn_with(any_order, batch):
+    """The model has not changed, so under the right plan it says again what it said when it sampled."""
+    model, rollout = any_order
+    fresh, _, later = (context.parts[0] for context in run_replay(Replay(rollout, every=4), model, batch, 3))
+    assert (later.age_B == 2).all()
+
+    def logp(part: Part) -> Tensor:
+        return code_logp(model.head, model(part.codes_BL, part.condition, part.plan), part.codes_BL, 100)
+
+    torch.testing.assert_close(logp(later).float(), later.behaviour_logp_BL, rtol=1e-5, atol=1e-5)
+    other = replace(later, plan=model.plan(8, Rng(5), batch.row_B, rollout.sampler.steps))
+    assert (logp(other) - logp(fresh)).abs().max() > 0.01  # another order would have been noticed
+
+
+def test_rows_sampled_afresh_among_replayed_ones_keep_their_own_orders(any_order, batch):
+    model, rollout = any_order
+    replay, state = Replay(rollout, every=10), {}
+    old = replay(batch.select(torch.tensor([1, 4, 6])), scene(model, step=0))
+    state = replay.update(old, state, Rng(0, 0))
+    part = replay(batch, scene(model, step=1, state=state)).parts[0]
+    fresh = rollout(batch, scene(model, step=1)).parts[0]
+    assert part.row_B.tolist() == list(range(8)) and part.age_B.tolist() == [0, 1, 0, 0, 1, 0, 1, 0]
+    expected_BL = fresh.plan.order_BL.clone()
+    expected_BL[[1, 4, 6]] = old.parts[0].plan.order_BL
+    assert torch.equal(part.plan.order_BL, expected_BL) and part.plan.sizes == fresh.plan.sizes
 
 
 @pytest.mark.parametrize("values", [{"every": 0}, {"capacity": 0}, {"max_age": -1}])

@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 
 from varkd.errors import VarkdError
+from varkd.tokenizers.multiscale import MultiScale, MultiScaleConfig
 from varkd.tokenizers.pixels import Pixels, PixelsConfig
+from varkd.tokenizers.protocol import to_unit
 from varkd.tokenizers.vq import VQConfig
 from varkd.train.encode import PSNR_CAP
+from varkd.train import fit_tokenizer as module
 from varkd.train.fit_tokenizer import FitConfig, Restarter, fit_tokenizer, measure
 from varkd.world import Rng
 
 TINY = VQConfig(image_size=8, ch=16, ch_mult=(1, 1), z_channels=16, num_res_blocks=1, decoder_res_blocks=1,
                 vocab_size=32, codebook_dim=4, norm_groups=4, attention=False)  # fmt: skip
+SCALES = MultiScaleConfig(image_size=8, ch=16, ch_mult=(1, 1), z_channels=4, num_res_blocks=1, decoder_res_blocks=1,
+                          vocab_size=32, scales=(1, 2, 4), num_phi=2, norm_groups=4, attention=False)  # fmt: skip
+BOTH = pytest.mark.parametrize("config", [TINY, SCALES], ids=["vq", "multiscale"])
 FIT = FitConfig(steps=120, batch_size=16, lr=5e-3, restart_every=10)
 
 
@@ -43,29 +49,32 @@ class Ramps:
         return self.images[torch.as_tensor(indices)]
 
 
-def test_reconstruction_improves_clearly_and_the_codebook_is_used():
-    model, record = fit_tokenizer(Ramps(64, 0), Ramps(24, 1), TINY, FIT, quiet=True)
-    _, untrained = fit_tokenizer(Ramps(64, 0), Ramps(24, 1), TINY, replace(FIT, steps=1), quiet=True)
+@BOTH
+def test_reconstruction_improves_clearly_and_the_codebook_is_used(config: VQConfig | MultiScaleConfig):
+    model, record = fit_tokenizer(Ramps(64, 0), Ramps(24, 1), config, FIT, quiet=True)
+    _, untrained = fit_tokenizer(Ramps(64, 0), Ramps(24, 1), config, replace(FIT, steps=1), quiet=True)
     assert record["psnr"] > untrained["psnr"] + 4  # the squared error falls to less than 40 %
     assert record["codes_used"] > 0.8 and 0.5 * 32 < record["perplexity"] <= 32
     assert record["num"] == 24 and not model.training
     assert json.loads(json.dumps(record, allow_nan=False)) == record
 
 
-def test_the_seed_alone_decides():
+@BOTH
+def test_the_seed_alone_decides(config: VQConfig | MultiScaleConfig):
     hashes = []
     for seed in (0, 0, 1):
         torch.rand(3)  # the global generator must not matter, nor be moved
         before = torch.random.get_rng_state()
         fit = replace(FIT, seed=seed, steps=12)
-        hashes.append(fit_tokenizer(Ramps(64, 0), Ramps(24, 1), TINY, fit, quiet=True)[0].hash)
+        hashes.append(fit_tokenizer(Ramps(64, 0), Ramps(24, 1), config, fit, quiet=True)[0].hash)
         assert torch.equal(torch.random.get_rng_state(), before)
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_bf16_trains_too():
+@BOTH
+def test_bf16_trains_too(config: VQConfig | MultiScaleConfig):
     sets, fit = (Ramps(64, 0), Ramps(24, 1)), replace(FIT, bf16=True)
-    records = [fit_tokenizer(*sets, TINY, replace(fit, steps=steps), quiet=True)[1] for steps in (1, 60)]
+    records = [fit_tokenizer(*sets, config, replace(fit, steps=steps), quiet=True)[1] for steps in (1, 60)]
     assert records[1]["psnr"] > records[0]["psnr"] + 2
 
 
@@ -90,7 +99,8 @@ def test_dead_codes_restart_on_latents_with_fresh_moments():
     assert torch.equal(embedding, after)
 
 
-def test_restarts_bring_back_a_collapsed_codebook(monkeypatch: pytest.MonkeyPatch):
+@BOTH
+def test_restarts_bring_back_a_collapsed_codebook(config: VQConfig | MultiScaleConfig, monkeypatch: pytest.MonkeyPatch):
     def collapse(self: Restarter, latents_NE: Tensor, rng: Rng) -> None:
         with torch.no_grad():
             self.embedding[:] = -latents_NE.mean(dim=0)  # out of every latent's way
@@ -98,10 +108,27 @@ def test_restarts_bring_back_a_collapsed_codebook(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Restarter, "begin", collapse)
     sets, fit = (Ramps(64, 0), Ramps(24, 1)), replace(FIT, steps=40)
-    _, without = fit_tokenizer(*sets, TINY, replace(fit, restart_until=0.0), quiet=True)
-    _, restarted = fit_tokenizer(*sets, TINY, fit, quiet=True)
+    _, without = fit_tokenizer(*sets, config, replace(fit, restart_until=0.0), quiet=True)
+    _, restarted = fit_tokenizer(*sets, config, fit, quiet=True)
     assert without["restarts"] == 0 and restarted["restarts"] > 0
     assert restarted["codes_used"] > without["codes_used"] + 0.3
+
+
+def test_the_loss_of_the_scales_is_that_of_var():
+    """Codebook and commitment: the mean over scales of the distance between the sum so far and the latents."""
+    model = module._build(SCALES, 0)
+    images = to_unit(Ramps(4, 0).images)
+    loss, found = module._loss(model, images, FIT)
+    assert isinstance(model, MultiScale)
+    latents = model.latents(images)
+    scales = model.quantise(latents)
+    distance = torch.stack([(scale.features_BEPP - latents).square().mean() for scale in scales]).mean()
+    error = model.decode(model.encode(images)) - images
+    wanted = error.abs().mean() + error.square().mean() + (FIT.codebook + FIT.commitment) * distance
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert len(found.latents_NE) == found.codes_BL.numel() == 4 * 21
 
 
 def test_a_loss_that_is_not_finite_stops_in_one_line():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from varkd.errors import VarkdError
+from varkd.tokenizers.maskgit import MaskGIT, MaskGITConfig
+from varkd.tokenizers.multiscale import MultiScale, MultiScaleConfig
 from varkd.tokenizers.pixels import Pixels, PixelsConfig
-from varkd.tokenizers.store import load_tokenizer, load_vq_official, save_tokenizer
+from varkd.tokenizers.store import load_official, load_tokenizer, save_tokenizer
 from varkd.tokenizers.vq import VQ, VQConfig
 
 TINY = VQConfig(image_size=8, ch=32, ch_mult=(1, 2), z_channels=8, num_res_blocks=1, decoder_res_blocks=2,
@@ -111,11 +114,96 @@ def test_damage_is_one_line(folder: Path, case: str):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("wrap", [lambda state: {"model": state}, lambda state: state], ids=["model", "raw"])
-def test_official_file(tokenizer: VQ, tmp_path: Path, wrap: Callable[[dict], dict]):
-    torch.save(wrap(tokenizer.state_dict()), tmp_path / "vq.pt")
-    loaded = load_vq_official(tmp_path / "vq.pt", image_size=8)
-    assert loaded.config == TINY and loaded.hash == tokenizer.hash
+OFFICIAL = {
+    "vq": VQ(TINY),
+    "multiscale": MultiScale(MultiScaleConfig(8, ch=32, ch_mult=(1, 2), z_channels=4, num_res_blocks=1,
+                                              decoder_res_blocks=2, vocab_size=32, scales=(1, 3, 4), num_phi=2)),
+    "maskgit": MaskGIT(MaskGITConfig(8, ch=32, ch_mult=(1, 2), z_channels=4, num_res_blocks=1, vocab_size=32)),
+}  # fmt: skip
+SCALES = {"multiscale": (1, 3, 4)}
+WRAPS: dict[str, Callable[[dict], dict]] = {
+    "raw": lambda state: state,
+    "model": lambda state: {"model": state, "optimizer": {}, "args": argparse.Namespace(lr=0.1)},
+    "state_dict": lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
+    "compiled": lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
+    "VAR's trainer": lambda state: {"trainer": {"var_wo_ddp": {"head.bias": torch.zeros(2)}, "vae_local": state}},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("kind", OFFICIAL)
+def test_official_file(tmp_path: Path, kind: str, wrap: str):
+    tokenizer = OFFICIAL[kind]
+    torch.save(WRAPS[wrap](tokenizer.state_dict()), tmp_path / "official.pt")
+    loaded = load_official(tmp_path / "official.pt", image_size=8, scales=SCALES.get(kind))
+    assert loaded.config == tokenizer.config and loaded.hash == tokenizer.hash
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+    save_tokenizer(loaded, tmp_path / "folder")
+    assert load_tokenizer(tmp_path / "folder").hash == tokenizer.hash
+
+
+@pytest.mark.parametrize("kind", OFFICIAL)
+def test_official_safetensors_of_half_precision(tmp_path: Path, kind: str):
+    state = {name: value.half() for name, value in OFFICIAL[kind].state_dict().items()}
+    save_file(state, tmp_path / "official.safetensors")
+    loaded = load_official(tmp_path / "official.safetensors", 8, kind, SCALES.get(kind))
+    assert all(value.dtype == torch.float32 for value in loaded.state_dict().values())
+    assert torch.equal(loaded.codebook_VE, load_official(tmp_path / "official.safetensors", 8,
+                                                         scales=SCALES.get(kind)).codebook_VE)  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "usage"), [("vq", "codebook_used"), ("multiscale", "ema_vocab_hit_SV")])
+def test_usage_statistics_are_no_part_of_a_tokenizer(tmp_path: Path, kind: str, usage: str):
+    state = OFFICIAL[kind].state_dict()
+    hashes = set()
+    for change in ({}, {f"quantize.{usage}": state[f"quantize.{usage}"] + 3}, {f"quantize.{usage}": None}):
+        torch.save({name: value for name, value in {**state, **change}.items() if value is not None}, tmp_path / "a.pt")
+        hashes.add(load_official(tmp_path / "a.pt", 8, scales=SCALES.get(kind)).hash)
+    assert hashes == {OFFICIAL[kind].hash}
+
+
+def test_official_vq8_is_recognised_by_its_shapes():
+    """Four levels instead of five: eight pixels a code."""
+    with torch.device("meta"):
+        model = VQ(VQConfig(ch_mult=(1, 2, 2, 4)))
+    config = VQConfig.infer({name: tuple(value.shape) for name, value in model.state_dict().items()}, 256)
+    assert config == model.config and config.downsampling == 8 and model.grid == (32, 32)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 70_109_835
+
+
+def test_the_scales_of_an_official_file_follow_from_the_image_size_or_are_given(tmp_path: Path):
+    path = tmp_path / "vae.pth"
+    with torch.device("meta"):
+        official = MultiScale(MultiScaleConfig())
+    shapes = {name: tuple(value.shape) for name, value in official.state_dict().items()}
+    assert MultiScaleConfig.infer(shapes, 256) == official.config
+    assert MultiScaleConfig.infer(shapes, 512).scales == (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+    torch.save(OFFICIAL["multiscale"].state_dict(), path)
+    with pytest.raises(VarkdError, match=r"give the sides of its 3 maps \(--scales 1 2 ...\)"):
+        load_official(path, 8)
+    with pytest.raises(VarkdError, match=r"it has 3 scales, got \(1, 4\)"):
+        load_official(path, 8, scales=(1, 4))
+    with pytest.raises(VarkdError, match=r"scales must rise to image_size / downsampling = 4, got \(1, 2, 8\)"):
+        load_official(path, 8, scales=[1, 2, 8])
+    with pytest.raises(VarkdError, match="it has 3 scales"):
+        load_official(path, 256)
+
+
+def test_official_files_of_another_kind(tmp_path: Path):
+    path = tmp_path / "official.pt"
+    torch.save(OFFICIAL["maskgit"].state_dict(), path)
+    with pytest.raises(VarkdError, match="leave out --scales"):
+        load_official(path, 8, scales=(1, 2, 4))
+    with pytest.raises(VarkdError, match="is a tokenizer of kind maskgit, not vq"):
+        load_official(path, 8, "vq")
+    with pytest.raises(VarkdError, match="did you mean 'maskgit'"):
+        load_official(path, 8, "maskgitt")
+    torch.save({**OFFICIAL["maskgit"].state_dict(), "extra.weight": torch.zeros(1)}, path)
+    with pytest.raises(VarkdError, match=r"unexpected tensor 'extra.weight'"):
+        load_official(path, 8)
+    torch.save({**OFFICIAL["maskgit"].state_dict(), "quantize.embedding.weight": torch.zeros(3)}, path)
+    with pytest.raises(VarkdError, match="its tensors have other shapes"):
+        load_official(path, 8)
 
 
 class Malicious:
@@ -133,7 +221,7 @@ def test_malicious_pickle_is_refused_unread(tmp_path: Path, modern: bool):
     trap = tmp_path / "trap"
     torch.save({"model": Malicious(trap)}, tmp_path / "vq.pt", _use_new_zipfile_serialization=modern)
     with pytest.raises(VarkdError, match="not a plain PyTorch file") as caught:
-        load_vq_official(tmp_path / "vq.pt", image_size=8)
+        load_official(tmp_path / "vq.pt", image_size=8)
     assert not trap.exists() and "\n" not in str(caught.value)
     pickle.loads(pickle.dumps(Malicious(trap)))
     assert trap.exists()  # the trap does work where it is unpickled
@@ -142,19 +230,22 @@ def test_malicious_pickle_is_refused_unread(tmp_path: Path, modern: bool):
 def test_damaged_official_files(tokenizer: VQ, tmp_path: Path):
     path = tmp_path / "vq.pt"
     with pytest.raises(VarkdError, match="no such file"):
-        load_vq_official(path, 8)
+        load_official(path, 8)
     torch.save(tokenizer.state_dict(), path)
     content = path.read_bytes()
     for length in (0, 10, len(content) // 2, len(content) - 50):
         path.write_bytes(content[:length])
-        with pytest.raises(VarkdError, match="not a plain PyTorch file"):
-            load_vq_official(path, 8)
+        with pytest.raises(VarkdError, match="download it again"):
+            load_official(path, 8)
     torch.save({"model": [1, 2]}, path)
     with pytest.raises(VarkdError, match="holds no state dict"):
-        load_vq_official(path, 8)
+        load_official(path, 8)
     torch.save({"weight": torch.zeros(3)}, path)
-    with pytest.raises(VarkdError, match=r"lacks the tensor 'encoder.conv_in.weight'"):
-        load_vq_official(path, 8)
+    with pytest.raises(VarkdError, match="is no tokenizer that varkd knows"):
+        load_official(path, 8)
+    torch.save({name: value for name, value in tokenizer.state_dict().items() if "conv_in" not in name}, path)
+    with pytest.raises(VarkdError, match=r"not a whole vq tokenizer: it lacks the tensor 'encoder.conv_in.weight'"):
+        load_official(path, 8)
     torch.save(tokenizer.state_dict(), path)
     with pytest.raises(VarkdError, match="image_size 9 is not a multiple of 2"):
-        load_vq_official(path, 9)
+        load_official(path, 9)

@@ -48,7 +48,7 @@ def test_search_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch):
     whole = model.quantize.nearest(vectors)
     distances = torch.cdist(F.normalize(vectors, dim=1).double(), model.codebook_VE.double())
     assert torch.equal(whole, distances.argmin(dim=1))
-    monkeypatch.setattr(vq, "_SIMILARITIES_AT_ONCE", 7 * 32)
+    monkeypatch.setattr(vq, "SIMILARITIES_AT_ONCE", 7 * 32)
     assert torch.equal(model.quantize.nearest(vectors), whole)
 
 
