@@ -53,8 +53,8 @@ def encoded(images: Path, tokenizer: Tokenizer) -> Path:
     """Codes of an untrained tokenizer."""
     folder = images.parent / tokenizer.kind
     save_tokenizer(tokenizer, folder / "tokenizer")
-    command = ["encode", str(images), "--tokenizer", str(folder / "tokenizer"), "--flip", "--out", str(folder / "codes")]
-    assert main([*command, "--device", "cpu"]) == 0
+    command = ["encode", str(images), "--tokenizer", str(folder / "tokenizer"), "--flip", "--device", "cpu"]
+    assert main([*command, "--out", str(folder / "codes")]) == 0
     return folder / "codes"
 
 
@@ -97,7 +97,7 @@ def test_the_student_of_a_pair_learns_from_its_teacher(family: str, tmp_path: Pa
 @pytest.mark.parametrize("family", ["var", "arpg", "randar", "rar"])
 def test_the_recipes_of_a_family_are_a_pair(family: str):
     """The teacher is the larger one, and nothing but size and training tells the two apart."""
-    layout = Layout(512, 10, (8, 8), *(((1, 2, 4, 8), 16, 4) if family == "var" else ()))
+    layout = Layout(512, 10, (8, 8), (1, 2, 4, 8), 16, 4) if family == "var" else Layout(512, 10, (8, 8))
     count: dict[str, int] = {}
     runs = {role: load_run(f"cifar10-{family}-{role}") for role in ("teacher", "student")}
     for role, run in runs.items():

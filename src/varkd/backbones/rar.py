@@ -7,8 +7,8 @@ With the order o_0 .. o_{L-1}, slots are [cls, class, code of o_0, .., code of o
 o_j. A slot holds its content, plus the position it comes from (row 2 + o_j of `pos_embed`), plus the position it is to
 predict (row 2 + o_j of `target_aware_pos_embed`): that is what makes any order possible. The adaLN condition differs
 from slot to slot: class embedding + `timesteps_embeddings[slot]`.
-Quirks kept: the tables have more rows than any slot reads, `embeddings` holds codes, an unused mask row, classes and the
-null label in one table, and the final modulation is (scale, shift) where the blocks' are (shift, scale, gate).
+Quirks kept: the tables have more rows than any slot reads, `embeddings` holds codes, an unused mask row, classes and
+the null label in one table, and the final modulation is (scale, shift) where the blocks' are (shift, scale, gate).
 Quirks fixed: the official sampler knows raster order only and embeds the whole prefix anew in every step.
 Left out: label dropping, guidance and the annealing of random to raster order (they act on batches, logits and plans).
 """

@@ -248,9 +248,15 @@ class ResidualCodebook(nn.Module):
 
 
 class Phis(nn.Module):
+    """The shared convolutions. A new one is the identity, so that the first scales explain what their codes say."""
+
     def __init__(self, number: int, width: int) -> None:
         super().__init__()
-        self.qresi_ls = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(number))
+        convolutions = [nn.Conv2d(width, width, 3, padding=1) for _ in range(number)]
+        for convolution in convolutions:
+            nn.init.dirac_(convolution.weight)
+            nn.init.zeros_(convolution.bias)  # pyright: ignore[reportArgumentType]
+        self.qresi_ls = nn.ModuleList(convolutions)
 
 
 class Encoder(nn.Module):

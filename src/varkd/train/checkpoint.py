@@ -59,9 +59,11 @@ class Checkpoints:
         self, model: Backbone, ema: Ema, optimizer: torch.optim.Optimizer, state: State, progress: Progress
     ) -> None:
         """Write the checkpoint of `progress.step`. Every rank must call it; the first one writes."""
+        student = model_state(model)
+        frozen = {name: student[name] for name, _ in model.named_buffers() if name in student}  # to load the file
         tensors = {
-            "student": model_state(model),
-            "ema": full_tensors(ema.average),
+            "student": student,
+            "ema": {**frozen, **full_tensors(ema.average)},
             "optimizer": optimizer_state(model, optimizer),
             "method": {name: value.cpu().contiguous() for name, value in _gather_state(state, self.world).items()},
         }

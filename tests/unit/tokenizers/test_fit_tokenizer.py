@@ -23,7 +23,7 @@ from varkd.world import Rng
 
 TINY = VQConfig(image_size=8, ch=16, ch_mult=(1, 1), z_channels=16, num_res_blocks=1, decoder_res_blocks=1,
                 vocab_size=32, codebook_dim=4, norm_groups=4, attention=False)  # fmt: skip
-SCALES = MultiScaleConfig(image_size=8, ch=16, ch_mult=(1, 1), z_channels=4, num_res_blocks=1, decoder_res_blocks=1,
+SCALES = MultiScaleConfig(image_size=8, ch=16, ch_mult=(1, 1), z_channels=8, num_res_blocks=1, decoder_res_blocks=1,
                           vocab_size=32, scales=(1, 2, 4), num_phi=2, norm_groups=4, attention=False)  # fmt: skip
 BOTH = pytest.mark.parametrize("config", [TINY, SCALES], ids=["vq", "multiscale"])
 FIT = FitConfig(steps=120, batch_size=16, lr=5e-3, restart_every=10)
