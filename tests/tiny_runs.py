@@ -78,10 +78,13 @@ def assert_same_state(run: Path, other: Path, step: int) -> None:
 
 
 def largest_difference(run: Path, other: Path, step: int, part: str = "student") -> float:
-    """max |a - b| over the tensors of one part of two checkpoints."""
+    """max |a - b| over the tensors of one part of two checkpoints.
+
+    RAR's key bias shifts all logits of a query alike: its gradient is zero but for rounding, which Adam blows up.
+    """
     first, second = checkpoint(run, step), checkpoint(other, step)
-    names = [name for name in first if name.startswith(f"{part}/")]
-    assert names and names == [name for name in second if name.startswith(f"{part}/")]
+    names = [name for name in first if name.startswith(f"{part}/") and not name.endswith("k_norm.bias")]
+    assert names and first.keys() == second.keys()
     return max(float((first[name] - second[name]).abs().max()) for name in names)
 
 

@@ -9,14 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tiny_runs import FROM_THE_START, arguments, checkpoint, largest_difference, log, stop_after, train
+from varkd.backbones.store import build, family_class, save_backbone
 from varkd.cli import main
 from varkd.errors import VarkdError
+from varkd.run.data import Codes
 from varkd.train.parallel import distribute
 from varkd.world import World
 
 SECONDS = 240
+OTHERS = ("arpg", "randar", "rar", "var")
 # One student row in eight, and a teacher that samples: one rank has nothing to sample, and keeps no ring, for a while.
 FEW = (
     "method=varkd", "method.contexts.contexts.shares.0.fraction=0.875", "train.micro_batches=2",
@@ -29,12 +33,29 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
 
 
+def exported(folder: Path, family: str, data: Path) -> Path:
+    """A random teacher with opinions, in this family's own order of codes."""
+    codes = Codes(data)
+    sizes = {**family_class(family).sizes_for(codes.layout), "num_layers": 2, "dim": 32, "num_heads": 2}
+    model = build(family, sizes, seed=1, quantiser=codes.tokenizer.quantiser)
+    torch.nn.init.normal_(model.head.weight, std=0.2, generator=torch.Generator().manual_seed(2))
+    save_backbone(model, folder / f"teacher-{family}")
+    return folder / f"teacher-{family}"
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, codes: Path, teacher: Path) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, codes: Path, scale_codes: Path, teacher: Path) -> Path:
     """`one/NAME` trained here, `two/NAME` by two ranks; `two/codes` encoded by two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     varkd = (*FROM_THE_START, f"teacher={teacher}")
+    data = {family: scale_codes if family == "var" else codes for family in OTHERS}
+    families = {
+        family: (*FROM_THE_START, f"model.family={family}", "model.num_layers=2",
+                 f"teacher={exported(folder, family, data[family])}")
+        for family in OTHERS
+    }  # fmt: skip
     settings = {
+        **families,
         "varkd": varkd,
         "few": (*FEW, f"teacher={teacher}"),
         "replicas": (*varkd, "train.replicas=2"),
@@ -48,11 +69,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, codes: Path, teacher: Path) -
                 stop_after(patch, 3)
                 assert main(arguments(folder / "two" / name, codes, *overrides)) == 143
             elif name != "from_two":
-                train(folder / "one" / name, codes, *overrides)
+                train(folder / "one" / name, data.get(name, codes), *overrides)
     jobs: list[dict] = [
         {
             "verb": "stop" if name == "from_two" else "train",
-            "command": arguments(folder / "two" / name, codes, *overrides),
+            "command": arguments(folder / "two" / name, data.get(name, codes), *overrides),
         }
         for name, overrides in settings.items()
     ]
@@ -78,7 +99,7 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert sorted(checkpoint(one, 6)) == sorted(checkpoint(two, 6))
 
 
-@pytest.mark.parametrize("name", ["varkd", "few", "replicas", "clipped"])
+@pytest.mark.parametrize("name", ["varkd", "few", "replicas", "clipped", *OTHERS])
 def test_two_ranks_train_like_one(runs: Path, name: str):
     assert_same_run(runs / "one" / name, runs / "two" / name)
 

@@ -64,9 +64,7 @@ def norm(width: int, groups: int) -> nn.GroupNorm:
 
 def attend_over_map(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Single-head attention over all positions of a map: three (B, width, h, w) -> (B, width, h, w)."""
-    query_rows, key_rows, value_rows = (
-        layer.flatten(2).transpose(1, 2).unsqueeze(1) for layer in (query, key, value)
-    )
+    query_rows, key_rows, value_rows = (layer.flatten(2).transpose(1, 2).unsqueeze(1) for layer in (query, key, value))
     mixed = F.scaled_dot_product_attention(query_rows, key_rows, value_rows)
     return mixed.squeeze(1).transpose(1, 2).reshape(query.shape)
 

@@ -149,9 +149,7 @@ class Encoder(nn.Module):
         widths = [config.ch * mult for mult in (1, *config.ch_mult)]
         groups, blocks = config.norm_groups, config.num_res_blocks
         self.conv_in = nn.Conv2d(config.channels, widths[0], 3, padding=1, bias=False)
-        self.down = nn.ModuleList(
-            Level(width_in, width, blocks, groups) for width_in, width in pairwise(widths)
-        )
+        self.down = nn.ModuleList(Level(width_in, width, blocks, groups) for width_in, width in pairwise(widths))
         self.mid = nn.ModuleList(ResidualBlock(widths[-1], widths[-1], groups) for _ in range(blocks))
         self.norm_out = norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 1)

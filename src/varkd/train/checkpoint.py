@@ -25,6 +25,7 @@ from varkd.errors import VarkdError
 from varkd.files import atomic_folder, read_json, write_json
 from varkd.train.optim import Ema
 from varkd.train.parallel import (
+    frozen_tensors,
     full_tensors,
     like,
     load_model_state,
@@ -59,11 +60,9 @@ class Checkpoints:
         self, model: Backbone, ema: Ema, optimizer: torch.optim.Optimizer, state: State, progress: Progress
     ) -> None:
         """Write the checkpoint of `progress.step`. Every rank must call it; the first one writes."""
-        student = model_state(model)
-        frozen = {name: student[name] for name, _ in model.named_buffers() if name in student}  # to load the file
         tensors = {
-            "student": student,
-            "ema": {**frozen, **full_tensors(ema.average)},
+            "student": model_state(model),
+            "ema": {**frozen_tensors(model), **full_tensors(ema.average)},
             "optimizer": optimizer_state(model, optimizer),
             "method": {name: value.cpu().contiguous() for name, value in _gather_state(state, self.world).items()},
         }

@@ -1,10 +1,13 @@
-"""Fits a `vq` tokenizer by reconstruction: the losses of VQ-VAE (arXiv 1711.00937, eq. 3) on unit vectors.
+"""Fits a `vq` or a `multiscale` tokenizer by reconstruction: the losses of VQ-VAE (arXiv 1711.00937, eq. 3).
 
     loss = |x - x'| + (x - x')^2 + codebook |sg(z) - e|^2 + commitment |z - sg(e)|^2
 
-where z is a normalised latent and e its nearest normalised codebook row; the decoder sees e and passes its gradient
-straight through to z. Codes that are hardly used are restarted from latents of the current batch. There is no
-perceptual and no adversarial loss: this is a tokenizer for small images, judged by its PSNR.
+    vq          z is a normalised latent, e its nearest normalised codebook row
+    multiscale  z is the latent map, e the sum of the scales so far; the mean over scales (VAR, arXiv 2404.02905)
+
+The decoder sees e (of the last scale) and passes its gradient straight through to z. Codes that are hardly used are
+restarted from vectors of the current batch that were looked up: latents, or what coarser scales left over of them.
+There is no perceptual and no adversarial loss: this is a tokenizer for small images, judged by its PSNR.
 """
 
 from __future__ import annotations
@@ -235,7 +238,7 @@ class Restarter:
 
 @torch.no_grad()
 def _first_latents(model: Fitted, images: Tensor, fit: FitConfig) -> Tensor:
-    """Rows to start the codebook on: while it is zero, a multi-scale tokenizer's scales take nothing off its latents."""
+    """Rows to start the codebook on: while it is zero, the coarser scales of a multi-scale one take nothing off."""
     model.quantize.embedding.weight.zero_()
     return _loss(model, images, fit)[1].latents_NE
 

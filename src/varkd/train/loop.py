@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal, NoReturn, Protocol
 
 import torch
-from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
 from varkd.distill.contexts import Data, Scene, State
@@ -27,7 +26,7 @@ from varkd.progress import Bar, bar
 from varkd.train.checkpoint import Checkpoints, Progress
 from varkd.train.log import Log
 from varkd.train.optim import Ema, Optim
-from varkd.train.parallel import clip_gradients, full_tensors, gathered, model_state
+from varkd.train.parallel import clip_gradients, frozen_tensors, full_tensors, gathered
 from varkd.types import Batch, Context
 from varkd.world import Rng, World
 
@@ -249,7 +248,7 @@ class Session:
 
     def evaluation_model(self) -> Backbone:
         """A plain (unsharded) copy of the student with the averaged weights, in eval mode. Every rank must call it."""
-        weights = {**_buffers(self.job.student), **full_tensors(self.ema.average)}
+        weights = {**frozen_tensors(self.job.student), **full_tensors(self.ema.average)}
         model = self.job.plain_copy()
         model.load_state_dict(weights)
         return model.eval()
@@ -261,11 +260,6 @@ class Session:
             status = {"state": state, "step": self.progress.step, "updates": self.job.train.updates,
                       "seconds": self.progress.seconds}  # fmt: skip
             write_json(self.job.folder / "status.json", status)
-
-
-def _buffers(model: Backbone) -> dict[str, Tensor]:
-    names = {name for name, _ in model.named_buffers()}
-    return {name: value for name, value in model_state(model).items() if name in names} if names else {}
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -84,6 +84,15 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in whole.items()}
 
 
+def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies on the CPU of the buffers in a model's state: with averaged parameters they make a whole state dict.
+
+    Buffers are never sharded, so every rank has them.
+    """
+    kept = model.state_dict().keys()
+    return {name: value.detach().cpu().clone() for name, value in model.named_buffers() if name in kept}
+
+
 def like(tensor: Tensor, pattern: Tensor) -> Tensor:
     """A whole tensor laid out (device, sharding) like `pattern`."""
     if isinstance(pattern, DTensor):

@@ -25,7 +25,7 @@ def run(*command: object) -> int:
 
 def test_multiscale_from_images_to_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run(*FIT, "--kind", "multiscale", "--scales", 1, 3, 4, "--out", tmp_path / "t") == 0
-    assert "dB on 179 held-out images" in capsys.readouterr().out
+    assert "dB on 180 held-out images" in capsys.readouterr().out
     tokenizer = load_tokenizer(tmp_path / "t")
     assert isinstance(tokenizer, MultiScale) and tokenizer.scales == (1, 3, 4) and tokenizer.vocab_size == 64
     assert json.loads((tmp_path / "t" / "fit.json").read_text())["fit"]["steps"] == 2
@@ -41,7 +41,7 @@ def test_multiscale_from_images_to_codes(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_multiscale_scales_double_by_default(tmp_path: Path):
     record = fit("digits", tmp_path / "t", kind="multiscale", vocab_size=16, downsampling=1, steps=1, quiet=True)
-    assert load_tokenizer(tmp_path / "t").scales == (1, 2, 4, 8) and record["num"] == 179
+    assert load_tokenizer(tmp_path / "t").scales == (1, 2, 4, 8) and record["num"] == 180
 
 
 def test_vq_is_the_default(tmp_path: Path):

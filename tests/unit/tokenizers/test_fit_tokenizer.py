@@ -16,8 +16,8 @@ from varkd.tokenizers.multiscale import MultiScale, MultiScaleConfig
 from varkd.tokenizers.pixels import Pixels, PixelsConfig
 from varkd.tokenizers.protocol import to_unit
 from varkd.tokenizers.vq import VQConfig
-from varkd.train.encode import PSNR_CAP
 from varkd.train import fit_tokenizer as module
+from varkd.train.encode import PSNR_CAP
 from varkd.train.fit_tokenizer import FitConfig, Restarter, fit_tokenizer, measure
 from varkd.world import Rng
 
