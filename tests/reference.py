@@ -70,6 +70,39 @@ def skew_reverse_kl(s: Tensor, z: Tensor, alpha: float) -> Pair:
     return (lq.exp() * (lq - lm)).sum(1), _centred(lq.exp(), h)
 
 
+def adaptive_kl(s: Tensor, z: Tensor, head: float) -> Pair:
+    """Row by row and code by code, in plain Python."""
+    lq, lp = log_probs(s, z)
+    shares = []
+    for q, p in zip(lq.exp().tolist(), lp.exp().tolist(), strict=True):
+        mass, gap_head, gap_tail, still_head = 0.0, 0.0, 0.0, True
+        for place, code in enumerate(sorted(range(len(p)), key=lambda v: -p[v])):
+            mass += p[code]
+            still_head = still_head and (mass <= head or place == 0)
+            if still_head:
+                gap_head += abs(p[code] - q[code])
+            else:
+                gap_tail += abs(p[code] - q[code])
+        shares.append(gap_head / (gap_head + gap_tail))
+    share = torch.tensor(shares, dtype=torch.float64)
+    (forward, forward_gradient), (reverse, reverse_gradient) = forward_kl(s, z), reverse_kl(s, z)
+    value = share * forward + (1 - share) * reverse
+    return value, share.unsqueeze(1) * forward_gradient + (1 - share).unsqueeze(1) * reverse_gradient
+
+
+def todi(s: Tensor, z: Tensor, sharpness: float) -> Pair:
+    """The gradient of methods.md: -a p + q sum(a p) + q (h - sum q h), h = (1 - a) (log q/p + 1)."""
+    lq, lp = log_probs(s, z)
+    q, p = lq.exp(), lp.exp()
+    a = 1 / (1 + (-sharpness * (lp - lq)).exp())
+    value = (a * p * (lp - lq) + (1 - a) * q * (lq - lp)).sum(1)
+    return value, -a * p + q * (a * p).sum(1, keepdim=True) + _centred(q, (1 - a) * (lq - lp + 1))
+
+
+def teacher_argmax(s: Tensor, z: Tensor) -> Pair:
+    return cross_entropy(s, z, code=z.argmax(1))
+
+
 def total_variation(s: Tensor, z: Tensor) -> Pair:
     lq, lp = log_probs(s, z)
     q, p = lq.exp(), lp.exp()

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Protocol
 
 from varkd.distill.method import Method, Term
-from varkd.distill.schedule import Ramp
+from varkd.distill.schedule import SCHEDULES, Decay, Ramp
 
 
 class Described(Protocol):
@@ -59,6 +59,8 @@ def phrase(value: Any) -> str:
     """A part of a method as `kind(field value, ...)`, leaving out fields at their defaults."""
     if isinstance(value, Ramp):
         return f"{value.start:g}->{value.end:g} over {value.begin:.0%}-{value.until:.0%} of training"
+    if isinstance(value, Decay):
+        return f"{value.start:g}->{value.end:g} by {value.base:g}^-progress"
     if isinstance(value, tuple):
         return " + ".join(phrase(item) for item in value)
     if not is_dataclass(value) or isinstance(value, type):
@@ -81,8 +83,8 @@ def _term(term: Term) -> dict[str, Any]:
 
 
 def _schedules(value: Any, where: str = "") -> dict[str, str]:
-    """Every `Ramp` inside a method, by its path."""
-    if isinstance(value, Ramp):
+    """Every schedule inside a method, by its path."""
+    if isinstance(value, SCHEDULES):
         return {where: phrase(value)}
     if isinstance(value, tuple):
         return {key: text for i, item in enumerate(value) for key, text in _schedules(item, f"{where}.{i}").items()}

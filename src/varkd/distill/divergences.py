@@ -3,8 +3,10 @@
 p is the teacher, q the student; directions are named in words (`ForwardKL` = KL(p || q)). The same objects serve as
 training losses and as evaluation metrics. Outcomes with log-probability -inf (masked ids) contribute exactly 0 and get
 no gradient. Mixtures are formed by logaddexp, never by log of a sum that may underflow.
+Weights that depend on p and q (AKL, ToDi) are constants of the gradient, as in their papers.
 Sources: Hinton et al. 2015; GKD (Agarwal et al. 2023, 2306.13649); DistiLLM (Ko et al. 2024, 2402.03898);
-f-DISTILL (Wen et al. 2023, 2307.15190).
+f-DISTILL (Wen et al. 2023, 2307.15190); ImitKD (Lin et al. 2020, 2009.07253); AKL (Wu et al. 2024, 2404.02657);
+ToDi (2025, 2505.16297).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from varkd.distill.schedule import Scalar, check_range, number
+from varkd.errors import VarkdError
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,73 @@ class TotalVariation:
         return 0.5 * (teacher_NK.exp() - student_NK.exp()).abs().sum(1)
 
 
-Divergence = CrossEntropy | ForwardKL | ReverseKL | JSD | SkewKL | SkewReverseKL | TotalVariation
+@dataclass(frozen=True)
+class TeacherArgmax:
+    """-log q(argmax p): the teacher's likeliest code as if it were data (ImitKD's label)."""
+
+    kind: Literal["teacher_argmax"] = "teacher_argmax"
+    needs_teacher: ClassVar[bool] = True
+
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+        del rows
+        return -student_NK.gather(1, teacher_NK.argmax(1, keepdim=True)).squeeze(1)
+
+
+@dataclass(frozen=True)
+class AdaptiveKL:
+    """g_H / g KL(p || q) + g_L / g KL(q || p), g_H and g_L = sum |p - q| over the teacher's head and its tail (AKL).
+
+    The head is the longest prefix of the codes in order of p whose mass is at most `head`, and always the first code.
+    Rows with p = q count 0.
+    """
+
+    head: Scalar = 0.5
+    kind: Literal["adaptive_kl"] = "adaptive_kl"
+    needs_teacher: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_range("adaptive_kl", "head", self.head, 0, 1)
+
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+        del rows
+        with torch.no_grad():
+            teacher, order = teacher_NK.exp().sort(dim=1, descending=True, stable=True)
+            gap = (teacher - student_NK.exp().gather(1, order)).abs()
+            in_head = teacher.cumsum(1) <= number(self.head)
+            in_head[:, 0] = True
+            total = gap.sum(1)
+            share = (gap * in_head).sum(1) / total.clamp_min(torch.finfo(gap.dtype).tiny)
+            rest = torch.where(total > 0, 1 - share, 0.0)
+        return share * _kl(teacher_NK, student_NK) + rest * _kl(student_NK, teacher_NK)
+
+
+@dataclass(frozen=True)
+class ToDi:
+    """sum_v a p log(p / q) + (1 - a) q log(q / p), a = sigmoid(sharpness * log(p / q)) per code (ToDi).
+
+    At sharpness 1 the value is the sum of both KL, but not its gradient: a is a constant of it.
+    """
+
+    sharpness: float = 1.0
+    kind: Literal["todi"] = "todi"
+    needs_teacher: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.sharpness >= 0:
+            raise VarkdError(f"todi: sharpness must be at least 0, got {self.sharpness}")
+
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+        del rows
+        excluded = torch.isneginf(student_NK) & torch.isneginf(teacher_NK)
+        ratio = torch.where(excluded, 0.0, teacher_NK) - torch.where(excluded, 0.0, student_NK)
+        weight = torch.sigmoid(self.sharpness * ratio).detach()
+        return ((weight * teacher_NK.exp() - (1 - weight) * student_NK.exp()) * ratio).sum(1)
+
+
+Divergence = (
+    CrossEntropy | ForwardKL | ReverseKL | JSD | SkewKL | SkewReverseKL | TotalVariation
+    | TeacherArgmax | AdaptiveKL | ToDi
+)  # fmt: skip
 
 
 def _kl(first_NK: Tensor, second_NK: Tensor) -> Tensor:

@@ -33,19 +33,38 @@ class Ramp:
         return self.start + (self.end - self.start) * share
 
 
-Scalar = float | Ramp
+@dataclass(frozen=True)
+class Decay:
+    """From `start` towards `end` by base^(-progress): after all of training 1/base of the way is left (ImitKD)."""
+
+    start: float
+    end: float
+    base: float = 200.0
+    kind: Literal["decay"] = "decay"
+
+    def __post_init__(self) -> None:
+        if not self.base > 1:
+            raise VarkdError(f"decay: base must be above 1, got {self.base}")
+
+    def at(self, progress: float) -> float:
+        return self.end + (self.start - self.end) * self.base**-progress
+
+
+SCHEDULES = (Ramp, Decay)
+Scalar = float | Ramp | Decay
 
 
 def number(value: Scalar) -> float:
     """The float of a value that `resolve` has already fixed."""
-    if isinstance(value, Ramp):
+    if isinstance(value, SCHEDULES):
         raise TypeError("this value still changes over training: call method.at(progress) first")
     return value
 
 
 def bounds(value: Scalar) -> tuple[float, float]:
     """The smallest and the largest number that a value takes."""
-    return (min(value.start, value.end), max(value.start, value.end)) if isinstance(value, Ramp) else (value, value)
+    ends = (value.start, value.end) if isinstance(value, SCHEDULES) else (value,)
+    return min(ends), max(ends)
 
 
 def check_range(owner: str, name: str, value: Scalar, low: float, high: float) -> None:
@@ -56,12 +75,12 @@ def check_range(owner: str, name: str, value: Scalar, low: float, high: float) -
 
 
 def resolve(value: V, progress: float) -> V:
-    """`value` with every `Ramp` inside it (nested dataclasses and tuples) replaced by its number at `progress`."""
+    """`value` with every schedule inside it (nested dataclasses and tuples) replaced by its number at `progress`."""
     return cast(V, _resolve(value, progress))
 
 
 def _resolve(value: Any, progress: float) -> Any:
-    if isinstance(value, Ramp):
+    if isinstance(value, SCHEDULES):
         return value.at(progress)
     if isinstance(value, tuple):
         return tuple(_resolve(item, progress) for item in value)

@@ -16,6 +16,7 @@ from torch import Tensor
 import reference
 from varkd.distill.divergences import (
     JSD,
+    AdaptiveKL,
     CrossEntropy,
     Divergence,
     ForwardKL,
@@ -23,6 +24,8 @@ from varkd.distill.divergences import (
     Rows,
     SkewKL,
     SkewReverseKL,
+    TeacherArgmax,
+    ToDi,
     TotalVariation,
 )
 from varkd.distill.spaces import log_softmax
@@ -41,8 +44,16 @@ TWO_SIDED: dict[str, tuple[Divergence, Callable[..., tuple[Tensor, Tensor]]]] = 
     "skew_reverse_kl": (SkewReverseKL(0.1), partial(reference.skew_reverse_kl, alpha=0.1)),
     "skew_reverse_kl.7": (SkewReverseKL(0.7), partial(reference.skew_reverse_kl, alpha=0.7)),
     "total_variation": (TotalVariation(), reference.total_variation),
+    "adaptive_kl": (AdaptiveKL(0.5), partial(reference.adaptive_kl, head=0.5)),
+    "adaptive_kl.9": (AdaptiveKL(0.9), partial(reference.adaptive_kl, head=0.9)),
+    "todi": (ToDi(), partial(reference.todi, sharpness=1.0)),
+    "todi.3": (ToDi(3.0), partial(reference.todi, sharpness=3.0)),
 }
-ALL = {**TWO_SIDED, "cross_entropy": (CrossEntropy(), partial(reference.cross_entropy, code=CODE))}
+ALL = {
+    **TWO_SIDED,
+    "teacher_argmax": (TeacherArgmax(), reference.teacher_argmax),
+    "cross_entropy": (CrossEntropy(), partial(reference.cross_entropy, code=CODE)),
+}
 every = pytest.mark.parametrize("name", ALL)
 two_sided = pytest.mark.parametrize("name", TWO_SIDED)
 
@@ -225,3 +236,29 @@ def test_the_teacher_gets_no_say_in_cross_entropy():
 def test_parameters_out_of_range_are_refused(make: Callable[[float], Divergence], value: float):
     with pytest.raises(VarkdError, match=r"must lie in \[0, 1\]"):
         make(value)
+
+
+def test_adaptive_kl_moves_with_the_codes():
+    """The head belongs to codes, not to places: renumbering the codes changes nothing (a peer's bug)."""
+    s, z = logits(11, 2.0, 50)
+    renumbered = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    value, gradient = apply(AdaptiveKL(), s, z)
+    again, moved = apply(AdaptiveKL(), s[:, renumbered], z[:, renumbered])
+    torch.testing.assert_close(again, value)
+    torch.testing.assert_close(moved, gradient[:, renumbered])
+    value, gradient = apply(AdaptiveKL(), s, s.clone())
+    assert (value == 0).all() and gradient.abs().max() < 1e-12
+
+
+@some
+@given(seed=seeds, scale=scales, size=sizes)
+def test_todi_is_the_sum_of_both_kl_in_value_only(seed: int, scale: float, size: int):
+    s, z = logits(seed, scale, size)
+    both = apply(ForwardKL(), s, z), apply(ReverseKL(), s, z)
+    value, _ = apply(ToDi(), s, z)
+    torch.testing.assert_close(value, both[0][0] + both[1][0], rtol=1e-7, atol=1e-9)
+    for sharpness in (0.0, 0.5, 4.0):
+        assert (apply(ToDi(sharpness), s, z)[0] >= -1e-12).all()
+    half, half_gradient = apply(ToDi(0.0), s, z)  # a = 1/2 everywhere
+    torch.testing.assert_close(half, (both[0][0] + both[1][0]) / 2, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(half_gradient, (both[0][1] + both[1][1]) / 2, rtol=1e-7, atol=1e-9)

@@ -10,7 +10,7 @@ import torch
 from varkd.distill.contexts import Mixture, Rollout
 from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL
 from varkd.distill.method import Method, Term
-from varkd.distill.schedule import Ramp, check_range, number, resolve
+from varkd.distill.schedule import Decay, Ramp, check_range, number, resolve
 from varkd.distill.selection import Confidence
 from varkd.distill.spaces import Clusters, Full
 from varkd.errors import VarkdError
@@ -101,3 +101,16 @@ def test_ablations_change_one_part_of_varkd():
             same_contexts = preset.method.contexts == varkd.contexts
             changed = [a for a, b in zip(preset.method.terms, varkd.terms, strict=True) if a != b]
             assert len(changed) + (not same_contexts) == 1, name
+
+
+def test_decay_by_hand():
+    decay, growth = Decay(1.0, 0.0), Decay(0.0, 1.0)
+    assert [decay.at(0.0), growth.at(0.0)] == [1.0, 0.0]
+    assert decay.at(1.0) == pytest.approx(1 / 200) and decay.at(0.5) == pytest.approx(200**-0.5)
+    for progress in (0.1, 0.7, 1.0):  # the two shares of a mixture
+        assert decay.at(progress) + growth.at(progress) == pytest.approx(1)
+    assert Decay(4.0, 2.0, base=2.0).at(1.0) == 3.0
+    with pytest.raises(VarkdError, match="base must be above 1"):
+        Decay(1.0, 0.0, base=1.0)
+    with pytest.raises(TypeError, match=r"method\.at"):
+        number(decay)
