@@ -172,18 +172,6 @@ class ARPG(Backbone):
                 nn.init.normal_(parameter, std=std, generator=generator)
         nn.init.zeros_(self.head.weight)
 
-    @property
-    def num_classes(self) -> int:
-        return self.config.num_classes
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def sequence_length(self) -> int:
-        return self.config.grid[0] * self.config.grid[1]
-
     def plan(
         self, batch_size: int, rng: Rng | None = None, row_B: Tensor | None = None, steps: int | None = None,
         order_BL: Tensor | None = None, schedule: str | None = None,

@@ -112,18 +112,6 @@ class LlamaGen(Backbone):
     def head(self) -> nn.Linear:
         return self.output
 
-    @property
-    def num_classes(self) -> int:
-        return self.config.num_classes
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def sequence_length(self) -> int:
-        return self.config.grid[0] * self.config.grid[1]
-
     def plan(
         self, batch_size: int, rng: Rng | None = None, row_B: Tensor | None = None, steps: int | None = None,
         order_BL: Tensor | None = None, schedule: str | None = None,

@@ -74,19 +74,19 @@ class Backbone(nn.Module, ABC):
         """Draw all weights from `generator`."""
 
     @property
-    @abstractmethod
     def num_classes(self) -> int:
         """Classes without the null label."""
+        return self.config.num_classes
 
     @property
-    @abstractmethod
     def vocab_size(self) -> int:
         """V: codes of the tokenizer."""
+        return self.config.vocab_size
 
     @property
-    @abstractmethod
     def sequence_length(self) -> int:
         """L: codes of one image."""
+        return self.config.grid[0] * self.config.grid[1]
 
     @property
     def null_label(self) -> int:

@@ -166,14 +166,6 @@ class VAR(Backbone):
         return list(self.blocks)
 
     @property
-    def num_classes(self) -> int:
-        return self.config.num_classes
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
     def sequence_length(self) -> int:
         return sum(self.config.sizes)
 
