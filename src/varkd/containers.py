@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -164,3 +164,8 @@ def _without_prefixes(state: Mapping[str, Tensor], path: Path) -> dict[str, Tens
     if len(set(names)) < len(names):
         raise VarkdError(f"{path} holds some tensors both with and without a wrapper's prefix: save the bare model")
     return dict(zip(names, state.values(), strict=True))
+
+
+def count_numbered(names: Iterable[str], pattern: str) -> int:
+    """How many different numbers stand where `pattern` has its one group: the length of a numbered list of modules."""
+    return len({found[1] for name in names if (found := re.match(pattern, name))})

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from varkd.backbones.layers import FeedForward, RMSNorm, attend, cache_dtype, rope_table, rotate, swiglu_width
 from varkd.backbones.orders import KINDS, check_order, check_steps, choose_order, prefix_codes
-from varkd.backbones.protocol import Backbone, GuidanceKind, count_layers
+from varkd.backbones.protocol import Backbone, GuidanceKind
+from varkd.containers import count_numbered
 from varkd.errors import VarkdError, did_you_mean
 from varkd.types import Condition, Plan
 from varkd.world import Rng
@@ -222,8 +223,8 @@ class ARPG(Backbone):
         vocab_size, dim = shapes["head.weight"]
         return {
             "vocab_size": vocab_size, "num_classes": shapes["embeddings.weight"][0] - vocab_size - 3,
-            "num_layers": count_layers(shapes, r"layers\.self_dec\.(\d+)\.")
-            + count_layers(shapes, r"layers\.cross_dec\.(\d+)\."),
+            "num_layers": count_numbered(shapes, r"layers\.self_dec\.(\d+)\.")
+            + count_numbered(shapes, r"layers\.cross_dec\.(\d+)\."),
             "dim": dim, "ffn_dim": shapes["layers.self_dec.0.ffn.w1.weight"][0],
         }  # fmt: skip
 

@@ -26,7 +26,8 @@ from varkd.backbones.layers import (
     rotate,
     swiglu_width,
 )
-from varkd.backbones.protocol import Backbone, count_layers
+from varkd.backbones.protocol import Backbone
+from varkd.containers import count_numbered
 from varkd.errors import VarkdError
 from varkd.types import Condition, Plan
 from varkd.world import Rng
@@ -173,7 +174,7 @@ class LlamaGen(Backbone):
         vocab_size, dim = shapes["tok_embeddings.weight"]
         return {
             "vocab_size": vocab_size, "num_classes": shapes["cls_embedding.embedding_table.weight"][0] - 1,
-            "num_layers": count_layers(shapes, r"layers\.(\d+)\."), "dim": dim,
+            "num_layers": count_numbered(shapes, r"layers\.(\d+)\."), "dim": dim,
             "ffn_dim": shapes["layers.0.feed_forward.w1.weight"][0],
         }  # fmt: skip
 

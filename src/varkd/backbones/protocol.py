@@ -7,7 +7,6 @@ guidance and label dropping stand outside. The contract that makes "on-policy" t
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -180,8 +179,3 @@ class Backbone(nn.Module, ABC):
             raise VarkdError(f"labels must be integers, got {condition.label_B.dtype}")
         if condition.label_B.shape != codes_BL.shape[:1]:
             raise VarkdError(f"{len(codes_BL)} sequences but labels of shape {tuple(condition.label_B.shape)}")
-
-
-def count_layers(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    """How many different numbers the one group of `pattern` matches at the start of the names."""
-    return len({found[1] for name in shapes if (found := re.match(pattern, name))})

@@ -36,7 +36,8 @@ from varkd.backbones.layers import (
     swiglu_width,
 )
 from varkd.backbones.orders import KINDS, check_order, check_steps, choose_order, prefix_codes
-from varkd.backbones.protocol import Backbone, GuidanceKind, count_layers
+from varkd.backbones.protocol import Backbone, GuidanceKind
+from varkd.containers import count_numbered
 from varkd.errors import VarkdError
 from varkd.types import Condition, Plan
 from varkd.world import Rng
@@ -251,7 +252,7 @@ class RandAR(Backbone):
             raise KeyError("pos_instruct_embeddings")
         return {
             "vocab_size": vocab_size, "num_classes": shapes["cls_embedding.embedding_table.weight"][0] - 1,
-            "num_layers": count_layers(shapes, r"layers\.(\d+)\."), "dim": dim,
+            "num_layers": count_numbered(shapes, r"layers\.(\d+)\."), "dim": dim,
             "ffn_dim": shapes["layers.0.feed_forward.w1.weight"][0],
         }  # fmt: skip
 

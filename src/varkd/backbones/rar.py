@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from varkd.backbones.layers import attend, cache_dtype
 from varkd.backbones.orders import KINDS, check_order, choose_order, prefix_codes
-from varkd.backbones.protocol import Backbone, GuidanceKind, Nucleus, count_layers
+from varkd.backbones.protocol import Backbone, GuidanceKind, Nucleus
+from varkd.containers import count_numbered
 from varkd.errors import VarkdError
 from varkd.types import Condition, Plan
 from varkd.world import Rng
@@ -185,7 +186,7 @@ class RAR(Backbone):
         vocab_size, dim = shapes["lm_head.weight"]
         return {
             "vocab_size": vocab_size, "num_classes": shapes["embeddings.weight"][0] - vocab_size - 2,
-            "num_layers": count_layers(shapes, r"blocks\.(\d+)\."), "dim": dim,
+            "num_layers": count_numbered(shapes, r"blocks\.(\d+)\."), "dim": dim,
             "num_heads": dim // shapes["blocks.0.attn.q_norm.weight"][0],
             "ffn_dim": shapes["blocks.0.mlp.fc1.weight"][0],
         }  # fmt: skip

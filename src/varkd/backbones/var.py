@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkd.backbones.layers import attend, cache_dtype
-from varkd.backbones.protocol import Backbone, GuidanceKind, Layout, Nucleus, count_layers
+from varkd.backbones.protocol import Backbone, GuidanceKind, Layout, Nucleus
+from varkd.containers import count_numbered
 from varkd.errors import VarkdError
 from varkd.residual import Quantiser
 from varkd.types import Condition, Plan
@@ -291,7 +292,7 @@ class VAR(Backbone):
             raise VarkdError("this VAR file has no scale_mul_1H11 (attn_l2_norm=False): only attn_l2_norm=True is read")
         return {
             "vocab_size": vocab_size, "num_classes": num_labels - 1, "code_dim": code_dim,
-            "num_layers": count_layers(shapes, r"blocks\.(\d+)\."), "dim": dim,
+            "num_layers": count_numbered(shapes, r"blocks\.(\d+)\."), "dim": dim,
             "num_heads": shapes["blocks.0.attn.scale_mul_1H11"][1], "ffn_dim": ffn_dim,
             "shared_adaln": "shared_ada_lin.1.weight" in shapes,
         }  # fmt: skip

@@ -5,7 +5,6 @@ Parameter names are the official ones of both. Feature maps are (B, width, h, w)
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
@@ -78,8 +77,3 @@ def nearest(vectors_NE: Tensor, codebook_VE: Tensor) -> Tensor:
     square_V, rows_EV = codebook_VE.square().sum(dim=1), codebook_VE.T
     chunks = vectors_NE.split(max(1, SIMILARITIES_AT_ONCE // len(codebook_VE)))
     return torch.cat([torch.addmm(square_V, chunk, rows_EV, alpha=-2).argmin(dim=1) for chunk in chunks])
-
-
-def count(shapes: Shapes, pattern: str) -> int:
-    """How many different numbers stand where `pattern` has its group: the length of a numbered list of modules."""
-    return len({match[1] for name in shapes if (match := re.match(pattern, name))})

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from varkd.containers import count_numbered
 from varkd.errors import VarkdError
-from varkd.tokenizers.layers import OFFICIAL_GROUPS, Shapes, count, nearest, norm
+from varkd.tokenizers.layers import OFFICIAL_GROUPS, Shapes, nearest, norm
 from varkd.tokenizers.protocol import Tokenizer, check_codes, check_images, truncate_to_uint8
 
 
@@ -57,12 +58,12 @@ class MaskGITConfig:
     def infer(cls, shapes: Shapes, image_size: int) -> Self:
         """The sizes of an official state dict. Raises KeyError for a tensor that is not there."""
         ch, channels = shapes["encoder.conv_in.weight"][:2]
-        levels = count(shapes, r"encoder\.down\.(\d+)\.")
+        levels = count_numbered(shapes, r"encoder\.down\.(\d+)\.")
         widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)]
         vocab_size, z_channels = shapes["quantize.embedding.weight"]
         return cls(
             image_size, channels, ch, tuple(width // ch for width in widths), z_channels,
-            count(shapes, r"encoder\.down\.0\.block\.(\d+)\."), vocab_size, OFFICIAL_GROUPS,
+            count_numbered(shapes, r"encoder\.down\.0\.block\.(\d+)\."), vocab_size, OFFICIAL_GROUPS,
         )  # fmt: skip
 
     @property
@@ -84,17 +85,9 @@ class MaskGIT(Tokenizer):
         self.quantize = Codebook(config.vocab_size, config.z_channels)
 
     @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
     def grid(self) -> tuple[int, int]:
         side = self.config.image_size // self.config.downsampling
         return side, side
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.config.channels, self.config.image_size, self.config.image_size
 
     @property
     def codebook_VE(self) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from varkd.containers import count_numbered
 from varkd.errors import VarkdError
 from varkd.residual import Quantiser
 from varkd.tokenizers.layers import (
@@ -26,7 +27,6 @@ from varkd.tokenizers.layers import (
     Shapes,
     Upsample,
     attend_over_map,
-    count,
     nearest,
     norm,
 )
@@ -106,13 +106,14 @@ class MultiScaleConfig:
         if usage is not None and usage[0] != len(scales):
             raise VarkdError(f"multiscale tokenizer: it has {usage[0]} scales, got {scales}: give --scales")
         ch, channels = shapes["encoder.conv_in.weight"][:2]
-        levels = count(shapes, r"encoder\.down\.(\d+)\.")
+        levels = count_numbered(shapes, r"encoder\.down\.(\d+)\.")
         widths = [shapes[f"encoder.down.{level}.block.0.conv1.bias"][0] for level in range(levels)]
         vocab_size, z_channels = shapes["quantize.embedding.weight"]
         return cls(
             image_size, channels, ch, tuple(width // ch for width in widths), z_channels,
-            count(shapes, r"encoder\.down\.0\.block\.(\d+)\."), count(shapes, r"decoder\.up\.0\.block\.(\d+)\."),
-            vocab_size, scales, count(shapes, r"quantize\.quant_resi\.qresi_ls\.(\d+)\."), OFFICIAL_GROUPS,
+            count_numbered(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+            count_numbered(shapes, r"decoder\.up\.0\.block\.(\d+)\."),
+            vocab_size, scales, count_numbered(shapes, r"quantize\.quant_resi\.qresi_ls\.(\d+)\."), OFFICIAL_GROUPS,
             attention="encoder.mid.attn_1.qkv.weight" in shapes,
         )  # fmt: skip
 
@@ -150,20 +151,12 @@ class MultiScale(Tokenizer):
         self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1)
 
     @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
     def grid(self) -> tuple[int, int]:
         return self.config.scales[-1], self.config.scales[-1]
 
     @property
     def scales(self) -> tuple[int, ...]:
         return self.config.scales
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.config.channels, self.config.image_size, self.config.image_size
 
     @property
     def codebook_VE(self) -> Tensor:

@@ -24,9 +24,9 @@ class Tokenizer(nn.Module, ABC):
     config: Any
 
     @property
-    @abstractmethod
     def vocab_size(self) -> int:
         """V."""
+        return self.config.vocab_size
 
     @property
     @abstractmethod
@@ -34,9 +34,9 @@ class Tokenizer(nn.Module, ABC):
         """Codes per column and per row; their product is L."""
 
     @property
-    @abstractmethod
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images."""
+        return self.config.channels, self.config.image_size, self.config.image_size
 
     @property
     @abstractmethod

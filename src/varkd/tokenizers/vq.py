@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from varkd.containers import count_numbered
 from varkd.errors import VarkdError
 from varkd.tokenizers.layers import (
     OFFICIAL_GROUPS,
@@ -24,7 +25,6 @@ from varkd.tokenizers.layers import (
     Shapes,
     Upsample,
     attend_over_map,
-    count,
     norm,
 )
 from varkd.tokenizers.protocol import Tokenizer, check_codes, check_images
@@ -83,13 +83,13 @@ class VQConfig:
     def infer(cls, shapes: Shapes, image_size: int) -> Self:
         """The sizes of an official state dict. Raises KeyError for a tensor that is not there."""
         ch, channels = shapes["encoder.conv_in.weight"][:2]
-        levels = count(shapes, r"encoder\.conv_blocks\.(\d+)\.")
+        levels = count_numbered(shapes, r"encoder\.conv_blocks\.(\d+)\.")
         widths = [shapes[f"encoder.conv_blocks.{level}.res.0.conv1.bias"][0] for level in range(levels)]
         vocab_size, codebook_dim = shapes["quantize.embedding.weight"]
         return cls(
             image_size, channels, ch, tuple(width // ch for width in widths), shapes["encoder.conv_out.bias"][0],
-            count(shapes, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
-            count(shapes, r"decoder\.conv_blocks\.0\.res\.(\d+)\."),
+            count_numbered(shapes, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+            count_numbered(shapes, r"decoder\.conv_blocks\.0\.res\.(\d+)\."),
             vocab_size, codebook_dim, OFFICIAL_GROUPS, attention="encoder.mid.1.q.weight" in shapes,
         )  # fmt: skip
 
@@ -114,17 +114,9 @@ class VQ(Tokenizer):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
 
     @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
     def grid(self) -> tuple[int, int]:
         side = self.config.image_size // self.config.downsampling
         return side, side
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.config.channels, self.config.image_size, self.config.image_size
 
     @property
     def codebook_VE(self) -> Tensor:

@@ -12,7 +12,17 @@ from varkd.backbones.arpg import ARPG, ARPGConfig, step_sizes
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler, guidance_per_step
 from varkd.types import Condition, Plan
-from varkd.verify.golden import Check, Golden, compare, forced_logits, greedy_codes, in_order, per_code
+from varkd.verify.golden import (
+    Check,
+    Golden,
+    compare,
+    described,
+    forced_logits,
+    greedy_codes,
+    in_order,
+    official_state,
+    per_code,
+)
 
 
 @torch.no_grad()
@@ -26,9 +36,7 @@ def checks(golden: Golden) -> Iterator[Check]:
     model = ARPG(config).eval()
     model.load_state_dict(state)
     yield from _sizes(model, size)
-    back = model.official_state()
-    same = back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
-    yield Check("official state", float(not same), same)
+    yield official_state(model, state)
 
     codes_BL, condition = golden["codes"], Condition(golden["labels"])
     plan = model.plan(len(codes_BL), order_BL=golden["order"])
@@ -86,8 +94,7 @@ def _sizes(model: ARPG, size: dict[str, Any]) -> Iterator[Check]:
         "ffn_hidden": model.config.ffn_width, "null_label": model.null_label,
         "embedding_rows": {**rows, "unused": len(model.embeddings.weight) - 1},
     }  # fmt: skip
-    for name, value in ours.items():
-        yield Check(f"config.{name}", float(size[name] != value), size[name] == value)
+    yield from described(ours, size)
 
 
 def _sampler(run: dict[str, Any]) -> Sampler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,16 @@ def greedy_codes(model: Backbone, condition: Condition, plan: Plan, sampler: Sam
 def per_code(guidance_S: Tensor, plan: Plan) -> Tensor:
     """Guidance per step -> per generation rank (L,)."""
     return guidance_S.repeat_interleave(torch.tensor(plan.sizes))
+
+
+def official_state(model: Backbone, state: Mapping[str, Tensor]) -> Check:
+    """What we would write is what was loaded, tensor for tensor."""
+    back = model.official_state()
+    same = back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+    return Check("official state", float(not same), same)
+
+
+def described(ours: Mapping[str, Any], size: Mapping[str, Any]) -> Iterator[Check]:
+    """Every size of ours against the file's description."""
+    for name, value in ours.items():
+        yield Check(f"config.{name}", float(size[name] != value), size[name] == value)

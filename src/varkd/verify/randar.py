@@ -11,7 +11,17 @@ from torch import Tensor
 from varkd.backbones.randar import RandAR, RandARConfig, step_sizes
 from varkd.rollout import Sampler, guidance_per_step
 from varkd.types import Condition, Plan
-from varkd.verify.golden import Check, Golden, compare, forced_logits, greedy_codes, in_order, per_code
+from varkd.verify.golden import (
+    Check,
+    Golden,
+    compare,
+    described,
+    forced_logits,
+    greedy_codes,
+    in_order,
+    official_state,
+    per_code,
+)
 
 
 @torch.no_grad()
@@ -25,9 +35,7 @@ def checks(golden: Golden) -> Iterator[Check]:
     model = RandAR(config).eval()
     model.load_state_dict(state)
     yield from _sizes(model, size)
-    back = model.official_state()
-    same = back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
-    yield Check("official state", float(not same), same)
+    yield official_state(model, state)
 
     codes_BL, condition, order_BL = golden["codes"], Condition(golden["labels"]), golden["order"]
     plan = model.plan(len(codes_BL), order_BL=order_BL)
@@ -71,8 +79,7 @@ def _sizes(model: RandAR, size: dict[str, Any]) -> Iterator[Check]:
         "num_classes": model.num_classes, "block_size": model.sequence_length, "head_dim": model.config.head_dim,
         "ffn_hidden": model.config.ffn_width, "null_label": model.null_label, "cls_token_num": 1,
     }  # fmt: skip
-    for name, value in ours.items():
-        yield Check(f"config.{name}", float(size[name] != value), size[name] == value)
+    yield from described(ours, size)
 
 
 def _steps(run: dict[str, Any]) -> int | None:

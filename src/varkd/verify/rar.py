@@ -11,7 +11,7 @@ from torch import Tensor
 from varkd.backbones.rar import RAR, RARConfig
 from varkd.rollout import Sampler, guidance_per_step
 from varkd.types import Condition, Plan
-from varkd.verify.golden import Check, Golden, forced_logits, greedy_codes, in_order
+from varkd.verify.golden import Check, Golden, described, forced_logits, greedy_codes, in_order, official_state
 
 
 @torch.no_grad()
@@ -21,9 +21,7 @@ def checks(golden: Golden) -> Iterator[Check]:
     model = RAR(RARConfig(grid=(size["grid"], size["grid"]), norm_eps=size["norm_eps"], **inferred)).eval()
     model.load_state_dict(state)
     yield from _sizes(model, size, inferred)
-    back = model.official_state()
-    same = back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
-    yield Check("official state", float(not same), same)
+    yield official_state(model, state)
 
     codes_BL, condition = golden["codes"], Condition(golden["labels"])
     plan, permuted = model.plan(len(codes_BL)), model.plan(len(codes_BL), order_BL=golden["order"])
@@ -57,8 +55,7 @@ def _sizes(model: RAR, size: dict[str, Any], inferred: dict[str, Any]) -> Iterat
         "embedding_rows": _embedding_rows(model), "position_rows": model.pos_embed.shape[1],
         "timestep_rows": model.timesteps_embeddings.shape[1],
     }  # fmt: skip
-    for name, value in ours.items():
-        yield Check(f"config.{name}", float(size[name] != value), size[name] == value)
+    yield from described(ours, size)
 
 
 def _embedding_rows(model: RAR) -> dict[str, int]:
