@@ -126,14 +126,13 @@ def plain_loss(inputs: LossInputs, context: Context, denominators: Mapping[str, 
     for group in Group.all_of(context):
         part = group.stacked
         student_NV = inputs.student.head(inputs.student(part.codes_BL, part.condition, part.plan)).flatten(0, 1)
-        teacher_hidden_ND = loss_module._teacher_hidden(inputs, part)
-        teacher_NV = None
-        if teacher_hidden_ND is not None and inputs.teacher is not None:
-            teacher_NV = inputs.teacher.head(teacher_hidden_ND).detach()
-        weights = loss_module._term_weights(inputs, group, teacher_hidden_ND, Stats())
+        teacher = loss_module._teacher_rows(inputs, part)
+        teacher_NV = None if teacher is None else teacher.logits(slice(None))
+        with torch.no_grad():
+            hidden_ND = inputs.student(part.codes_BL, part.condition, part.plan).flatten(0, 1)
+        rows = loss_module._term_rows(inputs, group, teacher, hidden_ND, Stats())
         for term in inputs.method.terms:
-            value_N = loss_module._term_value(
-                term, student_NV, teacher_NV, Rows(part.supervision_BL.flatten()), inputs.products
-            )
-            total = total + (weights[term.name] * value_N).sum() * number(term.weight) / denominators[term.name]
+            about = Rows(part.supervision_BL.flatten(), rows[term.name].alpha_N)
+            value_N = loss_module._term_value(term, student_NV, teacher_NV, about, inputs.products)
+            total = total + (rows[term.name].weight_N * value_N).sum() * number(term.weight) / denominators[term.name]
     return total

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from varkd.data.codes import CodeSet
     from varkd.data.images import ImageSet, open_images
     from varkd.data.loader import Loader
-    from varkd.distill.contexts import Scene
     from varkd.distill.loss import LossInputs, denominators, distill_loss
     from varkd.distill.method import Method, Term
+    from varkd.distill.scene import Scene
     from varkd.errors import VarkdError
     from varkd.methods import METHODS
     from varkd.rollout import Sampler, rollout

@@ -9,23 +9,43 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from varkd.distill.contexts import Data, Mixture, Replay, Reweighted, Rollout, Share
+from varkd.distill.credit import FutureReturn, Importance, PrefixDiscrepancy, Reward
 from varkd.distill.divergences import (
     JSD,
+    TAID,
     AdaptiveKL,
     CrossEntropy,
+    Decoupled,
     ForwardKL,
+    Ranking,
     ReverseKL,
+    SequenceSkew,
     SkewKL,
     SkewReverseKL,
     TeacherArgmax,
     ToDi,
     TotalVariation,
 )
+from varkd.distill.filtering import DifferenceSampling
 from varkd.distill.method import Method, Term
-from varkd.distill.schedule import Decay, Ramp
-from varkd.distill.selection import All, Confidence, Random
+from varkd.distill.mixture import Mixture, Share
+from varkd.distill.prefixes import (
+    Completions,
+    Data,
+    Interleaved,
+    ParallelSampling,
+    PrefixRestart,
+    Rollout,
+    ScheduledSampling,
+    TokenMix,
+)
+from varkd.distill.replay import Replay
+from varkd.distill.reweighted import Reweighted
+from varkd.distill.schedule import Decay, Plateau, Ramp, TaidTime
+from varkd.distill.selection import Accepted, All, Confidence, Random
 from varkd.distill.spaces import Clusters, Full
+from varkd.distill.target import Guided
+from varkd.rollout import Sampler
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,33 @@ class Preset:
 _HALF_AND_HALF = Mixture((Share(Data(), 0.5), Share(Rollout(), 0.5)))
 _TEACHER_AND_STUDENT = Mixture((Share(Rollout(by="teacher"), 0.5), Share(Rollout(), 0.5)))
 _DATA_TO_STUDENT = Mixture((Share(Data(), Decay(1.0, 0.0)), Share(Rollout(), Decay(0.0, 1.0))))
+_DATA_AND_TEACHER = Mixture((Share(Data(), 0.5), Share(Rollout(by="teacher"), 0.5)))
+
+# Nothing that a DAgger run has seen is thrown away: a ring of 64 sequences per row, of any age.
+_DAGGER = Mixture(
+    (
+        Share(Rollout(by="teacher"), Ramp(1.0, 0.0, 0.0, 0.5)),
+        Share(Replay(every=2, capacity=64, max_age=10**6), "rest"),
+    )
+)
+_MINILLM = Mixture((Share(Data(), 0.5), Share(TokenMix(alpha=0.2), 0.5)))
+_DISTILLM = Mixture(
+    (
+        Share(Data(), "rest"),
+        Share(Replay(fresh=Ramp(1.0, 0.0), capacity=16, max_age=1000), Plateau()),
+    )
+)
+_TIEKD = ParallelSampling(share=1.0, rounds=2, greedy=True, with_data=True)
+_IMITATION = Mixture(
+    (
+        Share(Data(), "rest"),
+        Share(Replay(rollout=PrefixRestart(), max_age=40, capacity=8), Ramp(0.1, 0.7)),
+    )
+)
+_HARD = Confidence(0.5, score="code_prob", floor=0.0, decay=0.0, side="low", per_position=False)
+_EASY = replace(_HARD, side="high")
+_UNSURE = Confidence(0.5, score="entropy", floor=0.0, side="low")
+_SKEW = SequenceSkew()
 
 # VarKD's parts (docs/varkd.md). Half of the rows become replayed student samples after a tenth of training on data; the
 # teacher counts fully where its best cluster is above the per-position median, and a tenth below it.
@@ -72,6 +119,42 @@ METHODS: dict[str, Preset] = {
         "Learns from images that the teacher samples now, as if they were data.",
         Method((Term("ce", CrossEntropy()),), Rollout(by="teacher")),
     ),
+    "seqkd_guided": Preset(
+        "SeqKD, Kim & Rush 2016, arXiv 1606.07947, with a guided sampler",
+        "-log q(x_t), x ~ the guided teacher (scale 1.5)",
+        "Learns from guided teacher samples as data: it becomes the guided distribution, sample it without guidance.",
+        Method((Term("ce", CrossEntropy()),), Rollout(by="teacher", sampler=Sampler(guidance=1.5))),
+    ),
+    "seqkd_soft": Preset(
+        "SeqKD with soft targets; Kim & Rush 2016, arXiv 1606.07947, interpolated",
+        "E_{x~p} [1/2 CE + 1/2 KL(p || q)]",
+        "Learns from teacher samples and from the distributions that they were drawn from.",
+        Method((Term("kd", ForwardKL(), weight=0.5), Term("ce", CrossEntropy(), weight=0.5)), Rollout(by="teacher")),
+    ),
+    "seqinter": Preset(
+        "Seq-Inter, Kim & Rush 2016, arXiv 1606.07947 (sampled completions, no beam)",
+        "-log q(x_t), x = the teacher's completion nearest to the image",
+        "Learns from teacher samples that stay near the data: the best of four completions of half an image.",
+        Method((Term("ce", CrossEntropy()),), Completions(count=4, prefix=0.5)),
+    ),
+    "dagger": Preset(
+        "DAgger, Ross et al. 2011, arXiv 1011.0686; one policy per sequence",
+        "-log q(argmax p) on teacher, then student samples, all of which are kept",
+        "Asks the teacher for its action on all sequences that the teacher and, more and more, the student sampled.",
+        Method((Term("argmax", TeacherArgmax()),), _DAGGER),
+    ),
+    "scheduled_sampling": Preset(
+        "Scheduled sampling, Bengio et al. 2015, arXiv 1506.03099, sequential",
+        "-log q(x_t) on data with student codes strewn in (share 0 -> 1/2)",
+        "Predicts the data from prefixes in which more and more codes are the student's own.",
+        Method((Term("ce", CrossEntropy()),), ScheduledSampling(Ramp(0.0, 0.5))),
+    ),
+    "scheduled_sampling_parallel": Preset(
+        "Scheduled sampling in one pass, after Mihaylova & Martins 2019, arXiv 1906.07651",
+        "-log q(x_t) on data with one-step student codes strewn in (share 0 -> 1/2)",
+        "Scheduled sampling with codes predicted from the data's prefixes at once: two forward passes, no decoding.",
+        Method((Term("ce", CrossEntropy()),), ParallelSampling(Ramp(0.0, 0.5))),
+    ),
     "imitkd": Preset(
         "ImitKD, Lin et al. 2020, arXiv 2009.07253 (student sampled, not greedy)",
         "-log q(argmax p) on data, then on student samples (data share 200^-progress)",
@@ -83,6 +166,13 @@ METHODS: dict[str, Preset] = {
         "KL(p || q) on data, then on student samples (data share 200^-progress)",
         "Imitates the teacher's full distribution, more and more on the student's own prefixes.",
         Method((Term("kd", ForwardKL()),), _DATA_TO_STUDENT),
+    ),
+    "imitation_mix": Preset(
+        "Pozzi et al. 2025, doi 10.1007/s00521-025-11162-0 (from its abstract: our reading)",
+        "1/2 CE + 1/2 KL(p || q) on data, KL(p || q) on student continuations of data (share 0.1 -> 0.7)",
+        "Two experts: the data where there are data, the teacher where the student went on by itself.",
+        Method((Term("kd", ForwardKL(), on=("data",), weight=0.5), Term("ce", CrossEntropy(), on=("data",), weight=0.5),
+                Term("student", ForwardKL(), on=("student",))), _IMITATION),
     ),
     "fdistill_kl": Preset(
         "f-DISTILL, Wen et al. 2023, arXiv 2307.15190, KL row (soft SeqKD)", "E_{x~p} KL(p || q)",
@@ -116,6 +206,42 @@ METHODS: dict[str, Preset] = {
         "Forward KL for the codes that the student underrates, reverse KL for those that it overrates.",
         Method((Term("todi", ToDi()),)),
     ),
+    "taid": Preset(
+        "TAID, Shing et al. 2025, arXiv 2501.16937",
+        "KL(p_t || q), p_t = softmax((1 - t) log q + t log p), t adaptive from 0.4 to 1",
+        "A target that starts near the student and moves to the teacher as fast as the student follows.",
+        Method((Term("taid", TAID(TaidTime())),)),
+    ),
+    "atkd": Preset(
+        "ATKD, Zhong et al. 2024, arXiv 2402.11890 (median of the former step)",
+        "0.2 DKD on easy codes + 0.8 (TKD + DKD) on hard ones, hard = p(code) below the median",
+        "Splits the KL at the data's code, drops its uncertainty factor, leans on codes that the teacher doubts.",
+        Method((
+            Term("easy", Decoupled("rest"), selection=_EASY, weight=0.2, normaliser="selected"),
+            Term("hard_target", Decoupled("target"), selection=_HARD, weight=0.8, normaliser="selected"),
+            Term("hard_rest", Decoupled("rest"), selection=_HARD, weight=0.8, normaliser="selected"),
+        )),
+    ),
+    "tiekd": Preset(
+        "TIE-KD, 2023, arXiv 2305.08096",
+        "1/2 CE on data + 1/2 mean over 3 rounds of [KL(p || q) + ranking]",
+        "Imitates the teacher and the order of its first codes, on data and two rounds of the student's predictions.",
+        Method((Term("ce", CrossEntropy(), on=("data",), weight=0.5), Term("kd", ForwardKL(), weight=0.5),
+                Term("ranking", Ranking(5), weight=0.5)), _TIEKD),
+    ),
+    "hybrid_gate": Preset(
+        "Wei et al. 2024, arXiv 2404.14827 (gate by schedule: our reading)",
+        "g KL(p || q) on data + (1 - g) CE on teacher samples, g: 1 -> 0",
+        "Starts with word-level KD on the data and ends with sequence-level KD on teacher samples.",
+        Method((Term("token", ForwardKL(), on=("data",), weight=Ramp(1.0, 0.0)),
+                Term("sequence", CrossEntropy(), on=("teacher",), weight=Ramp(0.0, 1.0))), _DATA_AND_TEACHER),
+    ),
+    "miniplm": Preset(
+        "MiniPLM, Gu et al. 2024, arXiv 2410.17215",
+        "-log q(x_t) on the half of each class with the largest NLL_start - NLL_teacher",
+        "Learns from the images alone, but only from those that the teacher finds likelier than a small model does.",
+        Method((Term("ce", CrossEntropy()),), images=DifferenceSampling(0.5)),
+    ),
     "gkd": Preset(
         "GKD, Agarwal et al. 2023, arXiv 2306.13649, eq. 4", "JSD_0.5 on data (1/2) and student samples (1/2)",
         "Imitates the teacher on half real, half self-generated prefixes by a generalised Jensen-Shannon divergence.",
@@ -126,10 +252,85 @@ METHODS: dict[str, Preset] = {
         "Maximises the acceptance rate of speculative decoding on the student's own prefixes.",
         Method((Term("tv", TotalVariation()),), Rollout()),
     ),
+    "opd": Preset(
+        "On-policy distillation, Lu et al. 2025 (Thinking Machines blog)",
+        "-(log p - log q)(x_t) log q(x_t), x ~ q",
+        "Policy gradient with the teacher's log-probability against the student's own as reward: sampled reverse KL.",
+        Method((Term("opd", CrossEntropy(), credit=Reward()),), Rollout()),
+    ),
+    "iwopd": Preset(
+        "IW-OPD, 2026, arXiv 2606.22600",
+        "opd with rewards weighted by 1 + 1/2 (1 - S_<t / S), S = sum |log p - log q|",
+        "On-policy distillation that counts early codes more, before the prefix has drifted.",
+        Method((Term("opd", CrossEntropy(), credit=PrefixDiscrepancy(0.5)),), Rollout()),
+    ),
+    "eopd": Preset(
+        "EOPD, 2026, arXiv 2603.07079 (threshold: the median entropy per position)",
+        "KL(q || p) + [H(p) high] KL(p || q) on student samples",
+        "Reverse KL on student samples, and forward KL as well where the teacher is unsure.",
+        Method((Term("rkl", ReverseKL()), Term("fkl", ForwardKL(), selection=_UNSURE)), Rollout()),
+    ),
+    "minillm": Preset(
+        "MiniLLM, Gu et al. 2023, arXiv 2306.08543 (one inner epoch, no whitening)",
+        "w_t KL(q || p) - w_t R_{t+1} log q(x_t) on codes from 0.2 p + 0.8 q, + CE on data",
+        "Reverse KL of whole sequences: each step's own, and a policy gradient for what later steps say about it.",
+        Method((Term("step", ReverseKL(), on=("student",), credit=Importance()),
+                Term("future", CrossEntropy(), on=("student",), credit=FutureReturn(scale=0.5)),
+                Term("ce", CrossEntropy(), on=("data",))), _MINILLM),
+    ),
+    "distillm": Preset(
+        "DistiLLM, Ko et al. 2024, arXiv 2402.03898",
+        "KL(q || 0.9 p + 0.1 q) on data and, by phi, on replayed student samples",
+        "Skewed reverse KL; student samples come in only when validation gets worse, ever more of them from a buffer.",
+        Method((Term("srkl", SkewReverseKL(0.1)),), _DISTILLM),
+    ),
+    "distillm2": Preset(
+        "DistiLLM-2, Ko et al. 2025, arXiv 2503.07067 (beta = 1; samples made in every step)",
+        "KL(p || a p + (1-a) q), x ~ p, + KL(q || (1-a) p + a q), x ~ q, a per sequence in [0.01, 0.1]",
+        "Pulls teacher samples up and pushes student samples towards the teacher, each by its own skew.",
+        Method((Term("teacher_side", SkewKL(_SKEW), on=("teacher",)),
+                Term("student_side", SkewReverseKL(_SKEW, detached=True), on=("student",))), _TEACHER_AND_STUDENT),
+    ),
+    "skd": Preset(
+        "Speculative KD, Xu et al. 2024, arXiv 2410.11325 (set by mass, not by count)",
+        "KL(p || q) on student proposals, redrawn from p outside its 0.9 nucleus",
+        "Student samples in which the teacher replaces the codes that it would not draw itself.",
+        Method((Term("kd", ForwardKL()),), Interleaved(top_p=0.9)),
+    ),
+    "selectkd_topk": Preset(
+        "SelecTKD, 2025, arXiv 2510.24021, greedy top-k",
+        "a_t KL(p || q), a_t = [argmax q in top-5 of p] or 0.1",
+        "Imitates the teacher where it would accept the student's likeliest code.",
+        Method((Term("kd", ForwardKL(), selection=Accepted("top_k", top_k=5)),), _HALF_AND_HALF),
+    ),
+    "selectkd_spec": Preset(
+        "SelecTKD, 2025, arXiv 2510.24021, propose and verify (our reading)",
+        "a_t KL(p || q), a_t = [y ~ q passes with min(1, p(y)/q(y))] or 0.1",
+        "Imitates the teacher where a code drawn by the student passes speculative verification.",
+        Method((Term("kd", ForwardKL(), selection=Accepted("speculative")),), _HALF_AND_HALF),
+    ),
+    "kd_guided": Preset(
+        "Guidance distillation, after Meng et al. 2023, arXiv 2210.03142; Hinton et al. 2015",
+        "1/2 CE + 1/2 KL(null + s (cond - null) || q) on data, s = 1.5 along the family's schedule",
+        "Imitates the guided teacher: one pass of the student where the teacher needs two.",
+        Method((Term("kd", ForwardKL(), weight=0.5), Term("ce", CrossEntropy(), weight=0.5)), target=Guided(1.5)),
+    ),
     "varkd": Preset(
         _IDEA, "KL(p || q) + 1/2 CE on data + w(x) a_t [0.3 KL + 0.7 KL_clusters] on student samples",
         "Student samples with a reweighted signal, the teacher where it is confident, a compressed code space.",
         Method((*_VARKD_ANCHOR, _VARKD_TERM), _VARKD_CONTEXTS),
+    ),
+    "varkd_guided": Preset(
+        "guidance distillation; independent implementation of the idea of arXiv 2606.06078",
+        "varkd with the guided teacher (scale 1.5) as the target",
+        "VarKD that learns the guided distribution: sample it without guidance.",
+        Method((*_VARKD_ANCHOR, _VARKD_TERM), _VARKD_CONTEXTS, target=Guided(1.5)),
+    ),
+    "varkd_offpolicy": Preset(
+        "ablation; independent implementation of the idea of arXiv 2606.06078",
+        "varkd's terms, all on data",
+        "VarKD without student samples: selection and clusters on real prefixes.",
+        Method((*_VARKD_ANCHOR, replace(_VARKD_TERM, on=("data",)))),
     ),
     "varkd_no_select": Preset(
         f"ablation; {_IDEA}", "varkd with a_t = 1", "VarKD that trusts the teacher at every position.",

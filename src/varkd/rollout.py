@@ -7,9 +7,9 @@ two ranks = one, resume and paired samples testable. No gradients and no files h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -59,57 +59,131 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Samples:
-    """Codes int64 (B, L) in raster order and the log-probability (nats) under which each one was drawn."""
+    """Codes int64 (B, L) in raster order and the log-probability (nats) under which each one was drawn.
+
+    `accept_BL` says, where two models decoded together, which of the first one's proposals were kept.
+    """
 
     codes_BL: Tensor
     logp_BL: Tensor
+    accept_BL: Tensor | None = None
+
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+"""(own_logp_BnV, other_logp_BnV, uniform_Bn, spare_Bn) -> codes, their log-probability, accepted (or None)."""
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A second model that decodes the same sequences in lock-step: `rule` makes one choice of two distributions.
+
+    `spare_BL` holds a second uniform number for every code, by generation rank, for rules that draw twice.
+    """
+
+    model: Backbone
+    rule: Rule
+    spare_BL: Tensor
 
 
 @torch.no_grad()
 def rollout(
     model: Backbone, condition: Condition, plan: Plan, sampler: Sampler, uniform_BL: Tensor,
-    prefix_codes_BL: Tensor | None = None, prefix_steps: int = 0,
+    kept_codes_BL: Tensor | None = None, kept_BL: Tensor | None = None, companion: Companion | None = None,
 ) -> Samples:  # fmt: skip
     """Generate one sequence per row of `condition` under `plan`.
 
     Args:
         uniform_BL: numbers in [0, 1), one for every code, by generation rank.
-        prefix_codes_BL: codes in raster order whose first `prefix_steps` steps are kept instead of sampled.
+        kept_codes_BL, kept_BL: codes in raster order, and where they are kept instead of sampled (a prefix, or any
+            other positions); leading steps that are kept as a whole cost one forward pass together.
+        companion: a second model to decode with.
 
     Returns:
-        The codes; kept codes have log-probability 0.
+        The codes; kept codes have log-probability 0 and count as accepted.
 
     Raises:
-        VarkdError: prefix steps without codes, or no step left to sample.
+        VarkdError: the plan or the sampler is none that the models know.
     """
-    guidance_S = guidance_per_step(sampler, plan, model.guidance)
-    guided = bool((guidance_S != 1).any())
-    batch, length = plan.order_BL.shape
-    codes_BL = torch.zeros(batch, length, dtype=torch.long, device=plan.order_BL.device)
-    logp_BL = torch.zeros(batch, length, device=plan.order_BL.device)
-    if prefix_steps:
-        if prefix_codes_BL is None or not 0 < prefix_steps < len(plan.sizes):
-            raise VarkdError(
-                f"rollout: prefix_steps must lie in [0, {len(plan.sizes)}) and needs prefix codes, got {prefix_steps}"
-            )
-        kept = plan.order_BL[:, : sum(plan.sizes[:prefix_steps])]
-        codes_BL.scatter_(1, kept, prefix_codes_BL.gather(1, kept))
-
-    with evaluating(model):
-        branches, doubled = double(model, condition, plan) if guided else (condition, plan)
-        prefix_rank = codes_BL.gather(1, plan.order_BL)
-        state, hidden = model.start(branches, doubled, _repeat(prefix_rank, guided), prefix_steps)
+    given_BL, kept_rank_BL, prefix_steps = _kept_by_rank(plan, kept_codes_BL, kept_BL)
+    if prefix_steps == len(plan.sizes):
+        return Samples(given_BL.gather(1, plan.rank_BL), torch.zeros_like(uniform_BL))
+    models = [model, companion.model] if companion else [model]
+    with ExitStack() as stack:
+        for each in models:
+            stack.enter_context(evaluating(each))
+        decoders = [_Decoder(each, condition, plan, sampler, given_BL, prefix_steps) for each in models]
+        found: list[tuple[Tensor, Tensor, Tensor | None]] = []
         done = sum(plan.sizes[:prefix_steps])
         for index in range(prefix_steps, len(plan.sizes)):
             rank = slice(done, done + plan.sizes[index])
-            logits = guide(model.head(hidden), float(guidance_S[index])) if guided else model.head(hidden)
-            codes_Bn, logp_Bn = draw(logits, sampler, uniform_BL[:, rank], model.nucleus)
-            codes_BL.scatter_(1, plan.order_BL[:, rank], codes_Bn)
-            logp_BL.scatter_(1, plan.order_BL[:, rank], logp_Bn)
+            logp = [decoder.logp(index) for decoder in decoders]
+            if companion is None:
+                codes_Bn, logp_Bn, accept_Bn = *pick(logp[0], uniform_BL[:, rank]), None
+            else:
+                uniforms = uniform_BL[:, rank], companion.spare_BL[:, rank]
+                codes_Bn, logp_Bn, accept_Bn = companion.rule(logp[0], logp[1], *uniforms)
+            kept_Bn = kept_rank_BL[:, rank]
+            codes_Bn = torch.where(kept_Bn, given_BL[:, rank], codes_Bn)
+            accept_Bn = None if accept_Bn is None else accept_Bn | kept_Bn
+            found.append((codes_Bn, torch.where(kept_Bn, 0.0, logp_Bn), accept_Bn))
             done = rank.stop
-            if done < length:
-                hidden = model.step(state, _repeat(codes_Bn, guided))
-    return Samples(codes_BL, logp_BL)
+            if done < plan.order_BL.shape[1]:
+                for decoder in decoders:
+                    decoder.feed(codes_Bn)
+    return _in_raster_order(plan, given_BL, found)
+
+
+def _kept_by_rank(plan: Plan, codes_BL: Tensor | None, kept_BL: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """The given codes and where they are kept, by generation rank, and how many leading steps are kept as a whole."""
+    if codes_BL is None or kept_BL is None:
+        return torch.zeros_like(plan.order_BL), torch.zeros_like(plan.order_BL, dtype=torch.bool), 0
+    kept_rank_BL = kept_BL.gather(1, plan.order_BL)
+    whole_S = torch.stack([ranks.all() for ranks in kept_rank_BL.split(plan.sizes, dim=1)])
+    return codes_BL.gather(1, plan.order_BL), kept_rank_BL, int(whole_S.int().cumprod(0).sum())
+
+
+def _in_raster_order(plan: Plan, given_BL: Tensor, found: list[tuple[Tensor, Tensor, Tensor | None]]) -> Samples:
+    """The samples of all steps, after the kept prefix, put where they belong."""
+    codes, logp, accept = zip(*found, strict=True)
+    prefix_BL = given_BL[:, : given_BL.shape[1] - sum(part.shape[1] for part in codes)]
+    rank_BL = plan.rank_BL
+    codes_BL = torch.cat([prefix_BL, *codes], dim=1).gather(1, rank_BL)
+    logp_BL = torch.cat([torch.zeros_like(prefix_BL, dtype=logp[0].dtype), *logp], dim=1).gather(1, rank_BL)
+    if accept[0] is None:
+        return Samples(codes_BL, logp_BL)
+    accepted = torch.cat([torch.ones_like(prefix_BL, dtype=torch.bool), *accept], dim=1)
+    return Samples(codes_BL, logp_BL, accepted.gather(1, rank_BL))
+
+
+class _Decoder:
+    """One model's side of a decode: its cache, its guidance, its hidden states of the next step."""
+
+    def __init__(
+        self, model: Backbone, condition: Condition, plan: Plan, sampler: Sampler, given_BL: Tensor, prefix_steps: int
+    ) -> None:
+        self.model, self.sampler = model, sampler
+        if model.scale_conditioned:  # the scale is an input: one pass, no null branch
+            scale_B = torch.full_like(condition.label_B, sampler.guidance, dtype=torch.float32)
+            condition = condition if condition.scale_B is not None else replace(condition, scale_B=scale_B)
+            self.scale_S = torch.ones(len(plan.sizes))
+        else:
+            self.scale_S = guidance_per_step(sampler, plan, model.guidance)
+        self.guided = bool((self.scale_S != 1).any())
+        branches, doubled = double(model, condition, plan) if self.guided else (condition, plan)
+        self.state, self.hidden = model.start(branches, doubled, self._repeat(given_BL), prefix_steps)
+
+    def logp(self, index: int) -> Tensor:
+        """The filtered log-probabilities of the step, (B, n, V)."""
+        logits = self.model.head(self.hidden)
+        if self.guided:
+            logits = guide(logits, float(self.scale_S[index]))
+        return log_probabilities(logits, self.sampler, self.model.nucleus)
+
+    def feed(self, codes_Bn: Tensor) -> None:
+        self.hidden = self.model.step(self.state, self._repeat(codes_Bn))
+
+    def _repeat(self, rows: Tensor) -> Tensor:
+        return torch.cat([rows, rows]) if self.guided else rows
 
 
 def double(model: Backbone, condition: Condition, plan: Plan) -> tuple[Condition, Plan]:
@@ -162,12 +236,20 @@ def draw(
     logits_BnV: Tensor, sampler: Sampler, uniform_Bn: Tensor, nucleus: Nucleus = "descending"
 ) -> tuple[Tensor, Tensor]:
     """Codes and their log-probabilities (both (B, n)) by the inverse CDF of the filtered distribution."""
+    return pick(log_probabilities(logits_BnV, sampler, nucleus), uniform_Bn)
+
+
+def log_probabilities(logits_BnV: Tensor, sampler: Sampler, nucleus: Nucleus = "descending") -> Tensor:
+    """The distribution that a code is drawn from: temperature, then filters; greedy is all mass on one code."""
     if sampler.temperature == 0:
-        codes_Bn = logits_BnV.argmax(-1)
-        return codes_Bn, torch.zeros_like(uniform_Bn)
+        greedy = torch.full_like(logits_BnV, -torch.inf, dtype=torch.float32)
+        return greedy.scatter(-1, logits_BnV.argmax(-1, keepdim=True), 0.0)
     heated = logits_BnV.float() / max(sampler.temperature, 1e-5)
-    logits = filter_logits(heated, sampler.top_k, sampler.top_p, nucleus)
-    logp_BnV = logits.log_softmax(-1)
+    return filter_logits(heated, sampler.top_k, sampler.top_p, nucleus).log_softmax(-1)
+
+
+def pick(logp_BnV: Tensor, uniform_Bn: Tensor) -> tuple[Tensor, Tensor]:
+    """The code at which the CDF passes `uniform_Bn`, and its log-probability."""
     # In float64 u * total < total holds strictly, so a filtered-out code can never be reached by rounding.
     cdf = logp_BnV.double().exp().cumsum(-1)
     target = uniform_Bn.double().unsqueeze(-1) * cdf[..., -1:]
@@ -208,7 +290,3 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _repeat(rows: Tensor, guided: bool) -> Tensor:
-    return torch.cat([rows, rows]) if guided else rows

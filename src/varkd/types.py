@@ -35,13 +35,20 @@ class Batch:
     codes_BL: Tensor
     label_B: Tensor
     row_B: Tensor
+    scale_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.label_B)
 
+    @property
+    def condition(self) -> Condition:
+        """The labels, and the guidance scales where the step draws some (`Guided.scale_B`)."""
+        return Condition(self.label_B, self.scale_B)
+
     def select(self, index: Tensor) -> Batch:
         """The rows of a bool mask or an index tensor."""
-        return Batch(self.codes_BL[index], self.label_B[index], self.row_B[index])
+        scale_B = None if self.scale_B is None else self.scale_B[index]
+        return Batch(self.codes_BL[index], self.label_B[index], self.row_B[index], scale_B)
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,21 @@ class Plan:
     def select(self, index: Tensor | slice) -> Plan:
         return Plan(self.order_BL[index], self.sizes)
 
+    def before(self, value_BL: Tensor) -> Tensor:
+        """For every position the sum of `value_BL` over strictly earlier steps: what its prefix has gathered.
+
+        Positions of one step (a scale, a parallel set) do not see each other, so they share one sum.
+        """
+        step_BL = self.step_BL
+        sums_BS = value_BL.new_zeros(len(value_BL), len(self.sizes)).scatter_add(1, step_BL, value_BL)
+        return (sums_BS.cumsum(1) - sums_BS).gather(1, step_BL)
+
+    def after(self, value_BL: Tensor) -> Tensor:
+        """For every position the sum of `value_BL` over strictly later steps: what it can still influence."""
+        step_BL = self.step_BL
+        sums_BS = value_BL.new_zeros(len(value_BL), len(self.sizes)).scatter_add(1, step_BL, value_BL)
+        return (sums_BS.sum(1, keepdim=True) - sums_BS.cumsum(1)).gather(1, step_BL)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -99,7 +121,7 @@ class Part:
     `codes_BL` is the prefix that the models see, `supervision_BL` the target code of each position (they differ in
     scheduled sampling). `weight_B` weighs whole sequences (mean 1 over the optimiser step), `age_B` counts optimiser
     steps since a sequence was sampled, `behaviour_logp_BL` is the log-probability under which each code was drawn,
-    `accept_BL` says which codes a verifier accepted.
+    `accept_BL` says which of the student's proposals a verifier accepted.
     """
 
     source: Source

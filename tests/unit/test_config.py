@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from varkd.config import Run, check, differences, dump, load_run, read_recipe, read_run, resolve
-from varkd.distill.contexts import Mixture, Replay, Reweighted, Rollout
 from varkd.distill.divergences import JSD, ReverseKL
+from varkd.distill.mixture import Mixture
+from varkd.distill.prefixes import Rollout
+from varkd.distill.replay import Replay
+from varkd.distill.reweighted import Reweighted
 from varkd.distill.schedule import Ramp
 from varkd.distill.selection import Confidence
 from varkd.distill.spaces import Clusters

@@ -11,8 +11,8 @@ import pytest
 
 from varkd import methods
 from varkd.cli import main
-from varkd.distill.contexts import Reweighted
 from varkd.distill.method import Method
+from varkd.distill.reweighted import Reweighted
 from varkd.methods import METHODS, Preset
 
 KEYS = {"name", "source", "equation", "summary", "contexts", "target", "terms", "schedule"}
@@ -38,7 +38,10 @@ def test_the_table_lists_every_preset_with_every_axis(capsys: pytest.CaptureFixt
 def test_no_two_rows_are_alike(capsys: pytest.CaptureFixture[str]):
     """Neither what they are made of, nor what they say of themselves."""
     rows = table(capsys)
-    made_of = [json.dumps({key: row[key] for key in ("contexts", "target", "terms", "schedule")}) for row in rows]
+    axes = ("contexts", "target", "images", "terms", "schedule")
+    made_of = [json.dumps({key: row[key] for key in axes}) for row in rows]
+        json.dumps({key: row[key] for key in ("contexts", "target", "images", "terms", "schedule")}) for row in rows
+    ]
     assert len(set(made_of)) == len(rows)
     for key in ("equation", "summary"):
         assert len({row[key] for row in rows}) == len(rows), key
@@ -73,7 +76,8 @@ def test_the_file_holds_values_only():
 def test_presets_know_whether_they_need_a_teacher(name: str):
     preset = METHODS[name]
     assert isinstance(preset, Preset) and isinstance(preset.method, Method)
-    assert preset.method.needs_teacher == (name != "ce")
+    alone = ("ce", "scheduled_sampling", "scheduled_sampling_parallel")
+    assert preset.method.needs_teacher == (name not in alone)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name.startswith("varkd")])

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
 from varkd.errors import VarkdError
-from varkd.rollout import Sampler, draw, evaluating, filter_logits, guidance_per_step, guide, rollout
+from varkd.rollout import (
+    Sampler,
+    draw,
+    evaluating,
+    filter_logits,
+    guidance_per_step,
+    guide,
+    log_probabilities,
+    pick,
+    rollout,
+)
 from varkd.types import Condition, Plan
 from varkd.world import Rng
 
@@ -227,24 +237,35 @@ def test_the_two_nucleus_rules_differ_where_they_should():
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(temperature=0), Sampler(guidance=2.0)], ids=str)
 @pytest.mark.parametrize("kept", [1, 3, 5])
 def test_restarting_from_a_prefix(student, batch, sampler, kept):
-    prefix_BL = batch.codes_BL[:4]
-    samples = rollout(student, CONDITION, student.plan(4), sampler, uniform(), prefix_BL, kept)
+    prefix_BL, kept_BL = batch.codes_BL[:4], (torch.arange(6) < kept).expand(4, -1)
+    samples = rollout(student, CONDITION, student.plan(4), sampler, uniform(), prefix_BL, kept_BL)
     assert torch.equal(samples.codes_BL[:, :kept], prefix_BL[:, :kept])
     assert (samples.logp_BL[:, :kept] == 0).all()
     own = rollout(student, CONDITION, student.plan(4), sampler, uniform())
-    again = rollout(student, CONDITION, student.plan(4), sampler, uniform(), own.codes_BL, kept)
+    again = rollout(student, CONDITION, student.plan(4), sampler, uniform(), own.codes_BL, kept_BL)
     assert torch.equal(again.codes_BL, own.codes_BL)  # its own prefix continues as before
+    torch.testing.assert_close(again.logp_BL[:, kept:], own.logp_BL[:, kept:])
     garbage_BL = prefix_BL.clone()
-    garbage_BL[:, kept:] = 10**6  # codes beyond the prefix are not looked at
-    assert torch.equal(
-        rollout(student, CONDITION, student.plan(4), sampler, uniform(), garbage_BL, kept).codes_BL, samples.codes_BL
-    )
+    garbage_BL[:, kept:] = 10**6  # codes that are not kept are not looked at
+    again = rollout(student, CONDITION, student.plan(4), sampler, uniform(), garbage_BL, kept_BL)
+    assert torch.equal(again.codes_BL, samples.codes_BL)
 
 
-@pytest.mark.parametrize(("prefix", "steps"), [(None, 2), (torch.zeros(4, 6, dtype=torch.long), 6)])
-def test_impossible_prefixes_are_refused(student, prefix, steps):
-    with pytest.raises(VarkdError, match="prefix"):
-        rollout(student, CONDITION, student.plan(4), Sampler(), uniform(), prefix, steps)
+def test_codes_are_kept_wherever_they_stand(student, batch):
+    """Every row keeps other positions, none of them a prefix: the model sees kept and sampled codes alike."""
+    kept_BL = torch.rand(4, 6, generator=torch.Generator().manual_seed(3)) < 0.5
+    samples = rollout(student, CONDITION, student.plan(4), Sampler(), uniform(), batch.codes_BL[:4], kept_BL)
+    assert torch.equal(samples.codes_BL[kept_BL], batch.codes_BL[:4][kept_BL])
+    logits = student.head(student(samples.codes_BL, CONDITION, student.plan(4)))
+    drawn, logp = pick(log_probabilities(logits, Sampler()), uniform())
+    assert torch.equal(samples.codes_BL[~kept_BL], drawn[~kept_BL])
+    torch.testing.assert_close(samples.logp_BL, torch.where(kept_BL, 0.0, logp))
+
+
+def test_keeping_everything_needs_no_model(batch):
+    plan = Plan(torch.arange(6).expand(4, -1), (1,) * 6)
+    samples = rollout(None, CONDITION, plan, Sampler(), uniform(), batch.codes_BL[:4], torch.ones(4, 6).bool())  # type: ignore[arg-type]
+    assert torch.equal(samples.codes_BL, batch.codes_BL[:4]) and (samples.logp_BL == 0).all()
 
 
 def test_mode_and_gradients(make_model):

@@ -56,7 +56,14 @@ class Backbone(nn.Module, ABC):
     nucleus: ClassVar[Nucleus] = "descending"
     official_extras: ClassVar[tuple[str, ...]] = ()
     """Regular expressions (full match) of tensors in official files that we recompute or do not need."""
+    residual_codes: ClassVar[bool] = False
+    """Whether later codes encode what earlier ones left over (next scale): then no code can be exchanged alone."""
     config: Any
+
+    @property
+    def scale_conditioned(self) -> bool:
+        """Whether the model reads `Condition.scale_B`: one pass where guidance takes two."""
+        return False
 
     @property
     @abstractmethod

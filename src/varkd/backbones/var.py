@@ -101,6 +101,7 @@ class VAR(Backbone):
     """The model. `dropout` applies to attention output and FFN output, in training mode only (official: none)."""
 
     family: ClassVar[str] = "var"
+    residual_codes: ClassVar[bool] = True
     config_class: ClassVar[type[Any]] = VARConfig
     guidance: ClassVar[GuidanceKind] = "scales"
     nucleus: ClassVar[Nucleus] = "ascending"

@@ -21,21 +21,27 @@ from varkd.world import Rng, World
 class Loader:
     """Training batches of `codes`: each image once an epoch, each time in a view drawn at random.
 
+    `images` (ascending int64) restricts it to those of the split.
+
     Raises:
         VarkdError: the global `batch_size` is no multiple of the number of processes, or there are no images.
     """
 
-    def __init__(self, codes: CodeSet, batch_size: int, seed: int, world: World | None = None) -> None:
+    def __init__(
+        self, codes: CodeSet, batch_size: int, seed: int, world: World | None = None,
+        images: NDArray[np.int64] | None = None,
+    ) -> None:  # fmt: skip
         self.codes, self.batch_size, self.seed, self.world = codes, batch_size, seed, world or World()
+        self.images = np.arange(len(codes)) if images is None else images
         if batch_size < 1 or batch_size % self.world.size:
             raise VarkdError(f"batch_size={batch_size} must be a positive multiple of the {self.world.size} processes")
-        if len(codes) == 0:
+        if len(self.images) == 0:
             raise VarkdError(f"the {codes.split} split of {codes.folder} is empty: encode some images")
         self._permutations: dict[int, NDArray[np.int64]] = {}
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of the global batch of `step` (counted from 0)."""
-        num, first = len(self.codes), step * self.batch_size
+        num, first = len(self.images), step * self.batch_size
         local = self.batch_size // self.world.size
         row_B = np.arange(local) + self.world.rank * local
         epoch_B, place_B = np.divmod(first + row_B, num)
@@ -51,7 +57,8 @@ class Loader:
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if epoch in self._permutations:
             return self._permutations[epoch]
-        return torch.randperm(len(self.codes), generator=Rng(self.seed, epoch).generator("epoch")).numpy()
+        order = torch.randperm(len(self.images), generator=Rng(self.seed, epoch).generator("epoch")).numpy()
+        return self.images[order]
 
     def _views(self, step: int) -> NDArray[np.int64]:
         """The view of every row of the global batch; one generator for all is far cheaper than one a row."""

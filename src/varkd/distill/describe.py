@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Protocol
 
 from varkd.distill.method import Method, Term
@@ -32,7 +32,8 @@ def describe_presets(presets: Mapping[str, Described]) -> list[dict[str, Any]]:
             "equation": preset.equation,
             "summary": preset.summary,
             "contexts": phrase(preset.method.contexts),
-            "target": "teacher's conditional distribution" if preset.method.needs_teacher else "the data's codes",
+            "target": phrase(preset.method.target),
+            "images": phrase(preset.method.images),
             "terms": [_term(term) for term in preset.method.terms],
             "schedule": _schedules(preset.method),
         }
@@ -72,13 +73,15 @@ def phrase(value: Any) -> str:
 
 
 def _differs(value: Any, field: Any) -> bool:
-    return getattr(value, field.name) != field.default
+    default = field.default_factory() if field.default_factory is not MISSING else field.default
+    return getattr(value, field.name) != default
 
 
 def _term(term: Term) -> dict[str, Any]:
     return {
         "name": term.name, "on": list(term.on), "divergence": phrase(term.divergence), "space": phrase(term.space),
-        "selection": phrase(term.selection), "weight": phrase(term.weight), "normaliser": term.normaliser,
+        "selection": phrase(term.selection), "credit": phrase(term.credit),
+        "weight": phrase(term.weight), "normaliser": term.normaliser,
     }  # fmt: skip
 
 

@@ -6,34 +6,86 @@ no gradient. Mixtures are formed by logaddexp, never by log of a sum that may un
 Weights that depend on p and q (AKL, ToDi) are constants of the gradient, as in their papers.
 Sources: Hinton et al. 2015; GKD (Agarwal et al. 2023, 2306.13649); DistiLLM (Ko et al. 2024, 2402.03898);
 f-DISTILL (Wen et al. 2023, 2307.15190); ImitKD (Lin et al. 2020, 2009.07253); AKL (Wu et al. 2024, 2404.02657);
-ToDi (2025, 2505.16297).
+ToDi (2025, 2505.16297); TAID (Shing et al. 2025, 2501.16937); TIE-KD (2023, 2305.08096); ATKD (Zhong et al. 2024,
+2402.11890); DistiLLM-2 (Ko et al. 2025, 2503.07067). `needs_support`: infinite where the teacher excludes a code.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from varkd.distill.schedule import Scalar, check_range, number
+from varkd.distill.schedule import Scalar, TaidTime, bounds, check_range, number
 from varkd.errors import VarkdError
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a divergence may know of its rows beside the two distributions: the target code of each (in the space's
-    own numbering), a detached coefficient, and the log-probability under which the code was drawn."""
+    """What a divergence may know of its rows beside the two distributions: the target code of each (in the space's own
+    numbering), and a skew that differs between sequences (`SequenceSkew`)."""
 
     code_N: Tensor
-    coefficient_N: Tensor | None = None
-    behaviour_logp_N: Tensor | None = None
+    alpha_N: Tensor | None = None
+
+
+class _Flags:
+    """What most divergences have in common; subclasses change what differs."""
+
+    needs_teacher: ClassVar[bool] = True
+
+    @property
+    def needs_support(self) -> bool:
+        return False
+
+
+class _Reverse(_Flags):
+    """Divergences with q log(q / p) in them."""
+
+    @property
+    def needs_support(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
+class SequenceSkew:
+    """DistiLLM-2's skew: larger where the teacher likes a sequence much better than the student does.
+
+    alpha = clip(1 - (1 - largest) m / (p - q + 1e-5), smallest, largest), p and q being exp of the mean log-probability
+    of the codes and m a moving average of p - q over sequences; before the first step `largest`.
+    """
+
+    largest: float = 0.1
+    smallest: float = 0.01
+    decay: float = 0.9
+    kind: Literal["sequence_skew"] = "sequence_skew"
+    score_names: ClassVar[tuple[str, ...]] = ("teacher_logp", "student_logp")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.smallest <= self.largest <= 1:
+            raise VarkdError(f"sequence_skew: need 0 < smallest <= largest <= 1, got {self.smallest}, {self.largest}")
+        check_range("sequence_skew", "decay", self.decay, 0, 1)
+
+    def gap(self, teacher_logp_BL: Tensor, student_logp_BL: Tensor) -> Tensor:
+        """p - q of every sequence, (B, 1)."""
+        return (teacher_logp_BL.mean(1).exp() - student_logp_BL.mean(1).exp()).unsqueeze(1)
+
+    def alpha(self, gap_B1: Tensor, mean_gap: Tensor | None) -> Tensor:
+        """The skew of every sequence, (B, 1)."""
+        if mean_gap is None:
+            return torch.full_like(gap_B1, self.largest)
+        return (1 - (1 - self.largest) * mean_gap / (gap_B1 + 1e-5)).clamp(self.smallest, self.largest)
+
+    def updated(self, mean_gap: Tensor | None, gap_B1: Tensor) -> Tensor:
+        """The moving average, (1,), after a step with these gaps (of all ranks)."""
+        fresh = gap_B1.mean(0)
+        return fresh if mean_gap is None else self.decay * mean_gap + (1 - self.decay) * fresh
+
+
+@dataclass(frozen=True)
+class CrossEntropy(_Flags):
     """-log q(code): learning from the data (or from a teacher sample) alone."""
 
     kind: Literal["cross_entropy"] = "cross_entropy"
@@ -45,11 +97,10 @@ class CrossEntropy:
 
 
 @dataclass(frozen=True)
-class ForwardKL:
+class ForwardKL(_Flags):
     """KL(p || q) = sum p (log p - log q). Gradient with respect to the student's logits: q - p."""
 
     kind: Literal["forward_kl"] = "forward_kl"
-    needs_teacher: ClassVar[bool] = True
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
         del rows
@@ -57,11 +108,10 @@ class ForwardKL:
 
 
 @dataclass(frozen=True)
-class ReverseKL:
+class ReverseKL(_Reverse):
     """KL(q || p) = sum q (log q - log p)."""
 
     kind: Literal["reverse_kl"] = "reverse_kl"
-    needs_teacher: ClassVar[bool] = True
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
         del rows
@@ -69,7 +119,7 @@ class ReverseKL:
 
 
 @dataclass(frozen=True)
-class JSD:
+class JSD(_Flags):
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, eq. 1: beta weighs the teacher).
 
     It tends to 0 at both ends; `normalise="ends"` divides by beta (1 - beta), which is continuous with forward KL at
@@ -79,7 +129,6 @@ class JSD:
     beta: Scalar = 0.5
     normalise: Literal["none", "ends"] = "none"
     kind: Literal["jsd"] = "jsd"
-    needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_range("jsd", "beta", self.beta, 0, 1)
@@ -91,51 +140,56 @@ class JSD:
             if self.normalise == "none":
                 return (student_NK.exp() * 0).sum(1)  # the limit itself, with a graph
             return _kl(teacher_NK, student_NK) if beta == 0 else _kl(student_NK, teacher_NK)
-        mixture = _log_mixture(teacher_NK, student_NK, beta)
+        mixture = log_mixture(teacher_NK, student_NK, beta)
         value = beta * _kl(teacher_NK, mixture) + (1 - beta) * _kl(student_NK, mixture)
         return value / (beta * (1 - beta)) if self.normalise == "ends" else value
 
 
 @dataclass(frozen=True)
-class SkewKL:
+class SkewKL(_Flags):
     """KL(p || alpha p + (1 - alpha) q), at most -log alpha (DistiLLM, eq. 4)."""
 
-    alpha: Scalar = 0.1
+    alpha: Scalar | SequenceSkew = 0.1
     kind: Literal["skew_kl"] = "skew_kl"
-    needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_range("skew_kl", "alpha", self.alpha, 0, 1)
+        _check_alpha("skew_kl", self.alpha)
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
-        del rows
-        if number(self.alpha) == 1:
+        alpha = _alpha(self.alpha, rows)
+        if isinstance(alpha, float) and alpha == 1:
             return (student_NK.exp() * 0).sum(1)  # the limit itself, with a graph
-        return _kl(teacher_NK, _log_mixture(teacher_NK, student_NK, number(self.alpha)))
+        return _kl(teacher_NK, log_mixture(teacher_NK, student_NK, alpha))
 
 
 @dataclass(frozen=True)
-class SkewReverseKL:
-    """KL(q || (1 - alpha) p + alpha q), at most -log alpha (DistiLLM, eq. 6)."""
+class SkewReverseKL(_Flags):
+    """KL(q || (1 - alpha) p + alpha q), at most -log alpha (DistiLLM, eq. 6).
 
-    alpha: Scalar = 0.1
+    `detached` treats the mixture as a constant of the gradient (DistiLLM-2).
+    """
+
+    alpha: Scalar | SequenceSkew = 0.1
+    detached: bool = False
     kind: Literal["skew_reverse_kl"] = "skew_reverse_kl"
-    needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_range("skew_reverse_kl", "alpha", self.alpha, 0, 1)
+        _check_alpha("skew_reverse_kl", self.alpha)
+
+    @property
+    def needs_support(self) -> bool:
+        return not isinstance(self.alpha, SequenceSkew) and bounds(self.alpha)[0] == 0
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
-        del rows
-        return _kl(student_NK, _log_mixture(student_NK, teacher_NK, number(self.alpha)))
+        mixture = log_mixture(student_NK, teacher_NK, _alpha(self.alpha, rows))
+        return _kl(student_NK, mixture.detach() if self.detached else mixture)
 
 
 @dataclass(frozen=True)
-class TotalVariation:
+class TotalVariation(_Flags):
     """1/2 sum |p - q|, in [0, 1]; 1 - TV is the acceptance rate of speculative decoding. Subgradient 0 at ties."""
 
     kind: Literal["total_variation"] = "total_variation"
-    needs_teacher: ClassVar[bool] = True
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
         del rows
@@ -143,11 +197,10 @@ class TotalVariation:
 
 
 @dataclass(frozen=True)
-class TeacherArgmax:
+class TeacherArgmax(_Flags):
     """-log q(argmax p): the teacher's likeliest code as if it were data (ImitKD's label)."""
 
     kind: Literal["teacher_argmax"] = "teacher_argmax"
-    needs_teacher: ClassVar[bool] = True
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
         del rows
@@ -155,7 +208,7 @@ class TeacherArgmax:
 
 
 @dataclass(frozen=True)
-class AdaptiveKL:
+class AdaptiveKL(_Reverse):
     """g_H / g KL(p || q) + g_L / g KL(q || p), g_H and g_L = sum |p - q| over the teacher's head and its tail (AKL).
 
     The head is the longest prefix of the codes in order of p whose mass is at most `head`, and always the first code.
@@ -164,7 +217,6 @@ class AdaptiveKL:
 
     head: Scalar = 0.5
     kind: Literal["adaptive_kl"] = "adaptive_kl"
-    needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_range("adaptive_kl", "head", self.head, 0, 1)
@@ -183,7 +235,7 @@ class AdaptiveKL:
 
 
 @dataclass(frozen=True)
-class ToDi:
+class ToDi(_Reverse):
     """sum_v a p log(p / q) + (1 - a) q log(q / p), a = sigmoid(sharpness * log(p / q)) per code (ToDi).
 
     At sharpness 1 the value is the sum of both KL, but not its gradient: a is a constant of it.
@@ -191,7 +243,6 @@ class ToDi:
 
     sharpness: float = 1.0
     kind: Literal["todi"] = "todi"
-    needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.sharpness >= 0:
@@ -205,10 +256,97 @@ class ToDi:
         return ((weight * teacher_NK.exp() - (1 - weight) * student_NK.exp()) * ratio).sum(1)
 
 
+@dataclass(frozen=True)
+class TAID(_Flags):
+    """KL(p_t || q), p_t = softmax((1 - t) log q + t log p) with q held fixed: a target on the way to the teacher.
+
+    The interpolation is geometric (of logits). At t = 1 it is the forward KL, at t = 0 it has no gradient.
+    """
+
+    time: Scalar = TaidTime()
+    kind: Literal["taid"] = "taid"
+
+    def __post_init__(self) -> None:
+        check_range("taid", "time", self.time, 0, 1)
+
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+        del rows
+        time = number(self.time)
+        excluded = torch.isneginf(student_NK) | torch.isneginf(teacher_NK)
+        student, teacher = (torch.where(excluded, 0.0, logp) for logp in (student_NK.detach(), teacher_NK))
+        between = torch.where(excluded, -torch.inf, (1 - time) * student + time * teacher)
+        return _kl(between.log_softmax(1), student_NK)
+
+
+@dataclass(frozen=True)
+class Ranking(_Flags):
+    """TIE-KD's ranking loss: the student must put the teacher's likeliest code first, and keep its order (2305.08096).
+
+    With T_1.. and S_1.. the `top_k` likeliest codes of teacher and student: sum_j max(0, q(T_j) - q(T_1)) +
+    sum_ij [p(T_i) > p(S_j)] max(0, q(S_j) - q(T_i)).
+    """
+
+    top_k: int = 5
+    kind: Literal["ranking"] = "ranking"
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise VarkdError(f"ranking: top_k must be at least 1, got {self.top_k}")
+
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+        del rows
+        count = min(self.top_k, student_NK.shape[1])
+        of_teacher, of_student = (logp.topk(count, dim=1).indices for logp in (teacher_NK, student_NK.detach()))
+        q, p = student_NK.exp(), teacher_NK.exp()
+        q_teacher, q_student = q.gather(1, of_teacher), q.gather(1, of_student)
+        first = (q_teacher - q_teacher[:, :1]).clamp_min(0).sum(1)
+        wrong_Nij = p.gather(1, of_teacher).unsqueeze(2) > p.gather(1, of_student).unsqueeze(1)
+        gap_Nij = (q_student.unsqueeze(1) - q_teacher.unsqueeze(2)).clamp_min(0)
+        return first + (gap_Nij * wrong_Nij).sum((1, 2))
+
+
+@dataclass(frozen=True)
+class Decoupled(_Flags):
+    """One half of KL(p || q) = KL_b(p(g) || q(g)) + (1 - p(g)) KL(p without g || q without g) (ATKD; Zhao et al. 2022).
+
+    `part="target"` is the binary KL of "g or not", `"rest"` the KL among the other codes, without its factor. g is the
+    target code of the row, or with `of="argmax"` the teacher's likeliest code.
+    """
+
+    part: Literal["target", "rest"] = "rest"
+    of: Literal["code", "argmax"] = "code"
+    kind: Literal["decoupled"] = "decoupled"
+
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+        g_N1 = teacher_NK.argmax(1, keepdim=True) if self.of == "argmax" else rows.code_N.unsqueeze(1)
+        # The others are renormalised from their own logits, never by log(1 - p(g)), which cancels when p(g) nears 1.
+        others = [logp.scatter(1, g_N1, -torch.inf) for logp in (student_NK, teacher_NK)]
+        (student, teacher), rest = others, [logp.logsumexp(1, keepdim=True) for logp in others]
+        if self.part == "rest":
+            return _kl(teacher - rest[1], student - rest[0])
+        binary = [torch.cat([logp.gather(1, g_N1), mass], dim=1)
+                  for logp, mass in zip((student_NK, teacher_NK), rest, strict=True)]  # fmt: skip
+        return _kl(binary[1], binary[0])
+
+
 Divergence = (
     CrossEntropy | ForwardKL | ReverseKL | JSD | SkewKL | SkewReverseKL | TotalVariation
-    | TeacherArgmax | AdaptiveKL | ToDi
+    | TeacherArgmax | AdaptiveKL | ToDi | TAID | Ranking | Decoupled
 )  # fmt: skip
+
+
+def _check_alpha(owner: str, alpha: Scalar | SequenceSkew) -> None:
+    if not isinstance(alpha, SequenceSkew):
+        check_range(owner, "alpha", alpha, 0, 1)
+
+
+def _alpha(alpha: Scalar | SequenceSkew, rows: Rows) -> float | Tensor:
+    """The skew as one number, or as one per row (N, 1)."""
+    if not isinstance(alpha, SequenceSkew):
+        return float(number(alpha))
+    if rows.alpha_N is None:
+        raise ValueError("a sequence skew needs the skew of every row (Rows.alpha_N)")
+    return rows.alpha_N.unsqueeze(1)
 
 
 def _kl(first_NK: Tensor, second_NK: Tensor) -> Tensor:
@@ -219,11 +357,12 @@ def _kl(first_NK: Tensor, second_NK: Tensor) -> Tensor:
     return (first_NK.exp() * gap).sum(1)
 
 
-def _log_mixture(first_NK: Tensor, second_NK: Tensor, share: float) -> Tensor:
-    """log(share first + (1 - share) second)."""
-    if share in (0.0, 1.0):
+def log_mixture(first_NK: Tensor, second_NK: Tensor, share: float | Tensor) -> Tensor:
+    """log(share first + (1 - share) second); a share per row is (N, 1), strictly between 0 and 1."""
+    if isinstance(share, float | int) and share in (0, 1):
         return first_NK if share else second_NK
+    share = torch.as_tensor(share, dtype=first_NK.dtype, device=first_NK.device)
     excluded = torch.isneginf(first_NK) & torch.isneginf(second_NK)
     first_NK, second_NK = (torch.where(excluded, 0.0, logp) for logp in (first_NK, second_NK))
-    mixture = torch.logaddexp(first_NK + math.log(share), second_NK + math.log1p(-share))
+    mixture = torch.logaddexp(first_NK + share.log(), second_NK + torch.log1p(-share))
     return torch.where(excluded, -torch.inf, mixture)

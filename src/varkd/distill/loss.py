@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkd.backbones.protocol import Backbone
-from varkd.distill.contexts import merge
 from varkd.distill.divergences import Rows
-from varkd.distill.method import Method, Term, threshold_key
+from varkd.distill.method import Method, Term, skew_key, threshold_key
+from varkd.distill.scene import merge
 from varkd.distill.schedule import number
-from varkd.distill.scores import Scores, chunks, teacher_scores
+from varkd.distill.scores import Scores, Sides, chunks, of_student, position_scores
+from varkd.distill.selection import Confidence
 from varkd.distill.spaces import Products
+from varkd.distill.target import Guided, Target
 from varkd.errors import VarkdError
-from varkd.rollout import evaluating
+from varkd.rollout import double, evaluating
 from varkd.types import Context, Part
 from varkd.world import Rng, World
 
@@ -33,30 +35,36 @@ DEFAULT_CHUNK_ROWS = 2048
 
 @dataclass
 class Stats:
-    """Sums over micro-batches: `sums[name]` is (numerator, denominator); `scores[term]` holds (rows, L) by rank."""
+    """Sums over micro-batches: `sums[name]` is (numerator, denominator); `observed[key]` holds numbers per sequence.
+
+    Keys of `observed` are those of the method's state (`Term.observed`).
+    """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
-    scores: dict[str, list[Tensor]] = field(default_factory=dict)
+    observed: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, name: str, numerator: Tensor | float, denominator: Tensor | float) -> None:
         pair = torch.stack([torch.as_tensor(value, dtype=torch.float64).cpu() for value in (numerator, denominator)])
         self.sums[name] = self.sums.get(name, torch.zeros(2, dtype=torch.float64)) + pair
 
-    def declare(self, terms: tuple[Term, ...], scores: Scores, part: Part) -> None:
+    def declare(self, terms: tuple[Term, ...], part: Part) -> None:
         """Enter every name with nothing: a rank without rows of some source must still join the collectives."""
-        for name in ("ess/student", "age/student", *(f"kept/{term.name}" for term in terms)):
+        for name in ("ess/student", "age/student", "accepted/student"):
             self.add(name, 0.0, 0.0)
         for term in terms:
-            score_name = term.selection.score_name(term.space)
-            if score_name is not None:
-                empty = scores[score_name].new_zeros(0, part.codes_BL.shape[1])
-                self.scores.setdefault(term.name, []).append(empty)
+            for name in ("kept", "reward", "skew"):
+                self.add(f"{name}/{term.name}", 0.0, 0.0)
+            for key, width in term.observed(part.codes_BL.shape[1]).items():
+                self.observe(key, torch.zeros(0, width, device=part.codes_BL.device))
+
+    def observe(self, key: str, value_BX: Tensor) -> None:
+        self.observed.setdefault(key, []).append(value_BX)
 
     def merge(self, other: Stats) -> None:
         for name, pair in other.sums.items():
             self.add(name, pair[0], pair[1])
-        for name, parts in other.scores.items():
-            self.scores.setdefault(name, []).extend(parts)
+        for name, parts in other.observed.items():
+            self.observed.setdefault(name, []).extend(parts)
 
     def means(self, world: World) -> dict[str, float]:
         """Each name's numerator over its denominator, summed over ranks (names are the same on every rank)."""
@@ -66,14 +74,9 @@ class Stats:
         total = world.sum(torch.stack([self.sums[name] for name in names]))
         return {name: float(top / bottom) for name, (top, bottom) in zip(names, total, strict=True) if bottom > 0}
 
-    def gathered_scores(self, world: World, terms: tuple[Term, ...]) -> dict[str, Tensor]:
-        """Per term with a confidence selection: this step's scores of all ranks."""
-        found = {}
-        for term in terms:
-            parts = self.scores.get(term.name)
-            if term.selection.score_name(term.space) is not None and parts is not None:
-                found[term.name] = world.gather_varied(torch.cat(parts))
-        return found
+    def gathered(self, world: World) -> dict[str, Tensor]:
+        """What was observed in this step on all ranks, by key."""
+        return {key: world.gather_varied(torch.cat(parts)) for key, parts in sorted(self.observed.items())}
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,9 @@ def distill_loss(
     total, stats = torch.zeros((), device=inputs.student.head.weight.device), Stats()
     for group in Group.all_of(context):
         hidden_BLD = inputs.student(group.stacked.codes_BL, group.stacked.condition, group.stacked.plan)
-        teacher_hidden_ND = _teacher_hidden(inputs, group.stacked)
-        weights = _term_weights(inputs, group, teacher_hidden_ND, stats)
-        total = total + _group_loss(inputs, group, hidden_BLD, teacher_hidden_ND, weights, denominators, stats)
+        teacher = _teacher_rows(inputs, group.stacked)
+        rows = _term_rows(inputs, group, teacher, hidden_BLD.detach().flatten(0, 1), stats)
+        total = total + _group_loss(inputs, group, hidden_BLD, teacher, rows, denominators, stats)
     return total * gradient_scale, stats
 
 
@@ -150,84 +153,162 @@ def _selected_mass(inputs: LossInputs, context: Context, term: Term) -> float:
     alone = replace(inputs, method=replace(inputs.method, terms=(term,)))
     mass = 0.0
     for group in Group.all_of(context):
-        weights = _term_weights(alone, group, _teacher_hidden(alone, group.stacked), Stats())
-        mass += float(weights[term.name].double().sum())
+        student_hidden_ND = None
+        if any(map(of_student, term.score_names)):
+            with evaluating(inputs.student):
+                part = group.stacked
+                student_hidden_ND = inputs.student(part.codes_BL, part.condition, part.plan).flatten(0, 1)
+        rows = _term_rows(alone, group, _teacher_rows(alone, group.stacked), student_hidden_ND, Stats())
+        mass += float(rows[term.name].weight_N.double().sum())
     return mass
 
 
+@dataclass(frozen=True)
+class TeacherRows:
+    """What the teacher knows of N rows, and what the target makes of it, in chunks."""
+
+    head: nn.Linear
+    target: Target
+    hidden_ND: Tensor
+    null_ND: Tensor | None = None
+    scale_N: Tensor | None = None
+
+    @torch.no_grad()
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        """The target's logits of some rows, (n, V)."""
+        null_NV = None if self.null_ND is None else self.head(self.null_ND[rows])
+        scale_N = None if self.scale_N is None else self.scale_N[rows]
+        return self.target(self.head(self.hidden_ND[rows]), null_NV, scale_N)
+
+
 @torch.no_grad()
-def _teacher_hidden(inputs: LossInputs, part: Part) -> Tensor | None:
-    if inputs.teacher is None or not any(term.needs_teacher for term in inputs.method.terms):
+def _teacher_rows(inputs: LossInputs, part: Part) -> TeacherRows | None:
+    teacher, target = inputs.teacher, inputs.method.target
+    if teacher is None or not any(term.needs_teacher for term in inputs.method.terms):
         return None
-    with evaluating(inputs.teacher):
-        return inputs.teacher(part.codes_BL, part.condition, part.plan).flatten(0, 1)
+    with evaluating(teacher):
+        if not isinstance(target, Guided):
+            hidden_BLD = teacher(part.codes_BL, part.condition, part.plan)
+            return TeacherRows(teacher.head, target, hidden_BLD.flatten(0, 1))
+        condition, plan = double(teacher, part.condition, part.plan)
+        both_2BLD = teacher(torch.cat([part.codes_BL, part.codes_BL]), condition, plan)
+        hidden_BLD, null_BLD = both_2BLD.chunk(2)
+        scale_BL = target.scale_BL(part, teacher)
+        return TeacherRows(teacher.head, target, hidden_BLD.flatten(0, 1), null_BLD.flatten(0, 1), scale_BL.flatten())
+
+
+@dataclass(frozen=True)
+class TermRows:
+    """What a term makes of every row of a group: its weight (source, sequence, selection, credit; not normalised), and
+    the skew of its sequence where there is one."""
+
+    weight_N: Tensor
+    alpha_N: Tensor | None = None
+
+    def select(self, row_N: Tensor) -> TermRows:
+        return TermRows(self.weight_N[row_N], None if self.alpha_N is None else self.alpha_N[row_N])
 
 
 @torch.no_grad()
-def _term_weights(
-    inputs: LossInputs, group: Group, teacher_hidden_ND: Tensor | None, stats: Stats
-) -> dict[str, Tensor]:
-    """Per term the weight of every row of the group, (N,): source, sequence weight and selection; not normalised."""
-    terms = inputs.method.terms
-    wanted = {name for term in terms if (name := term.selection.score_name(term.space))}
-    scores: Scores = {}
-    if wanted:
-        assert inputs.teacher is not None and teacher_hidden_ND is not None
-        scores = teacher_scores(wanted, inputs.teacher.head, teacher_hidden_ND, inputs.products, inputs.chunk_rows)
-        scores = {name: score_N.view(group.stacked.codes_BL.shape) for name, score_N in scores.items()}
+def _term_rows(
+    inputs: LossInputs, group: Group, teacher: TeacherRows | None, student_hidden_ND: Tensor | None, stats: Stats
+) -> dict[str, TermRows]:
+    """Weights and skews per term."""
+    terms, shape = inputs.method.terms, group.stacked.codes_BL.shape
+    scores = _scores(inputs, group.stacked, teacher, student_hidden_ND)
     found = {}
-    stats.declare(terms, scores, group.stacked)
+    stats.declare(terms, group.stacked)
+    for part in group.parts:
+        _sequence_stats(part, stats)
     for term in terms:
-        weight_BL = torch.zeros(group.stacked.codes_BL.shape, device=group.stacked.codes_BL.device)
+        weight_BL = torch.zeros(shape, device=group.stacked.codes_BL.device)
+        alpha_BL = torch.ones_like(weight_BL) if term.skew else None
         for part, (begin, end) in zip(group.parts, group.bounds, strict=True):
             if part.source in term.on:
                 mine = {name: score_BL[begin:end] for name, score_BL in scores.items()}
                 weight_BL[begin:end] = _part_weight(inputs, term, part, mine, stats)
-        found[term.name] = weight_BL.flatten()
+                if alpha_BL is not None:
+                    alpha_BL[begin:end] = _part_skew(inputs, term, mine, stats)
+        found[term.name] = TermRows(weight_BL.flatten(), None if alpha_BL is None else alpha_BL.flatten())
     return found
 
 
+def _scores(
+    inputs: LossInputs, part: Part, teacher: TeacherRows | None, student_hidden_ND: Tensor | None
+) -> dict[str, Tensor]:
+    """Every score that some term reads, (B, L) each."""
+    names = {name for term in inputs.method.terms for name in term.score_names}
+    if not names:
+        return {}
+    shape, uniform_N2 = part.codes_BL.shape, None
+    if "accepted" in names:
+        uniform_N2 = inputs.rng.uniform("verify", part.row_B, 2 * shape[1]).view(-1, 2)
+    student = None
+    if student_hidden_ND is not None:
+        head, hidden_ND = inputs.student.head, student_hidden_ND
+        student = lambda rows: head(hidden_ND[rows])
+    sides = Sides(part.codes_BL.flatten(), teacher.logits if teacher else None, student, uniform_N2)
+    found = position_scores(names, sides, inputs.products, inputs.chunk_rows)
+    return {name: score_N.view(shape) for name, score_N in found.items()}
+
+
+def _sequence_stats(part: Part, stats: Stats) -> None:
+    if part.source != "student":
+        return
+    # (sum w)^2 / (B sum w^2) over the whole step, where the weights have mean 1
+    stats.add("ess/student", len(part), part.weight_B.double().square().sum())
+    stats.add("age/student", part.age_B.sum(), len(part))
+    if part.accept_BL is not None:
+        stats.add("accepted/student", part.accept_BL.double().sum(), part.accept_BL.numel())
+
+
 def _part_weight(inputs: LossInputs, term: Term, part: Part, scores: Scores, stats: Stats) -> Tensor:
-    threshold_L = inputs.state.get(threshold_key(term))
-    selected_BL = term.selection(scores, part, term.space, threshold_L, inputs.rng)
-    name = term.selection.score_name(term.space)
-    if name is not None:
-        by_rank = scores[name].gather(1, part.plan.order_BL)
-        stats.scores.setdefault(term.name, []).append(by_rank)
-    stats.add(f"kept/{term.name}", selected_BL.double().sum(), selected_BL.numel())
-    if part.source == "student":
-        # (sum w)^2 / (B sum w^2) over the whole step, where the weights have mean 1
-        stats.add("ess/student", len(part), part.weight_B.double().square().sum())
-        stats.add("age/student", part.age_B.sum(), len(part))
-    return selected_BL * part.weight_B.unsqueeze(1)
+    key = threshold_key(term)
+    selected_BL = term.selection(scores, part, term.space, inputs.state.get(key), inputs.rng)
+    if isinstance(term.selection, Confidence):
+        score_BL = scores[term.selection.score_name(term.space)]
+        stats.observe(key, score_BL.gather(1, part.plan.order_BL))
+    stats.add(f"kept/{term.name}", (selected_BL == 1).double().sum(), selected_BL.numel())
+    if "teacher_logp" in term.credit.score_names:
+        reward_BL = scores["teacher_logp"] - scores["student_logp"]
+        stats.add(f"reward/{term.name}", reward_BL.double().sum(), reward_BL.numel())
+    return selected_BL * part.weight_B.unsqueeze(1) * term.credit(scores, part)
+
+
+def _part_skew(inputs: LossInputs, term: Term, scores: Scores, stats: Stats) -> Tensor:
+    assert term.skew is not None
+    gap_B1 = term.skew.gap(scores["teacher_logp"], scores["student_logp"])
+    alpha_B1 = term.skew.alpha(gap_B1, inputs.state.get(skew_key(term)))
+    stats.observe(skew_key(term), gap_B1)
+    stats.add(f"skew/{term.name}", alpha_B1.double().sum(), len(alpha_B1))
+    return alpha_B1.expand_as(scores["teacher_logp"])
 
 
 def _group_loss(
-    inputs: LossInputs, group: Group, hidden_BLD: Tensor, teacher_hidden_ND: Tensor | None,
-    weights: Mapping[str, Tensor], denominators: Mapping[str, float], stats: Stats,
+    inputs: LossInputs, group: Group, hidden_BLD: Tensor, teacher: TeacherRows | None,
+    rows_of: Mapping[str, TermRows], denominators: Mapping[str, float], stats: Stats,
 ) -> Tensor:  # fmt: skip
     terms = inputs.method.terms
-    scaled_TN = torch.stack([weights[t.name].double() * (number(t.weight) / denominators[t.name]) for t in terms])
+    factor_T = [number(term.weight) / denominators[term.name] for term in terms]
+    scaled_TN = torch.stack([rows_of[t.name].weight_N.double() * f for t, f in zip(terms, factor_T, strict=True)])
     # Rows that no term selects need neither head: this saves compute as well as noise.
     row_N = (scaled_TN != 0).any(0).nonzero().squeeze(1)
     scaled_TN, code_N = scaled_TN[:, row_N], group.stacked.supervision_BL.flatten()[row_N]
-    inverse_T = [1 / max(number(t.weight) / denominators[t.name], 1e-30) for t in terms]
+    chosen = {name: rows.select(row_N) for name, rows in rows_of.items()}
     sums_T = torch.zeros(len(terms), dtype=torch.float64, device=code_N.device)
 
     def evaluate(student_NV: Tensor, rows: slice) -> Tensor:
         """The weighted sum of all terms over one chunk of rows."""
-        teacher_NV = None
-        if teacher_hidden_ND is not None and inputs.teacher is not None:
-            with torch.no_grad():
-                teacher_NV = inputs.teacher.head(teacher_hidden_ND[row_N[rows]])
+        teacher_NV = None if teacher is None else teacher.logits(row_N[rows])
         total = student_NV.new_zeros((), dtype=torch.float64)
         for index, term in enumerate(terms):
-            weight_N = scaled_TN[index, rows]
-            value_N = _term_value(term, student_NV, teacher_NV, Rows(code_N[rows]), inputs.products)
+            weight_N, alpha_N = scaled_TN[index, rows], chosen[term.name].alpha_N
+            about = Rows(code_N[rows], None if alpha_N is None else alpha_N[rows])
+            value_N = _term_value(term, student_NV, teacher_NV, about, inputs.products)
             # A row of weight 0 may hold anything, also a non-finite value, without reaching the sum.
             weighed = torch.where(weight_N != 0, value_N, 0.0).double() * weight_N
             total = total + weighed.sum()
-            sums_T[index] += weighed.detach().sum() * inverse_T[index]
+            sums_T[index] += weighed.detach().sum() / max(factor_T[index], 1e-30)
         return total
 
     hidden_ND = hidden_BLD.flatten(0, 1)[row_N]

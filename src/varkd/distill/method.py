@@ -1,17 +1,25 @@
-"""A distillation method is a value: contexts, and terms over them. The configuration *is* the component."""
+"""A distillation method is a value: contexts, a target, and terms. The configuration *is* the component."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from varkd.distill.contexts import Contexts, Data, State
-from varkd.distill.divergences import Divergence
-from varkd.distill.schedule import Scalar, check_range, resolve
+from varkd.backbones.protocol import Backbone
+from varkd.distill.contexts import Contexts
+from varkd.distill.credit import Credit, NoCredit
+from varkd.distill.divergences import Divergence, SequenceSkew
+from varkd.distill.filtering import AllImages, DifferenceSampling
+from varkd.distill.prefixes import Data
+from varkd.distill.scene import State
+from varkd.distill.schedule import Scalar, adaptives, check_range, resolve
+from varkd.distill.scores import of_teacher
 from varkd.distill.selection import All, Confidence, Selection
 from varkd.distill.spaces import Full, Products, Space
+from varkd.distill.target import Guided, Plain, Target, Truncated
 from varkd.errors import VarkdError
 from varkd.types import Context, Source
 from varkd.world import Rng
@@ -21,6 +29,7 @@ from varkd.world import Rng
 class Term:
     """One summand of the loss: on the parts of the sources `on`, D over `space` at the positions of `selection`.
 
+    `credit` multiplies D at each position by a number from sampled rewards (policy gradients).
     `normaliser` is the denominator over the whole optimiser step and all ranks: `total` counts every position of those
     parts, `selected` the selection weights (which needs the scores of the whole step before the first gradient).
     """
@@ -32,59 +41,135 @@ class Term:
     space: Space = Full()
     weight: Scalar = 1.0
     normaliser: Literal["total", "selected"] = "total"
+    credit: Credit = NoCredit()
 
     def __post_init__(self) -> None:
         check_range(f"term '{self.name}'", "weight", self.weight, 0, float("inf"))
-        self.selection.score_name(self.space)  # refuses a score that this space does not have
+        self.selection.score_names(self.space)  # refuses a score that this space does not have
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """Every score that the term reads at its positions."""
+        skew = self.skew.score_names if self.skew else ()
+        return (*self.selection.score_names(self.space), *self.credit.score_names, *skew)
+
+    @property
+    def skew(self) -> SequenceSkew | None:
+        """The skew that differs between sequences, where the divergence has one."""
+        alpha = getattr(self.divergence, "alpha", None)
+        return alpha if isinstance(alpha, SequenceSkew) else None
 
     @property
     def needs_teacher(self) -> bool:
-        return self.divergence.needs_teacher or self.selection.score_name(self.space) is not None
+        return self.divergence.needs_teacher or any(map(of_teacher, self.score_names))
+
+    def observed(self, length: int) -> dict[str, int]:
+        """What the state learns of this term in every step: its keys, and how many numbers a sequence gives."""
+        keys = {threshold_key(self): length} if isinstance(self.selection, Confidence) else {}
+        return {**keys, skew_key(self): 1} if self.skew else keys
 
 
 @dataclass(frozen=True)
 class Method:
-    """What to train on and what to minimise. `methods.METHODS` holds the presets."""
+    """What to train on and what to minimise. `methods.METHODS` holds the presets.
+
+    Raises:
+        VarkdError: parts that do not go together, with the reason.
+    """
 
     terms: tuple[Term, ...]
     contexts: Contexts = Data()
+    target: Target = Plain()
+    images: AllImages | DifferenceSampling = AllImages()
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]
         if not names or len(set(names)) != len(names):
             raise VarkdError(f"a method needs terms with different names, got {names}")
+        for term in self.terms:
+            self._check_rewards(term)
+            self._check_support(term)
+
+    def _check_rewards(self, term: Term) -> None:
+        for source in self.contexts.sources if term.credit.score_names else ():
+            reason = self.contexts.no_reward(source) if source in term.on else None
+            if reason:
+                raise VarkdError(f"term '{term.name}': sampled rewards ({term.credit.kind}) cannot be had on {source} "
+                                 f"sequences here: {reason}")  # fmt: skip
+
+    def _check_support(self, term: Term) -> None:
+        rewarded = "teacher_logp" in term.credit.score_names
+        if isinstance(self.target, Truncated) and (term.divergence.needs_support or rewarded):
+            what = "sampled rewards are" if rewarded else f"{term.divergence.kind} is"
+            raise VarkdError(f"term '{term.name}': {what} infinite wherever a truncated target excludes a code that "
+                             "the student does not: use forward_kl, jsd or total_variation, or plain")  # fmt: skip
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any part of the method looks at a teacher."""
-        return any(term.needs_teacher for term in self.terms) or self.contexts.needs_teacher
+        parts = (*self.terms, self.contexts, self.images)
+        return any(part.needs_teacher for part in parts)
 
-    def at(self, progress: float) -> Method:
-        """The method at a fraction of training: every schedule turned into its number."""
-        return resolve(self, progress)
+    def check(self, student: Backbone, teacher: Backbone | None) -> None:
+        """Raise `VarkdError` with the reason when these models cannot be trained by this method."""
+        if self.contexts.splices and student.residual_codes:
+            raise VarkdError(
+                f"this method exchanges single codes of data sequences, but later codes of a {student.family} "
+                "image encode what the earlier ones left over, so they would have to be quantised again: use a method "
+                "with data, rollout or replay contexts"
+            )
+        if isinstance(self.target, Guided) and teacher is not None and teacher.scale_conditioned:
+            raise VarkdError("this teacher already takes the guidance scale as an input: use target plain")
+        wants_scale = isinstance(self.target, Guided) and self.target.highest is not None
+        if wants_scale and not student.scale_conditioned:
+            raise VarkdError("a range of guidance scales needs a student that is told the scale: "
+                             "set model.scale_conditioned=true, or target.highest=null")  # fmt: skip
+
+    def at(self, progress: float, state: Mapping[str, Tensor] | None = None) -> Method:
+        """The method at a fraction of training: every schedule and adaptive value turned into its number."""
+        return resolve(self, progress, state)
 
     def prepare(self, codebook_VE: Tensor) -> Products:
-        """Everything that is made once before training (cluster maps)."""
-        products: Products = {}
+        """Everything that is made once before training (cluster maps, a copy of the codebook)."""
+        products = self.contexts.prepare(codebook_VE)
         for term in self.terms:
             products.update(term.space.prepare(codebook_VE))
         return products
 
-    def update(self, state: State, context: Context, scores: dict[str, Tensor], rng: Rng) -> State:
+    def update(self, state: State, context: Context, observed: Mapping[str, Tensor], rng: Rng) -> State:
         """The state after an optimiser step.
 
         Args:
             context: this rank's context of the step (fresh rollouts enter the replay buffer).
-            scores: per term name, the step's confidence scores by generation rank, (rows of all ranks, L).
+            observed: by key of the state, this step's numbers of all ranks: scores by generation rank, (rows, L), and
+                skew gaps (rows, 1). See `Term.observed`.
         """
-        state = self.contexts.update(context, state, rng)
+        state = dict(self.contexts.update(context, state, rng))
         for term in self.terms:
-            if isinstance(term.selection, Confidence) and len(scores.get(term.name, ())):
+            scores, gaps = observed.get(threshold_key(term), ()), observed.get(skew_key(term), ())
+            if isinstance(term.selection, Confidence) and isinstance(scores, Tensor) and len(scores):
                 key = threshold_key(term)
-                state = {**state, key: term.selection.updated_threshold(state.get(key), scores[term.name])}
+                state[key] = term.selection.updated_threshold(state.get(key), scores)
+            if term.skew is not None and isinstance(gaps, Tensor) and len(gaps):
+                state[skew_key(term)] = term.skew.updated(state.get(skew_key(term)), gaps)
         return state
+
+    def adapt(self, state: State, progress: float, loss: float) -> State:
+        """Move the adaptive numbers after an update with this loss. `self` is the method before `at`."""
+        moved = {key: value.after_update(state.get(key), progress, loss) for key, value in adaptives(self)}
+        return {**state, **{key: memory for key, memory in moved.items() if memory is not None}}
+
+    def validated(self, state: State, cross_entropy: float) -> State:
+        """Move the adaptive numbers after a validation (nats per code). `self` is the method before `at`."""
+        moved = {key: value.after_validation(state.get(key), cross_entropy) for key, value in adaptives(self)}
+        return {**state, **{key: memory for key, memory in moved.items() if memory is not None}}
 
 
 def threshold_key(term: Term) -> str:
     """Where the state keeps the per-position threshold of a term."""
     return f"threshold/{term.name}"
+
+
+def skew_key(term: Term) -> str:
+    """Where the state keeps the running gap of a term whose skew differs between sequences."""
+    return f"skew/{term.name}"

@@ -1,9 +1,18 @@
-"""Numbers that change over training. `method.at(progress)` turns each one into a plain float before it is used."""
+"""Numbers that change over training. `method.at(progress, state)` turns each one into a plain float before it is used.
+
+`Ramp` and `Decay` are functions of progress. Adaptive ones (`TaidTime`, `Plateau`) are moved by what training reports;
+their memory is a tensor in the method's state, so a resumed run goes on bit by bit.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor
 
 from varkd.errors import VarkdError
 
@@ -50,14 +59,78 @@ class Decay:
         return self.end + (self.start - self.end) * self.base**-progress
 
 
-SCHEDULES = (Ramp, Decay)
-Scalar = float | Ramp | Decay
+class Adaptive:
+    """Base of the numbers that training itself moves. `memory` is float64; its first entry is the number."""
+
+    start: float
+    end: float
+
+    def at(self, memory: Tensor | None) -> float:
+        return self.start if memory is None else float(memory[0])
+
+    def after_update(self, memory: Tensor | None, progress: float, loss: float) -> Tensor | None:
+        """The memory after an optimiser step with this loss, `progress` of training being done."""
+        del progress, loss
+        return memory
+
+    def after_validation(self, memory: Tensor | None, cross_entropy: float) -> Tensor | None:
+        """The memory after a validation."""
+        del cross_entropy
+        return memory
+
+
+@dataclass(frozen=True)
+class TaidTime(Adaptive):
+    """TAID's t, 2501.16937: how far the target stands between student and teacher; it only grows.
+
+    With d = (L_before - L) / (L_before + 1e-15) and the moving average M = momentum M + (1 - momentum) d:
+    t = min(end, max(start + (end - start) progress, t + alpha sigmoid(M) (1 - t))).
+    """
+
+    start: float = 0.4
+    end: float = 1.0
+    alpha: float = 5e-4
+    momentum: float = 0.99
+    kind: Literal["taid_time"] = "taid_time"
+
+    def after_update(self, memory: Tensor | None, progress: float, loss: float) -> Tensor:
+        time, average, former = (self.start, 0.0, loss) if memory is None else memory.tolist()
+        average = self.momentum * average + (1 - self.momentum) * (former - loss) / (former + 1e-15)
+        grown = time + self.alpha / (1 + math.exp(-average)) * (1 - time)
+        time = min(self.end, max(self.start + (self.end - self.start) * progress, grown))
+        return torch.tensor([time, average, loss], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Plateau(Adaptive):
+    """DistiLLM's phi, 2402.03898: grows by `step` whenever validation is `tolerance` or more above its reference.
+
+    The reference is the cross-entropy (nats per code) at the last growth, at first that of the start.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    step: float = 0.1
+    tolerance: float = 0.1
+    kind: Literal["plateau"] = "plateau"
+
+    def after_validation(self, memory: Tensor | None, cross_entropy: float) -> Tensor:
+        if memory is None:
+            return torch.tensor([self.start, cross_entropy], dtype=torch.float64)
+        value, reference = memory.tolist()
+        if cross_entropy >= reference + self.tolerance:
+            value, reference = min(self.end, value + self.step), cross_entropy
+        return torch.tensor([value, reference], dtype=torch.float64)
+
+
+SCHEDULES = (Ramp, Decay, Adaptive)
+Scalar = float | Ramp | Decay | TaidTime | Plateau
 
 
 def number(value: Scalar) -> float:
     """The float of a value that `resolve` has already fixed."""
     if isinstance(value, SCHEDULES):
-        raise TypeError("this value still changes over training: call method.at(progress) first")
+        raise TypeError("this value still changes over training: call method.at(progress, state) first")
     return value
 
 
@@ -74,18 +147,41 @@ def check_range(owner: str, name: str, value: Scalar, low: float, high: float) -
         raise VarkdError(f"{owner}: {name} must lie in [{low:g}, {high:g}], got {value}")
 
 
-def resolve(value: V, progress: float) -> V:
-    """`value` with every schedule inside it (nested dataclasses and tuples) replaced by its number at `progress`."""
-    return cast(V, _resolve(value, progress))
+def resolve(value: V, progress: float, state: Mapping[str, Tensor] | None = None) -> V:
+    """`value` with every schedule inside it (nested dataclasses and tuples) replaced by its number.
+
+    Args:
+        progress: the fraction of training that is done.
+        state: the method's state, where adaptive numbers keep their memory.
+    """
+    return cast(V, _resolve(value, progress, state or {}, ""))
 
 
-def _resolve(value: Any, progress: float) -> Any:
-    if isinstance(value, SCHEDULES):
+def adaptives(value: Any, where: str = "") -> Iterator[tuple[str, Adaptive]]:
+    """The adaptive numbers inside `value`, each with the key of its memory in the method's state."""
+    if isinstance(value, Adaptive):
+        yield f"adaptive{where}", value
+    else:
+        for name, item in _inner(value):
+            yield from adaptives(item, f"{where}.{name}")
+
+
+def _resolve(value: Any, progress: float, state: Mapping[str, Tensor], where: str) -> Any:
+    if isinstance(value, Adaptive):
+        return value.at(state.get(f"adaptive{where}"))
+    if isinstance(value, Ramp | Decay):
         return value.at(progress)
+    inner = [(name, old, _resolve(old, progress, state, f"{where}.{name}")) for name, old in _inner(value)]
     if isinstance(value, tuple):
-        return tuple(_resolve(item, progress) for item in value)
+        return tuple(new for _, _, new in inner)
+    changed = {name: new for name, old, new in inner if new is not old}
+    return replace(value, **changed) if changed else value
+
+
+def _inner(value: Any) -> list[tuple[str, Any]]:
+    """The named parts of a tuple or of a dataclass."""
+    if isinstance(value, tuple):
+        return [(str(index), item) for index, item in enumerate(value)]
     if is_dataclass(value) and not isinstance(value, type):
-        inner = {field.name: getattr(value, field.name) for field in fields(value)}
-        changed = {name: new for name, old in inner.items() if (new := _resolve(old, progress)) is not old}
-        return replace(value, **changed) if changed else value
-    return value
+        return [(field.name, getattr(value, field.name)) for field in fields(value)]
+    return []

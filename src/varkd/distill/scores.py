@@ -1,14 +1,16 @@
-"""Scalars per position that selections and reweighting read, from one no-grad pass over chunks of rows."""
+"""Scalars per position that selections, credits and reweighting read, from one no-grad pass over chunks of rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from varkd.distill.spaces import Clusters, Products, cluster_logp, log_softmax
+from varkd.distill.spaces import Clusters, cluster_logp, log_softmax
+from varkd.rollout import pick
 
 Scores = dict[str, Tensor]
 
@@ -19,23 +21,85 @@ def chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
         yield slice(begin, min(begin + chunk_rows, num_rows))
 
 
-@torch.no_grad()
-def teacher_scores(
-    names: Iterable[str], head: nn.Linear, hidden_ND: Tensor, products: Products, chunk_rows: int
-) -> Scores:
-    """Confidence scores of the teacher, higher = surer, float32 (N,) each.
+@dataclass(frozen=True)
+class Sides:
+    """What scores are made of: the logits of both models chunk by chunk, the target codes, and chance.
 
-    `max_prob`: max p; `entropy`: -H(p) / ln V, in [-1, 0]; `margin`: p_(1) - p_(2); `cluster_mass:<key>`: the mass of
-    the likeliest cluster, which is robust to mass split among near-duplicates.
+    `uniform_N2` holds two numbers per row, for the score that proposes and verifies.
     """
-    functions = {name: _confidence(name, products) for name in sorted(set(names))}
-    found: dict[str, list[Tensor]] = {name: [] for name in functions}
-    for rows in chunks(len(hidden_ND), chunk_rows) if functions else ():
-        logp_NV = log_softmax(head(hidden_ND[rows]))
-        for name, function in functions.items():
-            found[name].append(function(logp_NV).float())
-    empty = hidden_ND.new_zeros(0, dtype=torch.float32)
+
+    code_N: Tensor
+    teacher: Callable[[slice], Tensor] | None = None
+    student: Callable[[slice], Tensor] | None = None
+    uniform_N2: Tensor | None = None
+
+
+def of_student(name: str) -> bool:
+    """Whether a score looks at the student."""
+    return name.split(":")[0] in ("student_logp", "top_k_agrees", "accepted")
+
+
+def of_teacher(name: str) -> bool:
+    """Whether a score looks at the teacher."""
+    return name != "student_logp"
+
+
+@torch.no_grad()
+def position_scores(names: Iterable[str], sides: Sides, products: Mapping[str, Tensor], chunk_rows: int) -> Scores:
+    """Scores of every row, float32 (N,) each, without gradient.
+
+    The teacher's confidence, higher = surer: `max_prob`: max p; `entropy`: -H(p) / ln V, in [-1, 0]; `margin`:
+    p_(1) - p_(2); `cluster_mass:<key>`: the mass of the likeliest cluster, which is robust to mass split among
+    near-duplicates. What it thinks of a code: `code_prob`, and `teacher_logp` (nats). The student: `student_logp`.
+    Of both: `top_k_agrees:<k>`, 1 where the student's likeliest code is among the teacher's k likeliest; `accepted`, 1
+    where a proposal y ~ q passes with probability min(1, p(y) / q(y)).
+    """
+    names = sorted(set(names))
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    for rows in chunks(len(sides.code_N), chunk_rows) if names else ():
+        teacher = log_softmax(sides.teacher(rows)) if sides.teacher and any(map(of_teacher, names)) else None
+        student = log_softmax(sides.student(rows)) if sides.student and any(map(of_student, names)) else None
+        uniform_N2 = None if sides.uniform_N2 is None else sides.uniform_N2[rows]
+        for name in names:
+            found[name].append(_score(name, teacher, student, sides.code_N[rows], uniform_N2, products).float())
+    empty = torch.zeros(0, device=sides.code_N.device)
     return {name: torch.cat(parts) if parts else empty for name, parts in found.items()}
+
+
+def _score(
+    name: str, teacher: Tensor | None, student: Tensor | None, code_N: Tensor, uniform_N2: Tensor | None,
+    products: Mapping[str, Tensor],
+) -> Tensor:  # fmt: skip
+    if name == "student_logp":
+        return _of_code(_given(student, name), code_N)
+    if name == "teacher_logp":
+        return _of_code(_given(teacher, name), code_N)
+    if name == "code_prob":
+        return _of_code(_given(teacher, name), code_N).exp()
+    if name.startswith("top_k_agrees:"):
+        teacher, likeliest_N = _given(teacher, name), _given(student, name).argmax(1)
+        above_N = (teacher > _of_code(teacher, likeliest_N).unsqueeze(1)).sum(1)
+        return (above_N < int(name.removeprefix("top_k_agrees:"))).float()
+    if name == "accepted":
+        return _accepted(_given(teacher, name), _given(student, name), _given(uniform_N2, name))
+    return _confidence(name, products)(_given(teacher, name))
+
+
+def _given(value: Tensor | None, name: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"the score '{name}' needs a model that is not there")
+    return value
+
+
+def _of_code(logp_NV: Tensor, code_N: Tensor) -> Tensor:
+    return logp_NV.gather(1, code_N.unsqueeze(1)).squeeze(1)
+
+
+def _accepted(teacher: Tensor, student: Tensor, uniform_N2: Tensor) -> Tensor:
+    propose_N, verify_N = uniform_N2.unbind(1)
+    proposed_N = pick(student.unsqueeze(1), propose_N.unsqueeze(1))[0].squeeze(1)
+    ratio_N = (_of_code(teacher, proposed_N) - _of_code(student, proposed_N)).exp()
+    return (verify_N < ratio_N).float()
 
 
 def cluster_mass_name(space: Clusters) -> str:
@@ -54,7 +118,7 @@ def code_logp(head: nn.Linear, hidden_BLD: Tensor, codes_BL: Tensor, chunk_rows:
     return torch.cat(parts).view(codes_BL.shape)
 
 
-def _confidence(name: str, products: Products) -> Callable[[Tensor], Tensor]:
+def _confidence(name: str, products: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     if name == "max_prob":
         return lambda logp: logp.max(-1).values.exp()
     if name == "entropy":

@@ -8,7 +8,7 @@ The loss of a space is sum over views of weight * D(view), for any divergence D.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -94,7 +94,7 @@ class Clusters:
         if within > 0:
             views.append(View(within, student, teacher, rows))
         if within < 1:
-            coarse = Rows(cluster_V[rows.code_N], rows.coefficient_N, rows.behaviour_logp_N)
+            coarse = replace(rows, code_N=cluster_V[rows.code_N])
             coarse_teacher = None if teacher is None else cluster_logp(teacher, members)
             views.append(View(1 - within, cluster_logp(student, members), coarse_teacher, coarse))
         return views

@@ -40,10 +40,11 @@ def build_objects(run: Run, codes: Codes, world: World, device: torch.device) ->
     if run.teacher:
         teacher, info = load_backbone(run.teacher)
         check_pair(student, teacher, info.get("tokenizer_hash"), codes)
-        for rollout in run.method.contexts.rollouts:
-            teacher.check(rollout.sampler.plan(student, Rng(0), torch.zeros(1, dtype=torch.long)))
+        for sampler in run.method.contexts.samplers:
+            teacher.check(sampler.plan(student, Rng(0), torch.zeros(1, dtype=torch.long)))
     elif run.method.needs_teacher:
         raise VarkdError(f"method '{run.preset}' needs a teacher: give teacher=RUN")
+    run.method.check(student, teacher)
     teacher_hash = weights_hash(teacher) if teacher is not None else None
     products = {name: value.to(device) for name, value in run.method.prepare(codes.tokenizer.codebook_VE).items()}
     student = distribute(student.to(device), world, run.train.replicas)

@@ -6,7 +6,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from varkd import pictures
 from varkd.backbones.protocol import Backbone
@@ -14,22 +16,25 @@ from varkd.backbones.store import describe, load_backbone, weights_hash
 from varkd.config import Run, differences, dump, read_run
 from varkd.data.codes import CodeSet
 from varkd.data.loader import Loader, ordered_batches
+from varkd.distill.filtering import DifferenceSampling, difference_scores
 from varkd.errors import VarkdError
 from varkd.evaluate.agreement import cross_entropy
-from varkd.files import read_json, write_errors, write_json, write_text
+from varkd.files import atomic_file, read_json, write_errors, write_json, write_text
+from varkd.progress import console, track
 from varkd.run.data import Codes, open_codes, pick_device
 from varkd.run.environment import environment
 from varkd.run.models import Objects, build_objects, new_student
 from varkd.run.sampling import generate
 from varkd.train.checkpoint import Progress
 from varkd.train.loop import Job, train
+from varkd.train.parallel import gathered
 from varkd.types import Batch, state_hash
 from varkd.world import World
 
 _VALIDATION_CODES = 512  # validation images that the loop looks at; `varkd evaluate` looks at all
 _GRID_ROWS = 4
 _OURS = ("run.yaml", "environment.json", "config.json", "log.jsonl", "status.json", "metrics.json",
-         "checkpoints", "samples", "evaluation", "tensorboard")  # fmt: skip
+         "checkpoints", "samples", "evaluation", "tensorboard", "images.npy")  # fmt: skip
 
 
 def train_run(run: Run, *, overwrite: bool = False, quiet: bool = False) -> Progress:
@@ -51,7 +56,33 @@ def train_run(run: Run, *, overwrite: bool = False, quiet: bool = False) -> Prog
     job = _job(run, codes, folder, objects, world, device, quiet)
     claim_folder(run, folder, overwrite, world)  # only now: bad input leaves no trace, and deletes nothing
     _record(run, codes, folder, objects, world)
+    images = chosen_images(run, codes, objects.teacher, folder, world, device, quiet)
+    job.batches = Loader(codes.split("train"), run.train.batch_size, run.seed, world, images)
     return train(job)
+
+
+def chosen_images(
+    run: Run, codes: Codes, teacher: Backbone | None, folder: Path, world: World, device: torch.device, quiet: bool
+) -> NDArray[np.int64] | None:
+    """The training images that the method keeps, or None for all of them; kept in the run folder for a resume."""
+    if not isinstance(run.method.images, DifferenceSampling) or teacher is None:
+        return None
+    path = folder / "images.npy"
+    missing = world.sum(torch.tensor(float(world.is_main and not path.is_file())))
+    if missing:  # every rank scores every image: a sharded teacher needs all of them
+        train_codes = codes.split("train")
+        if not run.init and world.is_main and not quiet:
+            console.print("note: without init= the reference of difference sampling is an untrained student")
+        batches = ordered_batches(train_codes, 256)
+        shown = track(batches, "score images", -(-len(train_codes) // 256), quiet or not world.is_main)
+        with gathered(teacher):
+            score_M = difference_scores(teacher, new_student(run, codes).to(device), shown, run.seed)
+        kept = run.method.images.kept(score_M, torch.from_numpy(train_codes.labels))
+        if world.is_main:
+            with atomic_file(path) as temporary, temporary.open("wb") as file:
+                np.save(file, kept.numpy())
+        world.barrier()
+    return np.load(path, allow_pickle=False)
 
 
 def check_folder(run: Run, folder: Path, overwrite: bool, world: World) -> None:

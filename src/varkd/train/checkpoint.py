@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
-from varkd.distill.contexts import State
+from varkd.distill.scene import State
 from varkd.errors import VarkdError
 from varkd.files import atomic_folder, read_json, write_json
 from varkd.train.optim import Ema

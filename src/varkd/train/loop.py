@@ -8,18 +8,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NoReturn, Protocol
 
 import torch
 
 from varkd.backbones.protocol import Backbone
-from varkd.distill.contexts import Data, Scene, State
 from varkd.distill.loss import LossInputs, Stats, denominators, distill_loss
 from varkd.distill.method import Method
+from varkd.distill.prefixes import Data
+from varkd.distill.scene import Scene, State
 from varkd.distill.schedule import check_range
 from varkd.distill.spaces import Products
+from varkd.distill.target import Guided
 from varkd.errors import VarkdError
 from varkd.files import write_json
 from varkd.progress import Bar, bar
@@ -146,9 +148,9 @@ class Session:
     def update(self) -> dict[str, float]:
         """One optimiser step; the paper's algorithm box."""
         job, settings, step = self.job, self.job.train, self.progress.step
-        method, rng = job.method.at(step / settings.updates), Rng(job.seed, step)
-        batch = _to(job.batches.batch(step), job.device)
-        scene = Scene(job.student, job.teacher, self.state, rng, job.world, settings.chunk_rows)
+        method, rng = job.method.at(step / settings.updates, self.state), Rng(job.seed, step)
+        batch = self._scaled(method, _to(job.batches.batch(step), job.device), rng)
+        scene = Scene(job.student, job.teacher, self.state, rng, job.world, settings.chunk_rows, job.products)
         inputs = LossInputs(method, job.student, job.teacher, self.state, job.products, rng, settings.chunk_rows)
 
         with self._autocast():
@@ -177,9 +179,17 @@ class Session:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(step)
-        self.state = method.update(self.state, context, stats.gathered_scores(job.world, method.terms), rng)
+        self.state = method.update(self.state, context, stats.gathered(job.world), rng)
+        self.state = job.method.adapt(self.state, (step + 1) / settings.updates, loss)
         self.progress.step += 1
-        return {"loss": loss, "grad_norm": norm, "lr": lr, **stats.means(job.world)}
+        adapted = {key: float(memory[0]) for key, memory in self.state.items() if key.startswith("adaptive")}
+        return {"loss": loss, "grad_norm": norm, "lr": lr, **stats.means(job.world), **adapted}
+
+    def _scaled(self, method: Method, batch: Batch, rng: Rng) -> Batch:
+        """With a range of guidance scales: every row draws its own."""
+        if not isinstance(method.target, Guided):
+            return batch
+        return replace(batch, scale_B=method.target.scale_B(batch.row_B, rng))
 
     def _drop_labels(self, context: Context, rng: Rng) -> Context:
         rate = self.job.train.label_drop
@@ -234,6 +244,7 @@ class Session:
     def _validate(self) -> None:
         values = self.job.validate(self.evaluation_model())
         self.log.write("validation", self.progress.step, values)
+        self.state = self.job.method.validated(self.state, values["ce"])
         if not math.isfinite(values["ce"]):
             self._fail(f"the validation loss is not finite after update {self.progress.step}")
         best = self.progress.best_value
@@ -263,7 +274,8 @@ class Session:
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.codes_BL.to(device), batch.label_B.to(device), batch.row_B.to(device))
+    scale_B = None if batch.scale_B is None else batch.scale_B.to(device)
+    return Batch(batch.codes_BL.to(device), batch.label_B.to(device), batch.row_B.to(device), scale_B)
 
 
 class _Received:

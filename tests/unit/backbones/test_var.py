@@ -125,7 +125,8 @@ def test_a_guided_rollout():
     uniform_BL = torch.rand(3, 14, generator=torch.Generator().manual_seed(2))
     samples = rollout(model, CONDITION, model.plan(3), sampler, uniform_BL)
     assert samples.codes_BL.shape == (3, 14) and samples.logp_BL.isfinite().all()
-    kept = rollout(model, CONDITION, model.plan(3), sampler, uniform_BL, samples.codes_BL, prefix_steps=2)
+    coarse_BL = (torch.arange(14) < 5).expand(3, -1)
+    kept = rollout(model, CONDITION, model.plan(3), sampler, uniform_BL, samples.codes_BL, coarse_BL)
     assert torch.equal(kept.codes_BL, samples.codes_BL)
 
 

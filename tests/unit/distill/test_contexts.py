@@ -12,23 +12,13 @@ from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import build
-from varkd.distill import contexts as module
-from varkd.distill.contexts import (
-    Contexts,
-    Data,
-    Mixture,
-    Replay,
-    Reweighted,
-    Rollout,
-    Scene,
-    Share,
-    State,
-    composition,
-    effective_share,
-    log_ratio,
-    merge,
-    sequence_weights,
-)
+from varkd.distill import prefixes as module
+from varkd.distill.contexts import Contexts
+from varkd.distill.mixture import Mixture, Share, composition
+from varkd.distill.prefixes import Data, Rollout
+from varkd.distill.replay import Replay
+from varkd.distill.reweighted import Reweighted, effective_share, log_ratio, sequence_weights
+from varkd.distill.scene import Scene, State, merge
 from varkd.distill.schedule import Ramp, resolve
 from varkd.distill.scores import code_logp
 from varkd.errors import VarkdError

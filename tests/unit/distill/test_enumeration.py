@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
-from varkd.distill.contexts import Scene as _Scene
-from varkd.distill.contexts import log_ratio
 from varkd.distill.divergences import Divergence, ForwardKL, ReverseKL, TotalVariation
 from varkd.distill.loss import LossInputs, distill_loss
 from varkd.distill.method import Method, Term
+from varkd.distill.reweighted import log_ratio
+from varkd.distill.scene import Scene as _Scene
 from varkd.types import Condition, Context, Part, Source
 from varkd.world import Rng
 

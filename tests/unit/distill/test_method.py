@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
 
-from varkd.distill.contexts import Mixture, Rollout
 from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL
 from varkd.distill.method import Method, Term
+from varkd.distill.mixture import Mixture
+from varkd.distill.prefixes import Completions, Rollout
 from varkd.distill.schedule import Decay, Ramp, check_range, number, resolve
 from varkd.distill.selection import Confidence
 from varkd.distill.spaces import Clusters, Full
@@ -43,7 +44,7 @@ def test_resolve_reaches_every_depth_and_leaves_the_original():
 
 def test_a_ramp_used_before_it_is_fixed_is_a_programming_error():
     assert number(0.25) == 0.25
-    with pytest.raises(TypeError, match="at\\(progress\\)"):
+    with pytest.raises(TypeError, match="at\\(progress, state\\)"):
         number(Ramp(0.0, 1.0))
 
 
@@ -69,7 +70,8 @@ def test_who_needs_a_teacher():
     assert not Method((Term("ce", CrossEntropy()),), Rollout()).needs_teacher
     assert Method((Term("ce", CrossEntropy()),), Rollout("teacher")).needs_teacher
     assert Method((Term("ce", CrossEntropy(), selection=Confidence(score="margin")),)).needs_teacher
-    assert [name for name, preset in METHODS.items() if not preset.method.needs_teacher] == ["ce"]
+    alone = [name for name, preset in METHODS.items() if not preset.method.needs_teacher]
+    assert alone == ["ce", "scheduled_sampling", "scheduled_sampling_parallel"]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -80,6 +82,7 @@ def test_presets_resolve_and_prepare(name, progress):
     assert resolve(method, 0.0) == method
     products = method.prepare(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)))
     wanted = {term.space.key for term in method.terms if isinstance(term.space, Clusters)}
+    wanted |= {"codebook"} if isinstance(method.contexts, Completions) else set()
     assert {key for key in products if not key.endswith("/members")} == wanted
     assert preset.source and preset.equation and preset.summary.endswith(".")
     with pytest.raises(FrozenInstanceError):
@@ -100,7 +103,11 @@ def test_ablations_change_one_part_of_varkd():
         if name.startswith("varkd_"):
             same_contexts = preset.method.contexts == varkd.contexts
             changed = [a for a, b in zip(preset.method.terms, varkd.terms, strict=True) if a != b]
-            assert len(changed) + (not same_contexts) == 1, name
+            moved = [not same_contexts, preset.method.target != varkd.target]
+            if name == "varkd_offpolicy":  # other contexts, and the term that follows them
+                assert changed == [replace(varkd.terms[-1], on=("data",))] and moved == [True, False]
+            else:
+                assert len(changed) + sum(moved) == 1, name
 
 
 def test_decay_by_hand():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from varkd.distill.scores import chunks, cluster_mass_name, code_logp, teacher_scores
+from varkd.distill.scores import Scores, Sides, chunks, cluster_mass_name, code_logp, position_scores
 from varkd.distill.spaces import Clusters
 
 SPACE = Clusters(count=3)
@@ -21,6 +21,13 @@ def head_and_hidden(rows: int = 11, vocab_size: int = 9) -> tuple[nn.Linear, tor
         for parameter in head.parameters():
             parameter.normal_(generator=generator)
     return head, torch.randn(rows, 5, generator=generator, dtype=torch.float64)
+
+
+def teacher_scores(
+    names: list[str], head: nn.Linear, hidden_ND: torch.Tensor, products: dict[str, torch.Tensor], chunk_rows: int
+) -> Scores:
+    sides = Sides(torch.zeros(len(hidden_ND), dtype=torch.long), lambda rows: head(hidden_ND[rows]))
+    return position_scores(names, sides, products, chunk_rows)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 100])

@@ -76,10 +76,11 @@ def test_method_update_writes_one_threshold_per_confidence_term():
     term = Term("kd", ForwardKL(), selection=Confidence(quantile=0.5, score="max_prob"))
     method = Method((term, Term("ce", CrossEntropy())))
     scores = torch.tensor([[0.1, 0.9], [0.3, 0.5], [0.2, 0.7]])
-    state = method.update({}, Context(()), {"kd": scores}, RNG)
+    state = method.update({}, Context(()), {threshold_key(term): scores}, RNG)
     assert set(state) == {threshold_key(term)}
     torch.testing.assert_close(state[threshold_key(term)], torch.tensor([0.2, 0.7]))
-    assert method.update(state, Context(()), {"kd": scores[:0]}, RNG) == state  # no rows: nothing to learn from
+    none = {threshold_key(term): scores[:0]}
+    assert method.update(state, Context(()), none, RNG) == state  # no rows: nothing to learn from
 
 
 def test_random_keeps_its_fraction_and_belongs_to_rows():

@@ -1,0 +1,141 @@
+"""Several sources in one batch, with a fixed number of rows each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from varkd.distill.prefixes import (
+    Completions,
+    Data,
+    Interleaved,
+    ParallelSampling,
+    PrefixRestart,
+    Rollout,
+    ScheduledSampling,
+    TokenMix,
+)
+from varkd.distill.replay import Replay
+from varkd.distill.scene import Prefixes, Scene, State
+from varkd.distill.schedule import Scalar, check_range, number
+from varkd.distill.spaces import Products
+from varkd.errors import VarkdError
+from varkd.rollout import Sampler
+from varkd.types import Batch, Context, Part, Source
+from varkd.world import Rng
+
+Single = (
+    Data
+    | Rollout
+    | TokenMix
+    | Interleaved
+    | PrefixRestart
+    | ScheduledSampling
+    | ParallelSampling
+    | Completions
+    | Replay
+)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One source of a mixture and the fraction of the rows that it gets; "rest" is 1 minus the others."""
+
+    contexts: Single
+    fraction: Scalar | Literal["rest"]
+
+    def __post_init__(self) -> None:
+        if self.fraction != "rest":
+            check_range("share", "fraction", self.fraction, 0, 1)
+
+
+@dataclass(frozen=True)
+class Mixture(Prefixes):
+    """Several sources in one batch, with a fixed number of rows each (no coin flips: constant cost, no rank skew).
+
+    Fractions are relative to their sum. Rows are dealt out so that every prefix of the batch holds the mixture to
+    within one row per source.
+    """
+
+    shares: tuple[Share, ...]
+    kind: Literal["mixture"] = "mixture"
+
+    def __post_init__(self) -> None:
+        if sum(isinstance(share.contexts, Replay) for share in self.shares) > 1:
+            raise VarkdError("mixture: one replay at most, for its rings are kept by row")
+        if sum(share.fraction == "rest" for share in self.shares) > 1:
+            raise VarkdError("mixture: the rest can go to one share only")
+
+    @property
+    def splices(self) -> bool:
+        return any(share.contexts.splices for share in self.shares)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(share.contexts.needs_teacher for share in self.shares)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple(dict.fromkeys(source for share in self.shares for source in share.contexts.sources))
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        return tuple(sampler for share in self.shares for sampler in share.contexts.samplers)
+
+    def no_reward(self, source: Source) -> str | None:
+        makers = [share.contexts for share in self.shares if source in share.contexts.sources]
+        reasons = [reason for contexts in makers if (reason := contexts.no_reward(source))]
+        return reasons[0] if reasons else None
+
+    def prepare(self, codebook_VE: Tensor) -> Products:
+        products: Products = {}
+        for share in self.shares:
+            products.update(share.contexts.prepare(codebook_VE))
+        return products
+
+    def fractions(self) -> tuple[float, ...]:
+        """The fraction of every share, as numbers."""
+        fixed = [None if share.fraction == "rest" else number(share.fraction) for share in self.shares]
+        rest = max(0.0, 1.0 - sum(fraction for fraction in fixed if fraction is not None))
+        return tuple(rest if fraction is None else fraction for fraction in fixed)
+
+    def __call__(self, batch: Batch, scene: Scene) -> Context:
+        fractions = self.fractions()
+        last_row = int(batch.row_B.max()) if len(batch) else -1
+        owner = torch.tensor(composition(fractions, last_row + 1), device=batch.row_B.device)[batch.row_B]
+        parts: list[Part] = []
+        for index, share in enumerate(self.shares):
+            rows = batch.select(owner == index)
+            if len(rows):
+                parts.extend(share.contexts(rows, scene).parts)
+        return Context(tuple(parts))
+
+    def update(self, context: Context, state: State, rng: Rng) -> State:
+        for share in self.shares:
+            state = share.contexts.update(context, state, rng)
+        return state
+
+
+@lru_cache(maxsize=256)
+def composition(fractions: tuple[float, ...], num_rows: int) -> tuple[int, ...]:
+    """The source of each row: of those that are due, the one whose deadline comes first (Tijdeman 1980).
+
+    With two sources that is the one furthest behind its quota; with more, that simpler rule can miss by over one row.
+    """
+    total = sum(fractions)
+    if total <= 0:
+        raise VarkdError("mixture: at least one fraction must be above 0")
+    share = {source: fraction / total for source, fraction in enumerate(fractions) if fraction > 0}
+    due = 1 / max(2 * len(share) - 2, 1)
+    given, owners = dict.fromkeys(share, 0), []
+    for row in range(num_rows):
+        behind = {source: (row + 1) * part - given[source] for source, part in share.items()}
+        waiting = [source for source in share if behind[source] >= due - 1e-9]
+        owner = min(waiting, key=lambda source: ((1 - due - behind[source]) / share[source], source))
+        given[owner] += 1
+        owners.append(owner)
+    return tuple(owners)

@@ -1,0 +1,346 @@
+"""Whose prefixes: one class for each way to come by sequences.
+
+    Data               the images' own codes                       DAgger's and everyone's starting point
+    Rollout            the student (or the teacher) samples        GKD, f-DISTILL, SeqKD
+    TokenMix           every code from the teacher or the student  MiniLLM (Gu et al. 2023, 2306.08543)
+    Interleaved        the student proposes, the teacher vetoes    SKD (Xu et al. 2024, 2410.11325)
+    PrefixRestart      data prefix, student continuation           exposure-bias probes, Pozzi et al. 2025
+    ScheduledSampling  data with student codes strewn in           Bengio et al. 2015, 1506.03099
+    ParallelSampling   the same in one pass per round              TIE-KD (2305.08096) feeds back the argmax
+    Completions        teacher continuations nearest to the data   Seq-Inter (Kim & Rush 2016, 1606.07947)
+
+Sequences are sampled by whole steps of the plan: codes of one step (a scale, a parallel set) never see each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from varkd.distill.divergences import log_mixture
+from varkd.distill.scene import Prefixes, Scene, filtered
+from varkd.distill.schedule import Scalar, check_range, number
+from varkd.distill.scores import chunks
+from varkd.distill.spaces import Products, log_softmax
+from varkd.errors import VarkdError
+from varkd.rollout import Companion, Sampler, evaluating, filter_logits, pick, rollout
+from varkd.types import Batch, Condition, Context, Part, Plan, Source
+
+
+@dataclass(frozen=True)
+class Data(Prefixes):
+    """The images' own codes: teacher forcing."""
+
+    kind: Literal["data"] = "data"
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return ("data",)
+
+    def __call__(self, batch: Batch, scene: Scene) -> Context:
+        plan = scene.student.plan(len(batch), scene.rng, batch.row_B)
+        return Context((Part.of("data", batch.codes_BL, batch.condition, plan, batch.row_B),))
+
+
+@dataclass(frozen=True)
+class Rollout(Prefixes):
+    """Sequences that the student (or the teacher) samples now, for the labels of the batch."""
+
+    by: Literal["student", "teacher"] = "student"
+    sampler: Sampler = Sampler()
+    kind: Literal["rollout"] = "rollout"
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.by == "teacher"
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.by,)
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        return (self.sampler,)
+
+    def no_reward(self, source: Source) -> str | None:
+        del source
+        return filtered(self.sampler)
+
+    def __call__(self, batch: Batch, scene: Scene) -> Context:
+        plan = self.sampler.plan(scene.student, scene.rng, batch.row_B)
+        uniform_BL = scene.rng.uniform(f"rollout/{self.by}", batch.row_B, plan.order_BL.shape[1])
+        samples = rollout(scene.model(self.by), batch.condition, plan, self.sampler, uniform_BL)
+        part = Part.of(self.by, samples.codes_BL, batch.condition, plan, batch.row_B)
+        return Context((replace(part, behaviour_logp_BL=samples.logp_BL),))
+
+
+@dataclass(frozen=True)
+class _TwoModels(Prefixes):
+    """Student and teacher decode the same sequences in lock-step; subclasses say whose code is taken."""
+
+    sampler: Sampler = Sampler()
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        return (self.sampler,)
+
+    def no_reward(self, source: Source) -> str | None:
+        del source
+        return filtered(self.sampler)
+
+    def choose(
+        self, student_BnV: Tensor, teacher_BnV: Tensor, uniform_Bn: Tensor, spare_Bn: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def __call__(self, batch: Batch, scene: Scene) -> Context:
+        plan = self.sampler.plan(scene.student, scene.rng, batch.row_B)
+        length = plan.order_BL.shape[1]
+        uniform_BL, spare_BL = (scene.rng.uniform(name, batch.row_B, length) for name in ("propose", "resample"))
+        companion = Companion(scene.model("teacher"), self.choose, spare_BL)
+        samples = rollout(scene.student, batch.condition, plan, self.sampler, uniform_BL, companion=companion)
+        part = Part.of("student", samples.codes_BL, batch.condition, plan, batch.row_B)
+        return Context((replace(part, behaviour_logp_BL=samples.logp_BL, accept_BL=samples.accept_BL),))
+
+
+@dataclass(frozen=True)
+class TokenMix(_TwoModels):
+    """Every code comes from the teacher with probability `alpha`, else from the student (MiniLLM's mixed sampling).
+
+    It is drawn from the mixture alpha p + (1 - alpha) q at once, which is the same law and has the log-probability
+    that importance weights need.
+    """
+
+    alpha: Scalar = 0.2
+    kind: Literal["token_mix"] = "token_mix"
+
+    def __post_init__(self) -> None:
+        check_range("token_mix", "alpha", self.alpha, 0, 1)
+
+    def choose(
+        self, student_BnV: Tensor, teacher_BnV: Tensor, uniform_Bn: Tensor, spare_Bn: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        del spare_Bn
+        return *pick(log_mixture(teacher_BnV, student_BnV, number(self.alpha)), uniform_Bn), None
+
+
+@dataclass(frozen=True)
+class Interleaved(_TwoModels):
+    """The student proposes each code; one outside the teacher's `top_k` / `top_p` set is drawn again from the teacher.
+
+    For image codes the set is better given by mass than by count: the 25 likeliest of 16,384 codes may hold little of
+    it. The stored log-probability is that of the whole procedure: q(x) [x in set] + (1 - q(set)) p(x).
+    """
+
+    top_k: int = 0
+    top_p: float = 0.9
+    kind: Literal["interleaved"] = "interleaved"
+
+    def __post_init__(self) -> None:
+        if not (self.top_k >= 0 and 0 < self.top_p <= 1) or (self.top_k == 0 and self.top_p == 1):
+            raise VarkdError(
+                f"interleaved: need top_k > 0 or top_p in (0, 1), got top_k {self.top_k} and top_p {self.top_p}"
+            )
+
+    def choose(
+        self, student_BnV: Tensor, teacher_BnV: Tensor, uniform_Bn: Tensor, spare_Bn: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        allowed_BnV = ~torch.isneginf(filter_logits(teacher_BnV, self.top_k, self.top_p))
+        proposed_Bn, _ = pick(student_BnV, uniform_Bn)
+        accept_Bn = allowed_BnV.gather(-1, proposed_Bn.unsqueeze(-1)).squeeze(-1)
+        codes_Bn = torch.where(accept_Bn, proposed_Bn, pick(teacher_BnV, spare_Bn)[0])
+        accepted_BnV = student_BnV.masked_fill(~allowed_BnV, -torch.inf)
+        rejected_Bn1 = student_BnV.exp().masked_fill(allowed_BnV, 0).sum(-1, keepdim=True)
+        law_BnV = torch.logaddexp(accepted_BnV, rejected_Bn1.log() + teacher_BnV)
+        return codes_Bn, law_BnV.gather(-1, codes_Bn.unsqueeze(-1)).squeeze(-1), accept_Bn
+
+
+@dataclass(frozen=True)
+class PrefixRestart(Prefixes):
+    """The first part of a data sequence, continued by the student.
+
+    The share of the sequence that is kept is drawn for each row from [low, high], and cut to whole steps.
+    """
+
+    low: Scalar = 0.0
+    high: Scalar = 1.0
+    sampler: Sampler = Sampler()
+    kind: Literal["prefix_restart"] = "prefix_restart"
+
+    def __post_init__(self) -> None:
+        check_range("prefix_restart", "low", self.low, 0, 1)
+        check_range("prefix_restart", "high", self.high, 0, 1)
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        return (self.sampler,)
+
+    def no_reward(self, source: Source) -> str | None:
+        del source
+        return "their first codes come from the data"
+
+    def __call__(self, batch: Batch, scene: Scene) -> Context:
+        plan = self.sampler.plan(scene.student, scene.rng, batch.row_B)
+        low, high = number(self.low), number(self.high)
+        share_B1 = low + (high - low) * scene.rng.uniform("restart", batch.row_B, 1)
+        uniform_BL = scene.rng.uniform("rollout/restart", batch.row_B, plan.order_BL.shape[1])
+        kept_BL = leading(plan, share_B1)
+        samples = rollout(
+            scene.student, batch.condition, plan, self.sampler, uniform_BL, batch.codes_BL, kept_BL
+        )  # fmt: skip
+        part = Part.of("student", samples.codes_BL, batch.condition, plan, batch.row_B)
+        return Context((replace(part, behaviour_logp_BL=samples.logp_BL),))
+
+
+@dataclass(frozen=True)
+class ScheduledSampling(Prefixes):
+    """Data sequences in which every code is, with probability `share`, one that the student sampled in its place.
+
+    Sequential: the student sees the codes that were strewn in before. The data's codes stay the targets everywhere.
+    """
+
+    share: Scalar = 0.25
+    sampler: Sampler = Sampler()
+    kind: Literal["scheduled_sampling"] = "scheduled_sampling"
+
+    @property
+    def splices(self) -> bool:
+        return True
+
+    def __post_init__(self) -> None:
+        check_range("scheduled_sampling", "share", self.share, 0, 1)
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        return (self.sampler,)
+
+    def __call__(self, batch: Batch, scene: Scene) -> Context:
+        plan, length = self.sampler.plan(scene.student, scene.rng, batch.row_B), batch.codes_BL.shape[1]
+        kept_BL = scene.rng.uniform("coins", batch.row_B, length) >= number(self.share)
+        uniform_BL = scene.rng.uniform("rollout/scheduled", batch.row_B, length)
+        samples = rollout(
+            scene.student, batch.condition, plan, self.sampler, uniform_BL, batch.codes_BL, kept_BL
+        )  # fmt: skip
+        part = Part.of("student", samples.codes_BL, batch.condition, plan, batch.row_B)
+        return Context((replace(part, supervision_BL=batch.codes_BL),))
+
+
+@dataclass(frozen=True)
+class ParallelSampling(Prefixes):
+    """Scheduled sampling without a decode: predictions made from the former prefix, for all positions at once.
+
+    Each of `rounds` feeds the sequence of the round before to the student (the first one: the data), lets it predict
+    every code, and puts a `share` of them into the data sequence. `greedy` takes the likeliest codes instead of
+    samples. With `with_data` the data and all rounds are parts of the context, else only the last round.
+    """
+
+    share: Scalar = 0.25
+    rounds: int = 1
+    greedy: bool = False
+    with_data: bool = False
+    kind: Literal["parallel_sampling"] = "parallel_sampling"
+
+    @property
+    def splices(self) -> bool:
+        return True
+
+    def __post_init__(self) -> None:
+        check_range("parallel_sampling", "share", self.share, 0, 1)
+        if self.rounds < 1:
+            raise VarkdError(f"parallel_sampling: rounds must be at least 1, got {self.rounds}")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return ("data", "student") if self.with_data else ("student",)
+
+    def __call__(self, batch: Batch, scene: Scene) -> Context:
+        plan = scene.student.plan(len(batch), scene.rng, batch.row_B)
+        parts = [Part.of("data", batch.codes_BL, batch.condition, plan, batch.row_B)]
+        for turn in range(self.rounds):
+            streams = (scene.rng.uniform(f"{name}/{turn}", batch.row_B, batch.codes_BL.shape[1])
+                       for name in ("propose", "coins"))  # fmt: skip
+            uniform_BL, coin_BL = streams
+            proposed_BL = self._predict(parts[-1], scene, uniform_BL)
+            codes_BL = torch.where(coin_BL < number(self.share), proposed_BL, batch.codes_BL)
+            part = Part.of("student", codes_BL, batch.condition, plan, batch.row_B)
+            parts.append(replace(part, supervision_BL=batch.codes_BL))
+        return Context(tuple(parts if self.with_data else parts[-1:]))
+
+    @torch.no_grad()
+    def _predict(self, part: Part, scene: Scene, uniform_BL: Tensor) -> Tensor:
+        """The student's code for every position, given the codes of `part` before it."""
+        with evaluating(scene.student):
+            hidden_ND = scene.student(part.codes_BL, part.condition, part.plan).flatten(0, 1)
+        uniform_N, found = uniform_BL.flatten(), []
+        for rows in chunks(len(hidden_ND), scene.chunk_rows):
+            logp_NV = log_softmax(scene.student.head(hidden_ND[rows]))
+            found.append(logp_NV.argmax(1) if self.greedy else _pick_rows(logp_NV, uniform_N[rows]))
+        return torch.cat(found).view(part.codes_BL.shape)
+
+
+@dataclass(frozen=True)
+class Completions(Prefixes):
+    """Of `count` teacher continuations of a data prefix, the one nearest to the image's own.
+
+    Distance: the sum over positions of the squared distance between codebook vectors. The prefix is the share `prefix`
+    of the sequence, cut to whole steps.
+    """
+
+    count: int = 4
+    prefix: Scalar = 0.5
+    sampler: Sampler = Sampler()
+    kind: Literal["completions"] = "completions"
+
+    def __post_init__(self) -> None:
+        check_range("completions", "prefix", self.prefix, 0, 1)
+        if self.count < 1:
+            raise VarkdError(f"completions: count must be at least 1, got {self.count}")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return ("teacher",)
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        return (self.sampler,)
+
+    def prepare(self, codebook_VE: Tensor) -> Products:
+        return {"codebook": codebook_VE.detach().float()}
+
+    def __call__(self, batch: Batch, scene: Scene) -> Context:
+        plan, length = self.sampler.plan(scene.student, scene.rng, batch.row_B), batch.codes_BL.shape[1]
+        kept_BL = leading(plan, torch.full((len(batch), 1), number(self.prefix), device=batch.codes_BL.device))
+        uniforms = [scene.rng.uniform(f"complete/{nth}", batch.row_B, length) for nth in range(self.count)]
+        scales = None if batch.scale_B is None else batch.scale_B.repeat(self.count)
+        condition = Condition(batch.label_B.repeat(self.count), scales)
+        plans = Plan(plan.order_BL.repeat(self.count, 1), plan.sizes)
+        gold, kept = batch.codes_BL.repeat(self.count, 1), kept_BL.repeat(self.count, 1)
+        model = scene.model("teacher")
+        samples = rollout(model, condition, plans, self.sampler, torch.cat(uniforms), gold, kept)
+        codebook_VE = scene.products["codebook"]
+        distance_M = (codebook_VE[samples.codes_BL] - codebook_VE[gold]).square().sum((1, 2))
+        nearest_B = distance_M.view(self.count, -1).argmin(0)
+        codes_BL = samples.codes_BL.view(self.count, len(batch), -1)[nearest_B, torch.arange(len(batch))]
+        return Context((Part.of("teacher", codes_BL, batch.condition, plan, batch.row_B),))
+
+
+def leading(plan: Plan, share_B1: Tensor) -> Tensor:
+    """Bool (B, L): the positions of the leading steps that hold at most `share_B1` of the sequence."""
+    sizes_S = torch.tensor(plan.sizes, dtype=torch.float32, device=share_B1.device)
+    done_S = sizes_S.cumsum(0) / sizes_S.sum()
+    return done_S[plan.step_BL] <= share_B1
+
+
+def _pick_rows(logp_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    return pick(logp_NV.unsqueeze(1), uniform_N.unsqueeze(1))[0].squeeze(1)

@@ -1,0 +1,130 @@
+"""What every source of prefixes has in common: what it may look at, and what it says of itself.
+
+A context is `(batch, scene) -> Context`, for a whole optimiser step. Every rule is row-local and every random number
+belongs to a global row, so a context does not depend on how rows are spread over ranks. Gradients never flow through
+sampling.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from varkd.backbones.protocol import Backbone
+from varkd.distill.spaces import Products
+from varkd.errors import VarkdError
+from varkd.rollout import Sampler
+from varkd.types import Batch, Condition, Context, Part, Source
+from varkd.world import Rng, World
+
+State = dict[str, Tensor]
+"""What a method remembers between steps; every entry is checkpointed. Keys under "rows/" are split over ranks."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a context may look at: the models (handed down, never changed), the method's state, and chance."""
+
+    student: Backbone
+    teacher: Backbone | None
+    state: Mapping[str, Tensor]
+    rng: Rng
+    world: World = field(default_factory=World)
+    chunk_rows: int = 2048
+    products: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def model(self, name: Literal["student", "teacher"]) -> Backbone:
+        if name == "student":
+            return self.student
+        if self.teacher is None:
+            raise VarkdError("this method samples from a teacher: give teacher=RUN")
+        return self.teacher
+
+
+class Prefixes(ABC):
+    """Base of all contexts; subclasses are frozen dataclasses, and most of them only differ in `__call__`."""
+
+    @abstractmethod
+    def __call__(self, batch: Batch, scene: Scene) -> Context:
+        """The prefixes of this rank's rows."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
+    @property
+    def splices(self) -> bool:
+        """Whether it puts other codes into data sequences that still count as the target."""
+        return False
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The sources of the parts that it makes."""
+        return ("student",)
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        """Every sampler inside: their plans are what the teacher must be able to honour."""
+        return ()
+
+    def no_reward(self, source: Source) -> str | None:
+        """Why the codes of its parts of `source` cannot carry sampled rewards (`credit`); None where they can."""
+        del source
+        return "their codes were not sampled one by one under a known probability"
+
+    def prepare(self, codebook_VE: Tensor) -> Products:
+        """What it needs of the tokenizer, made once before training."""
+        del codebook_VE
+        return {}
+
+    def update(self, context: Context, state: State, rng: Rng) -> State:
+        """The state after the optimiser step that used `context`."""
+        del context, rng
+        return state
+
+
+def filtered(sampler: Sampler) -> str | None:
+    """Why samples under `sampler` cannot carry sampled rewards: no weight stands in for codes that are never drawn.
+
+    Temperature and guidance are fine, because every rollout stores the log-probability that each code was drawn with.
+    """
+    if sampler.top_k > 0 or sampler.top_p < 1 or sampler.temperature == 0:
+        return "the sampler never draws some codes (top_k, top_p or temperature 0), so no weight can stand in for them"
+    return None
+
+
+def in_row_order(parts: list[Part]) -> Part:
+    """One part from several of the same source and plan sizes, its rows sorted by global row."""
+    if len(parts) == 1:
+        return parts[0]
+    return merge(parts).select(torch.argsort(torch.cat([part.row_B for part in parts])))
+
+
+def merge(parts: list[Part]) -> Part:
+    """Stack parts whose plans have the same step sizes. The source is that of the first."""
+    first = parts[0]
+    logp = [part.behaviour_logp_BL for part in parts]
+    accept = [part.accept_BL for part in parts]
+    scales = [part.condition.scale_B for part in parts]
+    return Part(
+        source=first.source,
+        codes_BL=torch.cat([part.codes_BL for part in parts]),
+        supervision_BL=torch.cat([part.supervision_BL for part in parts]),
+        condition=Condition(torch.cat([part.condition.label_B for part in parts]), _cat_if_all(scales)),
+        plan=replace(first.plan, order_BL=torch.cat([part.plan.order_BL for part in parts])),
+        row_B=torch.cat([part.row_B for part in parts]),
+        weight_B=torch.cat([part.weight_B for part in parts]),
+        age_B=torch.cat([part.age_B for part in parts]),
+        behaviour_logp_BL=_cat_if_all(logp),
+        accept_BL=_cat_if_all(accept),
+    )
+
+
+def _cat_if_all(tensors: list[Tensor | None]) -> Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(present) if len(present) == len(tensors) else None
