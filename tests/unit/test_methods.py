@@ -40,8 +40,6 @@ def test_no_two_rows_are_alike(capsys: pytest.CaptureFixture[str]):
     rows = table(capsys)
     axes = ("contexts", "target", "images", "terms", "schedule")
     made_of = [json.dumps({key: row[key] for key in axes}) for row in rows]
-        json.dumps({key: row[key] for key in ("contexts", "target", "images", "terms", "schedule")}) for row in rows
-    ]
     assert len(set(made_of)) == len(rows)
     for key in ("equation", "summary"):
         assert len({row[key] for row in rows}) == len(rows), key
