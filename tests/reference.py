@@ -7,7 +7,6 @@ the loss of a context with full logits and autograd.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -27,9 +26,10 @@ def log_probs(s: Tensor, z: Tensor) -> Pair:
     return s - s.logsumexp(1, keepdim=True), z - z.logsumexp(1, keepdim=True)
 
 
-def _mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
-    """log(share a + (1 - share) b)."""
-    return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
+def _mix(log_a: Tensor, log_b: Tensor, share: float | Tensor) -> Tensor:
+    """log(share a + (1 - share) b); a share per row is (N, 1)."""
+    share = torch.as_tensor(share, dtype=torch.float64)
+    return torch.logaddexp(log_a + share.log(), log_b + (1 - share).log())
 
 
 def _centred(q: Tensor, inner: Tensor) -> Tensor:
@@ -57,16 +57,17 @@ def jsd(s: Tensor, z: Tensor, beta: float, ends: bool = False) -> Pair:
     return value * factor, gradient * factor
 
 
-def skew_kl(s: Tensor, z: Tensor, alpha: float) -> Pair:
+def skew_kl(s: Tensor, z: Tensor, alpha: float | Tensor) -> Pair:
     lq, lp = log_probs(s, z)
     lm = _mix(lp, lq, alpha)
     return (lp.exp() * (lp - lm)).sum(1), -(1 - alpha) * _centred(lq.exp(), (lp - lm).exp())
 
 
-def skew_reverse_kl(s: Tensor, z: Tensor, alpha: float) -> Pair:
+def skew_reverse_kl(s: Tensor, z: Tensor, alpha: float | Tensor, detached: bool = False) -> Pair:
+    """`detached` leaves out what the gradient owes to the mixture."""
     lq, lp = log_probs(s, z)
     lm = _mix(lq, lp, alpha)
-    h = lq - lm - alpha * (lq - lm).exp()
+    h = lq - lm - (0 if detached else alpha * (lq - lm).exp())
     return (lq.exp() * (lq - lm)).sum(1), _centred(lq.exp(), h)
 
 
@@ -99,6 +100,54 @@ def todi(s: Tensor, z: Tensor, sharpness: float) -> Pair:
     return value, -a * p + q * (a * p).sum(1, keepdim=True) + _centred(q, (1 - a) * (lq - lp + 1))
 
 
+def taid(s: Tensor, z: Tensor, time: float) -> Pair:
+    """KL(p_t || q) and q - p_t, p_t = softmax((1 - t) s + t z) as if it did not depend on s."""
+    lq, lt = log_probs(s, (1 - time) * s.double() + time * z.double())
+    return (lt.exp() * (lt - lq)).sum(1), lq.exp() - lt.exp()
+
+
+def ranking(s: Tensor, z: Tensor, top_k: int) -> Pair:
+    """Row by row and pair by pair, in plain Python: the value, and how often each q(v) is pushed down or up."""
+    lq, lp = log_probs(s, z)
+    values, pushes = [], torch.zeros_like(lq)
+    for row, (q, p) in enumerate(zip(lq.exp().tolist(), lp.tolist(), strict=True)):
+        first_of = lambda score: sorted(range(len(score)), key=lambda v: -score[v])[:top_k]
+        teacher, student = first_of(p), first_of(lq[row].tolist())
+        pairs = [(j, teacher[0]) for j in teacher]
+        pairs += [(j, i) for i in teacher for j in student if p[i] > p[j]]
+        value = 0.0
+        for too_high, too_low in pairs:
+            if q[too_high] > q[too_low]:
+                value += q[too_high] - q[too_low]
+                pushes[row, too_high] += 1
+                pushes[row, too_low] -= 1
+        values.append(value)
+    return torch.tensor(values, dtype=torch.float64), _centred(lq.exp(), pushes)
+
+
+def decoupled(s: Tensor, z: Tensor, part: str, code: Tensor | None = None) -> Pair:
+    """Both halves with the target's column cut out; `code` None is the teacher's likeliest one.
+
+    The gradient of the binary half is q(g) - p(g) at g and shares its negative out among the others by q; that of the
+    rest is q - p among the others, both without g.
+    """
+    code = z.argmax(1) if code is None else code
+    is_g = torch.nn.functional.one_hot(code, s.shape[1]).bool()
+    lq, lp = log_probs(s, z)
+    cut = [logp[~is_g].view(len(s), -1) for logp in (lq, lp)]
+    mass_q, mass_p = (logp.logsumexp(1) for logp in cut)
+    rest_q, rest_p = (logp - logp.logsumexp(1, keepdim=True) for logp in cut)
+    gradient = torch.zeros_like(lq)
+    if part == "rest":
+        gradient[~is_g] = (rest_q.exp() - rest_p.exp()).flatten()
+        return (rest_p.exp() * (rest_p - rest_q)).sum(1), gradient
+    g_q, g_p = lq[is_g], lp[is_g]
+    gap = g_q.exp() - g_p.exp()
+    gradient[is_g] = gap
+    gradient[~is_g] = (-gap.unsqueeze(1) * rest_q.exp()).flatten()
+    return g_p.exp() * (g_p - g_q) + mass_p.exp() * (mass_p - mass_q), gradient
+
+
 def teacher_argmax(s: Tensor, z: Tensor) -> Pair:
     return cross_entropy(s, z, code=z.argmax(1))
 
@@ -118,6 +167,15 @@ def cross_entropy(s: Tensor, z: Tensor, code: Tensor) -> Pair:
 def cluster_masses(p: Tensor, cluster: Tensor) -> Tensor:
     """P_k = sum of p over the codes of cluster k: (N, K), by a plain sum."""
     return torch.stack([p[:, cluster == k].sum(1) for k in range(int(cluster.max()) + 1)], dim=1)
+
+
+def top_k_logits(logits: Tensor, codes: Tensor) -> Tensor:
+    """Logits of the codes (N, K) and, behind them, of all other codes together: row by row, column by column."""
+    rows = []
+    for logit, kept in zip(logits.double(), codes.tolist(), strict=True):
+        others = [v for v in range(len(logit)) if v not in kept]
+        rows.append(torch.cat([logit[kept], logit[others].logsumexp(0, keepdim=True)]))
+    return torch.stack(rows)
 
 
 def plain_loss(inputs: LossInputs, context: Context, denominators: Mapping[str, float]) -> Tensor:

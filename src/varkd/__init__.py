@@ -34,7 +34,7 @@ _WHERE = {
     "data.codes": ("CodeSet",),
     "data.images": ("ImageSet", "open_images"),
     "data.loader": ("Loader",),
-    "distill.contexts": ("Scene",),
+    "distill.scene": ("Scene",),
     "distill.loss": ("LossInputs", "denominators", "distill_loss"),
     "distill.method": ("Method", "Term"),
     "errors": ("VarkdError",),

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from varkd.errors import VarkdError
+from varkd.errors import VarkdError, did_you_mean
 
 _DATA = "digits, an image folder, a .parquet file (or train.parquet,validation.parquet), or a Hugging Face id"
 
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     _sample(_verb(verbs, "sample", _run_sample, "draw images from a run"))
     _evaluate(_verb(verbs, "evaluate", _run_evaluate, "measure a run: samples, agreement with the teacher, speed"))
     _report(_verb(verbs, "report", _run_report, "one self-contained HTML page that compares runs"))
-    _show(_verb(verbs, "show", _run_show, "print a resolved run"))
+    _show(_verb(verbs, "show", _run_show, "print a resolved run, its method in words"))
     _methods(_verb(verbs, "methods", _run_methods, "list the method presets"))
     _zoo(_verb(verbs, "zoo", _run_zoo, "list the published models that varkd reads"))
     _convert(_verb(verbs, "convert", _run_convert, "an official checkpoint -> a model folder, with a key report"))
@@ -280,15 +280,26 @@ def _show(verb: argparse.ArgumentParser) -> None:
 
 
 def _run_show(arguments: argparse.Namespace) -> None:
-    from varkd.config import dump, load_run
+    from dataclasses import replace
+
+    from varkd.config import differences, dump, load_run
+    from varkd.distill.describe import explain
     from varkd.methods import METHODS
 
     run = load_run(arguments.recipe, arguments.overrides)
     preset = METHODS[run.preset]
-    print(f"# {run.preset}: {preset.summary}\n# {preset.equation}   ({preset.source})\n{dump(run)}", end="")
+    changes = differences(replace(run, method=preset.method), run)
+    head = [f"{run.preset}: {preset.summary}", f"{preset.equation}   ({preset.source})"]
+    told = [f"changed from the preset: {change}" for change in changes]
+    if len(told) > 6:
+        told = [f"changed from the preset in {len(told)} places"]
+    words = [*head, *told, "", *explain(run.method)]
+    print("\n".join(f"# {line}".rstrip() for line in words))
+    print(dump(run), end="")
 
 
 def _methods(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("names", nargs="*", metavar="NAME", help="only these presets (default: all)")
     verb.add_argument("--json", action="store_true", help="machine-readable")
 
 
@@ -298,7 +309,10 @@ def _run_methods(arguments: argparse.Namespace) -> None:
     from varkd.distill.describe import describe_presets, format_presets
     from varkd.methods import METHODS
 
-    rows = describe_presets(METHODS)
+    for name in arguments.names:
+        if name not in METHODS:
+            raise VarkdError(f"unknown method '{name}': {did_you_mean(name, METHODS)}")
+    rows = describe_presets({name: METHODS[name] for name in arguments.names or METHODS})
     print(json.dumps(rows, indent=1) if arguments.json else format_presets(rows))
 
 

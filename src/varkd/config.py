@@ -27,7 +27,8 @@ class Model:
     """The student's family and sizes. Codes, classes and grid (or scales) come from the data.
 
     `order` ("raster" or "random") is for families that decode in any order, `shared_adaln` for `var`; None is the
-    family's own choice.
+    family's own choice. A student with `scale_conditioned` is told the guidance scale: with a guided target
+    (`method.target.highest`) it learns to need one pass where guidance takes two.
     """
 
     family: str = "llamagen"
@@ -37,6 +38,7 @@ class Model:
     ffn_dim: int | None = None
     order: Literal["raster", "random"] | None = None
     shared_adaln: bool | None = None
+    scale_conditioned: bool | None = None
 
 
 @dataclass(frozen=True)

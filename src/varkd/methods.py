@@ -275,7 +275,7 @@ METHODS: dict[str, Preset] = {
         "w_t KL(q || p) - w_t R_{t+1} log q(x_t) on codes from 0.2 p + 0.8 q, + CE on data",
         "Reverse KL of whole sequences: each step's own, and a policy gradient for what later steps say about it.",
         Method((Term("step", ReverseKL(), on=("student",), credit=Importance()),
-                Term("future", CrossEntropy(), on=("student",), credit=FutureReturn(scale=0.5)),
+                Term("future", CrossEntropy(), on=("student",), credit=FutureReturn(scale=0.5, clip=None)),
                 Term("ce", CrossEntropy(), on=("data",))), _MINILLM),
     ),
     "distillm": Preset(

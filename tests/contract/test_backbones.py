@@ -46,6 +46,8 @@ WITHOUT_GRADIENT: dict[str, tuple[str, ...]] = {
     "rar": (r"blocks\.\d+\.attn\.k_norm\.bias",),
 }
 CONDITION = Condition(torch.tensor([0, 3, 2]))
+SCALES = Condition(CONDITION.label_B, torch.tensor([1.0, 2.5, 7.0]))
+"""The same rows for a model that reads the guidance scale."""
 
 
 def test_every_family_is_under_contract():
@@ -55,12 +57,21 @@ def test_every_family_is_under_contract():
 @pytest.fixture(params=SIZES)
 def model(request: pytest.FixtureRequest) -> Backbone:
     """Random float64 weights, the head included."""
-    built = build(request.param, SIZES[request.param]).double().eval()
+    return randomised(build(request.param, SIZES[request.param]))
+
+
+@pytest.fixture(params=SIZES)
+def scaled(request: pytest.FixtureRequest) -> Backbone:
+    """The same weights in a model that reads the guidance scale, whose embedding is drawn last."""
+    return randomised(build(request.param, {**SIZES[request.param], "scale_conditioned": True}))
+
+
+def randomised(model: Backbone) -> Backbone:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in built.parameters():
+        for parameter in model.double().parameters():
             parameter.normal_(std=0.4, generator=generator)
-    return built
+    return model.eval()
 
 
 def codes_for(model: Backbone, num_rows: int = 3, seed: int = 1) -> Tensor:
@@ -90,11 +101,11 @@ def ranked(hidden_BLD: Tensor, plan: Plan) -> Tensor:
 # ---- the mathematics
 
 
-def assert_decodes_as_trained(model: Backbone, plan: Plan) -> None:
+def assert_decodes_as_trained(model: Backbone, plan: Plan, condition: Condition = CONDITION) -> None:
     codes_BL = codes_for(model)
-    expected = ranked(model(codes_BL, CONDITION, plan), plan)
+    expected = ranked(model(codes_BL, condition, plan), plan)
     for steps in range(len(plan.sizes)):
-        found = decoded(model, codes_BL, CONDITION, plan, steps)
+        found = decoded(model, codes_BL, condition, plan, steps)
         torch.testing.assert_close(found, expected[:, sum(plan.sizes[:steps]) :], rtol=1e-9, atol=1e-11)
 
 
@@ -198,22 +209,26 @@ def test_dropout_acts_in_training_only():
         assert torch.equal(model.eval()(codes_BL, CONDITION, plan), model(codes_BL, CONDITION, plan))
 
 
-@torch.no_grad()
-def test_bfloat16_error_is_bounded(model: Backbone):
-    """Under autocast: within 3 % of the typical size of a hidden state, decoding and training alike."""
+def assert_survives_bfloat16(model: Backbone, condition: Condition) -> None:
     model.float()
     codes_BL, plan = codes_for(model), plan_for(model)
-    exact = model(codes_BL, CONDITION, plan)
+    exact = model(codes_BL, condition, plan)
     with torch.autocast("cpu", torch.bfloat16):
-        narrow, cached = model(codes_BL, CONDITION, plan), decoded(model, codes_BL, CONDITION, plan)
+        narrow, cached = model(codes_BL, condition, plan), decoded(model, codes_BL, condition, plan)
     scale = exact.square().mean().sqrt()
     assert (narrow.float() - exact).square().mean().sqrt() < 0.03 * scale
     assert (cached.float() - ranked(exact, plan)).square().mean().sqrt() < 0.03 * scale
     assert not torch.equal(narrow.float(), exact)
 
 
-def test_every_weight_gets_a_gradient(model: Backbone):
-    logits = model.head(model(codes_for(model), CONDITION, plan_for(model)))
+@torch.no_grad()
+def test_bfloat16_error_is_bounded(model: Backbone):
+    """Under autocast: within 3 % of the typical size of a hidden state, decoding and training alike."""
+    assert_survives_bfloat16(model, CONDITION)
+
+
+def assert_all_weights_move(model: Backbone, condition: Condition) -> None:
+    logits = model.head(model(codes_for(model), condition, plan_for(model)))
     logits.square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -221,6 +236,64 @@ def test_every_weight_gets_a_gradient(model: Backbone):
             assert parameter.grad.abs().max() < 1e-9, f"{name} has a gradient after all"
         else:
             assert parameter.grad.abs().max() > 1e-6, name
+
+
+def test_every_weight_gets_a_gradient(model: Backbone):
+    assert_all_weights_move(model, CONDITION)
+
+
+# ---- the guidance scale as an input
+
+
+@torch.no_grad()
+def test_decoding_sees_the_scale_as_training_does(scaled: Backbone):
+    assert scaled.scale_conditioned
+    for plan in parallel_plans(scaled) if scaled.family in PARALLEL else [plan_for(scaled)]:
+        assert_decodes_as_trained(scaled, plan, SCALES)
+    assert_decodes_as_trained(scaled, plan_for(scaled), SCALES.null(scaled.null_label))
+
+
+@torch.no_grad()
+def test_each_row_reads_its_own_scale(scaled: Backbone):
+    codes_BL, plan = codes_for(scaled), plan_for(scaled)
+    hidden_BLD = scaled(codes_BL, SCALES, plan)
+    for other in (2.4, 0.0, 40.0):
+        moved = scaled(codes_BL, Condition(SCALES.label_B, torch.tensor([1.0, other, 7.0])), plan)
+        assert (moved[1] != hidden_BLD[1]).any(-1).all(), "a position ignores the scale"
+        assert torch.equal(moved[[0, 2]], hidden_BLD[[0, 2]])
+    alone = scaled(codes_BL[1:2], SCALES.select(slice(1, 2)), plan.select(slice(1, 2)))
+    torch.testing.assert_close(alone, hidden_BLD[1:2], rtol=1e-9, atol=1e-11)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", SIZES)
+def test_scale_1_is_the_model_without_scales(family: str):
+    """And no scale is scale 1, in training and decoding alike."""
+    plain = randomised(build(family, SIZES[family]))
+    scaled = randomised(build(family, {**SIZES[family], "scale_conditioned": True}))
+    scaled.load_state_dict(plain.state_dict(), strict=False)
+    codes_BL, plan, one = codes_for(plain), plan_for(plain), Condition(CONDITION.label_B, torch.ones(3))
+    expected = plain(codes_BL, CONDITION, plan)
+    assert torch.equal(scaled(codes_BL, CONDITION, plan), expected)
+    assert torch.equal(scaled(codes_BL, one, plan), expected)
+    assert torch.equal(decoded(scaled, codes_BL, one, plan), decoded(plain, codes_BL, CONDITION, plan))
+    assert not plain.scale_conditioned and torch.equal(plain(codes_BL, SCALES, plan), expected)
+    assert not torch.equal(scaled(codes_BL, SCALES, plan), expected)
+
+
+@torch.no_grad()
+def test_scales_survive_bfloat16(scaled: Backbone):
+    assert_survives_bfloat16(scaled, SCALES)
+
+
+def test_every_weight_gets_a_gradient_under_scales(scaled: Backbone):
+    assert_all_weights_move(scaled, SCALES)
+
+
+def test_a_scale_for_every_sequence(scaled: Backbone):
+    with pytest.raises(VarkdError, match="scales of shape") as error:
+        scaled(codes_for(scaled), Condition(CONDITION.label_B, torch.ones(2)), plan_for(scaled))
+    assert one_line(error)
 
 
 # ---- plans and refusals
@@ -358,6 +431,24 @@ def test_save_and_load(model: Backbone, tmp_path: Path):
     assert loaded.config == model.config and not loaded.training and weights_hash(loaded) == weights_hash(model)
     codes_BL, plan = codes_for(model), plan_for(model)
     assert torch.equal(loaded(codes_BL, CONDITION, plan), model(codes_BL, CONDITION, plan))
+
+
+def test_save_and_load_with_scales(scaled: Backbone, tmp_path: Path):
+    save_backbone(scaled.float(), tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["scale_conditioned"] is True
+    loaded, _ = load_backbone(tmp_path / "m")
+    assert loaded.scale_conditioned and weights_hash(loaded) == weights_hash(scaled)
+    codes_BL, plan = codes_for(scaled), plan_for(scaled)
+    assert torch.equal(loaded(codes_BL, SCALES, plan), scaled(codes_BL, SCALES, plan))
+
+
+def test_folders_from_before_there_were_scales(model: Backbone, tmp_path: Path):
+    save_backbone(model.float(), tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    info = json.loads(config.read_text())
+    assert info.pop("scale_conditioned") is False
+    config.write_text(json.dumps(info))
+    assert weights_hash(load_backbone(tmp_path / "m")[0]) == weights_hash(model)
 
 
 def test_a_run_folder_loads_its_selected_weights(model: Backbone, tmp_path: Path):

@@ -124,3 +124,32 @@ def test_a_reader_who_has_seen_enough(tmp_path: Path):
     command = f"{sys.executable} -m varkd.cli methods 2>{tmp_path / 'said'} | head -c 1 > {os.devnull}"
     subprocess.run(["bash", "-c", command], check=True)
     assert (tmp_path / "said").read_text() == ""
+
+
+def test_a_run_is_shown_in_words_that_follow_its_overrides(capsys: pytest.CaptureFixture[str]):
+    """As comments before the YAML, which stays what it was."""
+    overrides = ["method=kd", "method.terms.kd.divergence=reverse_kl", "method.terms.ce.weight=0.25"]
+    assert main(["show", "digits-student", *overrides]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    words = [line.removeprefix("# ").removeprefix("#") for line in lines[: lines.index("out: ''")]]
+    assert [line.startswith("#") for line in lines] == [index < len(words) for index in range(len(lines))]
+    assert "changed from the preset: method.terms.kd.divergence.kind: forward_kl -> reverse_kl" in words
+    assert "changed from the preset: method.terms.ce.weight: 0.5 -> 0.25" in words
+    assert "  compares: KL(q || p) = sum q (log q - log p)" in words
+    assert "  weight 1/4, mean on data rows over all their positions" in words
+    assert {"prefixes:", "target:", "term kd:", "term ce:", "adapts:", "cost:", "families:"} <= set(words)
+
+
+def test_a_preset_as_it_stands_is_not_called_changed(capsys: pytest.CaptureFixture[str]):
+    assert main(["show", "digits-student", "method=varkd", "train.updates=7"]) == 0
+    assert "changed" not in capsys.readouterr().out
+
+
+def test_some_methods_alone(capsys: pytest.CaptureFixture[str]):
+    assert main(["methods", "gkd", "skd"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if not line.startswith(" ")] == ["gkd", "skd"]
+    assert main(["methods", "akl", "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["akl"]
+    assert main(["methods", "gdk"]) == 2
+    assert capsys.readouterr().err == "varkd: error: unknown method 'gdk': did you mean 'gkd'?\n"

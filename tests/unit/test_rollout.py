@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
+from varkd.backbones.store import build
 from varkd.errors import VarkdError
 from varkd.rollout import (
+    Companion,
     Sampler,
     draw,
     evaluating,
@@ -260,6 +262,72 @@ def test_codes_are_kept_wherever_they_stand(student, batch):
     drawn, logp = pick(log_probabilities(logits, Sampler()), uniform())
     assert torch.equal(samples.codes_BL[~kept_BL], drawn[~kept_BL])
     torch.testing.assert_close(samples.logp_BL, torch.where(kept_BL, 0.0, logp))
+
+
+def test_kept_codes_of_parallel_steps(batch):
+    """Two codes a step in an order per row: a step of which one code is kept, and two leading steps kept as a whole."""
+    sizes = {"vocab_size": 12, "num_classes": 3, "grid": (2, 3), "num_layers": 2, "dim": 16, "num_heads": 2,
+             "ffn_dim": 24, "order": "random"}  # fmt: skip
+    model = build("randar", sizes).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.4, generator=generator)
+    plan = Plan(model.plan(4, Rng(3), torch.arange(4)).order_BL, (2, 1, 2, 1))
+    kept_by_rank = torch.tensor([1, 1, 1, 0, 1, 0], dtype=torch.bool).expand(4, -1)
+    kept_BL = kept_by_rank.gather(1, plan.rank_BL)
+    garbage_BL = batch.codes_BL[:4].masked_fill(~kept_BL, 10**6)
+    samples = rollout(model, CONDITION, plan, Sampler(), uniform(), garbage_BL, kept_BL)
+    assert torch.equal(samples.codes_BL[kept_BL], batch.codes_BL[:4][kept_BL])
+    with torch.no_grad():
+        logp_BLV = model.head(model(samples.codes_BL, CONDITION, plan)).log_softmax(-1)
+    drawn_BL, logp_BL = pick(logp_BLV.float(), uniform().gather(1, plan.rank_BL))  # uniform numbers go by rank
+    assert torch.equal(samples.codes_BL[~kept_BL], drawn_BL[~kept_BL])
+    torch.testing.assert_close(samples.logp_BL, torch.where(kept_BL, 0.0, logp_BL))
+
+
+# ---- two models in lock-step
+
+
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(temperature=0.7, top_k=5), Sampler(guidance=2.0)], ids=str)
+def test_a_companion_sees_the_codes_that_the_rule_chose(student, teacher, sampler):
+    """At every step the rule gets both models' filtered laws given all codes so far, and its own two numbers."""
+    seen: list[tuple[Tensor, ...]] = []
+
+    def rule(own_BnV: Tensor, other_BnV: Tensor, uniform_Bn: Tensor, spare_Bn: Tensor):
+        seen.append((own_BnV, other_BnV, uniform_Bn, spare_Bn))
+        codes_Bn = (own_BnV + other_BnV).argmax(-1)
+        return codes_Bn, torch.full_like(uniform_Bn, -float(len(seen))), uniform_Bn < 0.5
+
+    companion = Companion(teacher, rule, uniform(seed=1))
+    samples = rollout(student, CONDITION, student.plan(4), sampler, uniform(), companion=companion)
+    assert torch.equal(torch.cat([each[2] for each in seen], dim=1), uniform())
+    assert torch.equal(torch.cat([each[3] for each in seen], dim=1), uniform(seed=1))
+    for place, model in enumerate((student, teacher)):
+        logits = full_logits(model, samples.codes_BL, CONDITION)
+        if sampler.guidance != 1:
+            null = full_logits(model, samples.codes_BL, CONDITION.null(model.null_label))
+            logits = null + sampler.guidance * (logits - null)
+        expected = filter_logits(logits / sampler.temperature, sampler.top_k).log_softmax(-1).float()
+        torch.testing.assert_close(torch.cat([each[place] for each in seen], dim=1), expected, rtol=1e-5, atol=1e-5)
+    both = torch.cat([each[0] + each[1] for each in seen], dim=1)
+    assert torch.equal(samples.codes_BL, both.argmax(-1))
+    assert samples.logp_BL.tolist() == [[-1, -2, -3, -4, -5, -6]] * 4
+    assert samples.accept_BL is not None and torch.equal(samples.accept_BL, uniform() < 0.5)
+
+
+def test_kept_codes_count_as_accepted(student, teacher, batch):
+    def refuse(own_BnV: Tensor, other_BnV: Tensor, uniform_Bn: Tensor, spare_Bn: Tensor):
+        del other_BnV, spare_Bn
+        return *pick(own_BnV, uniform_Bn), torch.zeros_like(uniform_Bn, dtype=torch.bool)
+
+    kept_BL = torch.tensor([[1, 1, 0, 0, 1, 0]]).bool().expand(4, -1)
+    samples = rollout(student, CONDITION, student.plan(4), Sampler(), uniform(), batch.codes_BL[:4], kept_BL,
+                      Companion(teacher, refuse, uniform(seed=1)))  # fmt: skip
+    assert samples.accept_BL is not None and torch.equal(samples.accept_BL, kept_BL)
+    alone = rollout(student, CONDITION, student.plan(4), Sampler(), uniform(), batch.codes_BL[:4], kept_BL)
+    assert torch.equal(samples.codes_BL, alone.codes_BL) and torch.equal(samples.logp_BL, alone.logp_BL)
+    assert alone.accept_BL is None
 
 
 def test_keeping_everything_needs_no_model(batch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from operator import gt, lt
 
 import pytest
 import torch
@@ -39,6 +40,42 @@ def test_rank_is_the_inverse_of_order(seed: int):
     rank = plan.rank_BL[0]
     assert torch.equal(order[rank], torch.arange(6)) and torch.equal(rank[order], torch.arange(6))
     assert plan.step_BL[0][order].tolist() == [0, 1, 1, 2, 2, 2]
+
+
+@st.composite
+def plans_and_values(draw: st.DrawFn) -> tuple[Plan, torch.Tensor]:
+    """Steps of any sizes, an order of its own for every row, a whole number at every position."""
+    sizes, num_rows = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=6))), draw(st.integers(1, 4))
+    orders = [draw(st.permutations(range(sum(sizes)))) for _ in range(num_rows)]
+    values = st.lists(st.integers(-9, 9), min_size=sum(sizes), max_size=sum(sizes))
+    return Plan(torch.tensor(orders), sizes), torch.tensor([draw(values) for _ in range(num_rows)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans_and_values())
+def test_before_and_after_add_up_other_steps(case: tuple[Plan, torch.Tensor]):
+    plan, value_BL = case
+    for row, order in enumerate(plan.order_BL.tolist()):
+        step_of, done = {}, 0
+        for step, size in enumerate(plan.sizes):
+            step_of.update(dict.fromkeys(order[done : done + size], step))
+            done += size
+        for position, step in step_of.items():
+            assert plan.step_BL[row, position] == step
+            for found_BL, compare in ((plan.before(value_BL), lt), (plan.after(value_BL), gt)):
+                expected = sum(int(value_BL[row, other]) for other, at in step_of.items() if compare(at, step))
+                assert found_BL[row, position] == expected
+    own_BL = value_BL.sum(1, keepdim=True) - plan.before(value_BL) - plan.after(value_BL)
+    first_BL = own_BL.gather(1, plan.order_BL[:, : plan.sizes[0]])
+    assert (first_BL == value_BL.gather(1, plan.order_BL[:, : plan.sizes[0]]).sum(1, keepdim=True)).all()
+
+
+def test_before_and_after_keep_the_type_and_the_gradient():
+    value_BL = torch.rand(5, 6, dtype=torch.float64, requires_grad=True)
+    for found_BL in (RASTER.before(value_BL), RASTER.after(value_BL)):
+        assert found_BL.dtype == torch.float64
+        (gradient_BL,) = torch.autograd.grad(found_BL.sum(), value_BL)
+        assert gradient_BL.tolist() in ([[5.0, 3, 3, 0, 0, 0]] * 5, [[0.0, 1, 1, 3, 3, 3]] * 5)
 
 
 @pytest.mark.parametrize("sizes", [(1, 2), (6, 0), (7, -1), (3, 4)])

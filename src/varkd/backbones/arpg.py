@@ -22,7 +22,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from varkd.backbones.layers import FeedForward, RMSNorm, attend, cache_dtype, rope_table, rotate, swiglu_width
+from varkd.backbones.layers import (
+    FeedForward,
+    RMSNorm,
+    ScaleEmbedding,
+    attend,
+    cache_dtype,
+    rope_table,
+    rotate,
+    swiglu_width,
+)
 from varkd.backbones.orders import KINDS, check_order, check_steps, choose_order, prefix_codes
 from varkd.backbones.protocol import Backbone, GuidanceKind
 from varkd.containers import count_numbered
@@ -99,6 +108,7 @@ class ARPGConfig:
     order: str = "random"
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
+    scale_conditioned: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_classes", "num_layers", "dim", "num_heads"):
@@ -153,6 +163,7 @@ class ARPG(Backbone):
         self.layers = Decoder(config, dropout)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.add_module("head", nn.Linear(config.dim, config.vocab_size, bias=False))
+        self.scale_embedding = ScaleEmbedding(config.dim) if config.scale_conditioned else None
 
     @property
     def head(self) -> nn.Linear:
@@ -172,6 +183,7 @@ class ARPG(Backbone):
             else:
                 nn.init.normal_(parameter, std=std, generator=generator)
         nn.init.zeros_(self.head.weight)
+        self.zero_scale()
 
     def plan(
         self, batch_size: int, rng: Rng | None = None, row_B: Tensor | None = None, steps: int | None = None,
@@ -235,7 +247,8 @@ class ARPG(Backbone):
     def _embed(self, condition: Condition, codes_Bn: Tensor) -> Tensor:
         """The class and codes by generation rank: (B, 1 + n, D)."""
         label_B1 = condition.label_B.unsqueeze(1) + self.vocab_size + 1
-        return self.tok_dropout(self.embeddings(torch.cat([label_B1, codes_Bn], dim=1)))
+        class_B1D = self.with_scale(self.embeddings(label_B1), condition)
+        return self.tok_dropout(torch.cat([class_B1D, self.embeddings(codes_Bn)], dim=1))
 
     def _rope(self, plan: Plan) -> Tensor:
         """Angles of the class slot and of the codes by generation rank: (B, 1, 1 + L, head_dim / 2, 2)."""

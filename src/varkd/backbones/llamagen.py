@@ -20,6 +20,7 @@ from varkd.backbones.layers import (
     FeedForward,
     LabelEmbedding,
     RMSNorm,
+    ScaleEmbedding,
     attend,
     cache_dtype,
     rope_table,
@@ -46,6 +47,7 @@ class LlamaGenConfig:
     ffn_dim: int | None = None
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
+    scale_conditioned: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_classes", "num_layers", "dim", "num_heads"):
@@ -90,6 +92,7 @@ class LlamaGen(Backbone):
         self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.scale_embedding = ScaleEmbedding(config.dim) if config.scale_conditioned else None
 
     @property
     def transformer_blocks(self) -> Sequence[nn.Module]:
@@ -108,6 +111,7 @@ class LlamaGen(Backbone):
             else:
                 nn.init.normal_(parameter, std=std, generator=generator)
         nn.init.zeros_(self.output.weight)
+        self.zero_scale()
 
     @property
     def head(self) -> nn.Linear:
@@ -145,7 +149,7 @@ class LlamaGen(Backbone):
     def forward(self, codes_BL: Tensor, condition: Condition, plan: Plan) -> Tensor:
         del plan  # always raster: `check` refused everything else
         self.check_inputs(codes_BL, condition)
-        x_BLD = torch.cat([self.cls_embedding(condition.label_B), self.tok_embeddings(codes_BL[:, :-1])], dim=1)
+        x_BLD = torch.cat([self._class(condition), self.tok_embeddings(codes_BL[:, :-1])], dim=1)
         rope = _rope_of(self.config, x_BLD.device)[: x_BLD.shape[1]]
         return self._run(x_BLD, rope, cache=None)
 
@@ -153,7 +157,7 @@ class LlamaGen(Backbone):
         self, condition: Condition, plan: Plan, prefix_codes_BL: Tensor | None = None, prefix_steps: int = 0
     ) -> tuple[LlamaGenState, Tensor]:
         self.check(plan)
-        x_BLD = self.cls_embedding(condition.label_B)
+        x_BLD = self._class(condition)
         if prefix_steps:
             if prefix_codes_BL is None or prefix_codes_BL.shape[1] < prefix_steps:
                 raise VarkdError(f"start: {prefix_steps} prefix steps need at least as many prefix codes")
@@ -181,6 +185,10 @@ class LlamaGen(Backbone):
     @classmethod
     def class_rows(cls, config: Any) -> tuple[str, int]:
         return "cls_embedding.embedding_table.weight", 0
+
+    def _class(self, condition: Condition) -> Tensor:
+        """The class slot: (B, 1, D)."""
+        return self.with_scale(self.cls_embedding(condition.label_B), condition)
 
     def _extend(self, state: LlamaGenState, x_BnD: Tensor) -> Tensor:
         """Run new slots against the cache; the hidden state of the last slot predicts the next code."""

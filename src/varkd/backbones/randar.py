@@ -29,6 +29,7 @@ from varkd.backbones.layers import (
     FeedForward,
     LabelEmbedding,
     RMSNorm,
+    ScaleEmbedding,
     attend,
     cache_dtype,
     rope_table,
@@ -75,6 +76,7 @@ class RandARConfig:
     order: str = "random"
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
+    scale_conditioned: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_classes", "num_layers", "dim", "num_heads"):
@@ -167,6 +169,7 @@ class RandAR(Backbone):
         self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.scale_embedding = ScaleEmbedding(config.dim) if config.scale_conditioned else None
 
     @property
     def head(self) -> nn.Linear:
@@ -185,6 +188,7 @@ class RandAR(Backbone):
             else:
                 nn.init.normal_(parameter, std=std, generator=generator)
         nn.init.zeros_(self.output.weight)
+        self.zero_scale()
 
     def plan(
         self, batch_size: int, rng: Rng | None = None, row_B: Tensor | None = None, steps: int | None = None,
@@ -213,7 +217,7 @@ class RandAR(Backbone):
         instruction_BLD = self._instructions(table_BLF2)
         done = plan.order_BL[:, : -plan.sizes[-1]]  # nothing reads the last step's codes
         slots = [
-            self.cls_embedding(condition.label_B),
+            self._class(condition),
             self._pairs(instruction_BLD[:, : done.shape[1]], codes_BL.gather(1, done)),
             instruction_BLD[:, done.shape[1] : done.shape[1] + 1],
             instruction_BLD[:, layout.duplicates],
@@ -236,7 +240,7 @@ class RandAR(Backbone):
             prefix_steps,
         )  # fmt: skip
         pairs = self._pairs(state.instruction_BLD[:, : codes_Bn.shape[1]], codes_Bn)
-        return state, self._advance(state, torch.cat([self.cls_embedding(condition.label_B), pairs], dim=1))
+        return state, self._advance(state, torch.cat([self._class(condition), pairs], dim=1))
 
     def step(self, state: RandARState, codes_Bn: Tensor) -> Tensor:
         done = state.filled // 2 - 1
@@ -259,6 +263,10 @@ class RandAR(Backbone):
     @classmethod
     def class_rows(cls, config: Any) -> tuple[str, int]:
         return "cls_embedding.embedding_table.weight", 0
+
+    def _class(self, condition: Condition) -> Tensor:
+        """The class slot: (B, 1, D)."""
+        return self.with_scale(self.cls_embedding(condition.label_B), condition)
 
     def _angles(self, plan: Plan) -> Tensor:
         """Rotary cosines and sines of the cells by generation rank: (B, L, head_dim / 2, 2)."""

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varkd.backbones.layers import attend, cache_dtype
+from varkd.backbones.layers import ScaleEmbedding, attend, cache_dtype
 from varkd.backbones.orders import KINDS, check_order, choose_order, prefix_codes
 from varkd.backbones.protocol import Backbone, GuidanceKind, Nucleus
 from varkd.containers import count_numbered
@@ -50,6 +50,7 @@ class RARConfig:
     ffn_dim: int | None = None
     order: Literal["raster", "random"] = "raster"
     norm_eps: float = 1e-6
+    scale_conditioned: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_classes", "num_layers", "dim", "num_heads"):
@@ -101,6 +102,7 @@ class RAR(Backbone):
         self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.num_layers))
         self.adaln_before_head = FinalNorm(config)
         self.lm_head = nn.Linear(dim, config.vocab_size)
+        self.scale_embedding = ScaleEmbedding(config.dim) if config.scale_conditioned else None
 
     @property
     def transformer_blocks(self) -> Sequence[nn.Module]:
@@ -122,6 +124,7 @@ class RAR(Backbone):
             else:
                 nn.init.normal_(parameter, std=std, generator=generator)
         nn.init.zeros_(self.lm_head.weight)
+        self.zero_scale()
 
     @property
     def head(self) -> nn.Linear:
@@ -197,7 +200,8 @@ class RAR(Backbone):
 
     def _class(self, condition: Condition) -> Tensor:
         """The class embedding (B, 1, D): content of slot 1 and part of every slot's adaLN condition."""
-        return self.embeddings(self.config.vocab_size + 1 + condition.label_B).unsqueeze(1)
+        class_BD = self.embeddings(self.config.vocab_size + 1 + condition.label_B)
+        return self.with_scale(class_BD, condition).unsqueeze(1)
 
     def _opening(self, class_B1D: Tensor, order_BL: Tensor) -> Tensor:
         """The slots before any code, (B, 2, D): cls, and the class that predicts the first position."""

@@ -132,7 +132,9 @@ def check_state(model: Backbone, state: dict[str, Tensor], origin: str) -> None:
 
 def weights_hash(model: Backbone) -> str:
     """Names a model by family, sizes and weights."""
-    return state_hash(repr((model.family, model.config)), model.state_dict())
+    # The field is younger than recorded names; where it is True, its tensor tells the models apart.
+    sizes = repr((model.family, model.config)).replace(", scale_conditioned=False", "")
+    return state_hash(sizes, model.state_dict())
 
 
 def _weights_path(folder: Path) -> Path:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varkd.backbones.layers import attend, cache_dtype
+from varkd.backbones.layers import ScaleEmbedding, attend, cache_dtype
 from varkd.backbones.protocol import Backbone, GuidanceKind, Layout, Nucleus
 from varkd.containers import count_numbered
 from varkd.errors import VarkdError
@@ -59,6 +59,7 @@ class VARConfig:
     shared_adaln: bool = False
     num_phi: int = 4
     norm_eps: float = 1e-6
+    scale_conditioned: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_classes", "code_dim", "num_layers", "dim", "num_heads", "num_phi"):
@@ -126,6 +127,7 @@ class VAR(Backbone):
         self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.num_layers))
         self.head_nm = HeadNorm(config)
         self.add_module("head", nn.Linear(dim, config.vocab_size))
+        self.scale_embedding = ScaleEmbedding(config.dim) if config.scale_conditioned else None
         self.register_buffer("quantiser_codebook", torch.empty(config.vocab_size, code_dim))
         self.register_buffer("quantiser_phi_weight", torch.empty(config.num_phi, code_dim, code_dim, 3, 3))
         self.register_buffer("quantiser_phi_bias", torch.empty(config.num_phi, code_dim))
@@ -147,6 +149,7 @@ class VAR(Backbone):
             else:
                 nn.init.normal_(parameter, std=std, generator=generator)
         nn.init.zeros_(self.head.weight)
+        self.zero_scale()
         if self.shared_ada_lin is not None:
             _open_gates(self.shared_ada_lin)
         for block in self.blocks:
@@ -236,7 +239,7 @@ class VAR(Backbone):
     def forward(self, codes_BL: Tensor, condition: Condition, plan: Plan) -> Tensor:
         del plan  # always coarse to fine: `check` refused everything else
         self.check_inputs(codes_BL, condition)
-        class_BD = self.class_emb(condition.label_B)
+        class_BD = self._class(condition)
         x_BLD = torch.cat([self._first(class_BD), self._words(self.quantiser.inputs(codes_BL))], dim=1)
         mask = block_mask(tuple(self.config.scales), x_BLD.device)
         return self._run(self._place(x_BLD, 0), class_BD, mask, cache=None)
@@ -246,7 +249,7 @@ class VAR(Backbone):
     ) -> tuple[VARState, Tensor]:
         self.check(plan)
         config, quantiser = self.config, self.quantiser
-        class_BD, known = self.class_emb(condition.label_B), sum(config.sizes[:prefix_steps])
+        class_BD, known = self._class(condition), sum(config.sizes[:prefix_steps])
         features, slots = quantiser.zeros(len(class_BD)), [self._first(class_BD)]
         if prefix_steps:
             if prefix_codes_BL is None or prefix_codes_BL.shape[1] < known:
@@ -313,6 +316,10 @@ class VAR(Backbone):
     @classmethod
     def class_rows(cls, config: Any) -> tuple[str, int]:
         return "class_emb.weight", 0
+
+    def _class(self, condition: Condition) -> Tensor:
+        """What every modulation and the first scale's slots read: (B, D)."""
+        return self.with_scale(self.class_emb(condition.label_B), condition)
 
     def _first(self, class_BD: Tensor) -> Tensor:
         return class_BD.unsqueeze(1) + self.pos_start

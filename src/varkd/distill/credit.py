@@ -40,6 +40,10 @@ class Importance:
     kind: Literal["importance"] = "importance"
     score_names: ClassVar[tuple[str, ...]] = ("student_logp",)
 
+    def __post_init__(self) -> None:
+        if not self.largest > 0:
+            raise VarkdError(f"importance: largest must be above 0, got {self.largest}")
+
     def __call__(self, scores: Scores, part: Part) -> Tensor:
         return _ratio(scores, part).clamp_max(self.largest)
 

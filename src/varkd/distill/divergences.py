@@ -25,10 +25,22 @@ from varkd.errors import VarkdError
 @dataclass(frozen=True)
 class Rows:
     """What a divergence may know of its rows beside the two distributions: the target code of each (in the space's own
-    numbering), and a skew that differs between sequences (`SequenceSkew`)."""
+    numbering; None in a space that has left some out), and a skew that differs between sequences (`SequenceSkew`)."""
 
-    code_N: Tensor
+    code_N: Tensor | None
     alpha_N: Tensor | None = None
+
+    @property
+    def target_N(self) -> Tensor:
+        """The target code of each row.
+
+        Raises:
+            VarkdError: the space has left some of them out.
+        """
+        if self.code_N is None:
+            raise VarkdError("top_k without its tail has no place for every target code: set space.tail=true, or take "
+                             "a divergence that does not read the code")  # fmt: skip
+        return self.code_N
 
 
 class _Flags:
@@ -64,8 +76,8 @@ class SequenceSkew:
     score_names: ClassVar[tuple[str, ...]] = ("teacher_logp", "student_logp")
 
     def __post_init__(self) -> None:
-        if not 0 < self.smallest <= self.largest <= 1:
-            raise VarkdError(f"sequence_skew: need 0 < smallest <= largest <= 1, got {self.smallest}, {self.largest}")
+        if not 0 < self.smallest <= self.largest < 1:
+            raise VarkdError(f"sequence_skew: need 0 < smallest <= largest < 1, got {self.smallest}, {self.largest}")
         check_range("sequence_skew", "decay", self.decay, 0, 1)
 
     def gap(self, teacher_logp_BL: Tensor, student_logp_BL: Tensor) -> Tensor:
@@ -93,7 +105,7 @@ class CrossEntropy(_Flags):
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor | None, rows: Rows) -> Tensor:
         del teacher_NK
-        return -student_NK.gather(1, rows.code_N.unsqueeze(1)).squeeze(1)
+        return -student_NK.gather(1, rows.target_N.unsqueeze(1)).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -132,6 +144,10 @@ class JSD(_Flags):
 
     def __post_init__(self) -> None:
         check_range("jsd", "beta", self.beta, 0, 1)
+
+    @property
+    def needs_support(self) -> bool:
+        return self.normalise == "ends" and bounds(self.beta)[1] == 1  # the reverse KL
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
         del rows
@@ -275,7 +291,7 @@ class TAID(_Flags):
         excluded = torch.isneginf(student_NK) | torch.isneginf(teacher_NK)
         student, teacher = (torch.where(excluded, 0.0, logp) for logp in (student_NK.detach(), teacher_NK))
         between = torch.where(excluded, -torch.inf, (1 - time) * student + time * teacher)
-        return _kl(between.log_softmax(1), student_NK)
+        return _kl(renormalised(between), student_NK)
 
 
 @dataclass(frozen=True)
@@ -297,10 +313,10 @@ class Ranking(_Flags):
         del rows
         count = min(self.top_k, student_NK.shape[1])
         of_teacher, of_student = (logp.topk(count, dim=1).indices for logp in (teacher_NK, student_NK.detach()))
-        q, p = student_NK.exp(), teacher_NK.exp()
-        q_teacher, q_student = q.gather(1, of_teacher), q.gather(1, of_student)
+        q_teacher, q_student = (student_NK.exp().gather(1, codes) for codes in (of_teacher, of_student))
         first = (q_teacher - q_teacher[:, :1]).clamp_min(0).sum(1)
-        wrong_Nij = p.gather(1, of_teacher).unsqueeze(2) > p.gather(1, of_student).unsqueeze(1)
+        # Compared as log-probabilities: probabilities that underflow would tie.
+        wrong_Nij = teacher_NK.gather(1, of_teacher).unsqueeze(2) > teacher_NK.gather(1, of_student).unsqueeze(1)
         gap_Nij = (q_student.unsqueeze(1) - q_teacher.unsqueeze(2)).clamp_min(0)
         return first + (gap_Nij * wrong_Nij).sum((1, 2))
 
@@ -318,15 +334,14 @@ class Decoupled(_Flags):
     kind: Literal["decoupled"] = "decoupled"
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
-        g_N1 = teacher_NK.argmax(1, keepdim=True) if self.of == "argmax" else rows.code_N.unsqueeze(1)
+        g_N1 = teacher_NK.argmax(1, keepdim=True) if self.of == "argmax" else rows.target_N.unsqueeze(1)
         # The others are renormalised from their own logits, never by log(1 - p(g)), which cancels when p(g) nears 1.
-        others = [logp.scatter(1, g_N1, -torch.inf) for logp in (student_NK, teacher_NK)]
-        (student, teacher), rest = others, [logp.logsumexp(1, keepdim=True) for logp in others]
+        student, teacher = (logp.scatter(1, g_N1, -torch.inf) for logp in (student_NK, teacher_NK))
         if self.part == "rest":
-            return _kl(teacher - rest[1], student - rest[0])
-        binary = [torch.cat([logp.gather(1, g_N1), mass], dim=1)
-                  for logp, mass in zip((student_NK, teacher_NK), rest, strict=True)]  # fmt: skip
-        return _kl(binary[1], binary[0])
+            return _kl(renormalised(teacher), renormalised(student))
+        student, teacher = (torch.cat([logp.gather(1, g_N1), log_mass(others)], dim=1)
+                            for logp, others in ((student_NK, student), (teacher_NK, teacher)))  # fmt: skip
+        return _kl(teacher, student)
 
 
 Divergence = (
@@ -366,3 +381,16 @@ def log_mixture(first_NK: Tensor, second_NK: Tensor, share: float | Tensor) -> T
     first_NK, second_NK = (torch.where(excluded, 0.0, logp) for logp in (first_NK, second_NK))
     mixture = torch.logaddexp(first_NK + share.log(), second_NK + torch.log1p(-share))
     return torch.where(excluded, -torch.inf, mixture)
+
+
+def log_mass(logp: Tensor) -> Tensor:
+    """logsumexp over the last axis, which stays with length 1: -inf, and no NaN gradient, where all is excluded."""
+    empty = torch.isneginf(logp).all(-1, keepdim=True)
+    mass = torch.where(empty, 0.0, logp).logsumexp(-1, keepdim=True)
+    return torch.where(empty, -torch.inf, mass)
+
+
+def renormalised(logp_NK: Tensor) -> Tensor:
+    """Log-probabilities that sum to 1 over the outcomes that are left; -inf throughout where none is."""
+    mass_N1 = log_mass(logp_NK)
+    return logp_NK - torch.where(torch.isneginf(mass_N1), 0.0, mass_N1)

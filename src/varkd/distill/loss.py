@@ -247,7 +247,7 @@ def _scores(
     if student_hidden_ND is not None:
         head, hidden_ND = inputs.student.head, student_hidden_ND
         student = lambda rows: head(hidden_ND[rows])
-    sides = Sides(part.codes_BL.flatten(), teacher.logits if teacher else None, student, uniform_N2)
+    sides = Sides(part.supervision_BL.flatten(), teacher.logits if teacher else None, student, uniform_N2)
     found = position_scores(names, sides, inputs.products, inputs.chunk_rows)
     return {name: score_N.view(shape) for name, score_N in found.items()}
 

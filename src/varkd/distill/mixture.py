@@ -104,20 +104,25 @@ class Mixture(Prefixes):
         return tuple(rest if fraction is None else fraction for fraction in fixed)
 
     def __call__(self, batch: Batch, scene: Scene) -> Context:
-        fractions = self.fractions()
-        last_row = int(batch.row_B.max()) if len(batch) else -1
-        owner = torch.tensor(composition(fractions, last_row + 1), device=batch.row_B.device)[batch.row_B]
+        owner_B = self._owner(batch.row_B)
         parts: list[Part] = []
         for index, share in enumerate(self.shares):
-            rows = batch.select(owner == index)
+            rows = batch.select(owner_B == index)
             if len(rows):
                 parts.extend(share.contexts(rows, scene).parts)
         return Context(tuple(parts))
 
     def update(self, context: Context, state: State, rng: Rng) -> State:
-        for share in self.shares:
-            state = share.contexts.update(context, state, rng)
+        for index, share in enumerate(self.shares):
+            # Each source learns of its own rows only: a ring must not take in what another source made.
+            mine = [part.select(self._owner(part.row_B) == index) for part in context.parts]
+            state = share.contexts.update(Context(tuple(mine)), state, rng)
         return state
+
+    def _owner(self, row_B: Tensor) -> Tensor:
+        """The index of the share that each global row belongs to in this step."""
+        last_row = int(row_B.max()) if len(row_B) else -1
+        return torch.tensor(composition(self.fractions(), last_row + 1), device=row_B.device, dtype=torch.long)[row_B]
 
 
 @lru_cache(maxsize=256)

@@ -103,7 +103,7 @@ class Replay(Prefixes):
 
     def update(self, context: Context, state: State, rng: Rng) -> State:
         """Push the fresh sequences (age 0) of `context` into the rings of their rows."""
-        fresh = [part.select(part.age_B == 0) for part in context.parts if part.source in self.sources]
+        fresh = [part.select(part.age_B == 0) for part in context.parts if len(part) and part.source in self.sources]
         # A rank may get its first student rows later than another one, but all of them keep (empty) rings.
         part = merge(fresh) if fresh else context.parts[0].select(slice(0, 0))
         state = self._with_rows(state, part)

@@ -96,7 +96,8 @@ class TaidTime(Adaptive):
     def after_update(self, memory: Tensor | None, progress: float, loss: float) -> Tensor:
         time, average, former = (self.start, 0.0, loss) if memory is None else memory.tolist()
         average = self.momentum * average + (1 - self.momentum) * (former - loss) / (former + 1e-15)
-        grown = time + self.alpha / (1 + math.exp(-average)) * (1 - time)
+        sigmoid = 0.5 * (1 + math.tanh(average / 2))  # exp(-average) overflows after a loss of almost 0
+        grown = time + self.alpha * sigmoid * (1 - time)
         time = min(self.end, max(self.start + (self.end - self.start) * progress, grown))
         return torch.tensor([time, average, loss], dtype=torch.float64)
 

@@ -2,6 +2,7 @@
 
 A view is one weighted comparison. `Full` gives one view of all codes; `Clusters` compresses the code space: near-equal
 codes count as one outcome, so the student is not asked to copy the teacher's arbitrary split of mass between them.
+`TopK` keeps the likeliest codes apart and counts all others as one outcome.
 The loss of a space is sum over views of weight * D(view), for any divergence D.
 """
 
@@ -14,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from varkd.distill.divergences import Rows
+from varkd.distill.divergences import Rows, log_mass, renormalised
 from varkd.distill.schedule import Scalar, check_range, number
 from varkd.errors import VarkdError
 from varkd.world import Rng
@@ -94,19 +95,76 @@ class Clusters:
         if within > 0:
             views.append(View(within, student, teacher, rows))
         if within < 1:
-            coarse = replace(rows, code_N=cluster_V[rows.code_N])
+            coarse = replace(rows, code_N=cluster_V[rows.target_N])
             coarse_teacher = None if teacher is None else cluster_logp(teacher, members)
             views.append(View(1 - within, cluster_logp(student, members), coarse_teacher, coarse))
         return views
 
 
-Space = Full | Clusters
+@dataclass(frozen=True)
+class TopK:
+    """The `count` likeliest codes of one side, and one bucket with the mass of all others.
+
+    Merging the others leaves a true divergence, on `count` + 1 outcomes and at most the full one; a sum of
+    p (log p - log q) over the likeliest codes alone is none, for it can fall below 0. `tail=False` renormalises both
+    sides over the likeliest codes instead and does not see the mass outside. Which codes they are is a constant of the
+    gradient. There is no default count: the number that holds most of the mass of text may hold little of an image's.
+    """
+
+    count: int
+    of: Literal["teacher", "student"] = "teacher"
+    tail: bool = True
+    kind: Literal["top_k"] = "top_k"
+
+    def __post_init__(self) -> None:
+        smallest = 1 if self.tail else 2
+        if self.count < smallest:
+            raise VarkdError(f"top_k: count must be at least {smallest} with tail={str(self.tail).lower()}, "
+                             f"got {self.count}")  # fmt: skip
+
+    def __call__(self, student_NV: Tensor, teacher_NV: Tensor | None, rows: Rows, products: Products) -> list[View]:
+        del products
+        student = log_softmax(student_NV)
+        teacher = None if teacher_NV is None else log_softmax(teacher_NV)
+        judge = student if self.of == "student" else teacher
+        if judge is None:
+            raise VarkdError("top_k: the teacher's likeliest codes need a teacher: give teacher=RUN and a divergence "
+                             "that looks at it, or set space.of=student")  # fmt: skip
+        code_NK = judge.detach().topk(min(self.count, judge.shape[1]), dim=1).indices
+        teacher_NK = None if teacher is None else self._merged(teacher, code_NK)
+        return [View(1.0, self._merged(student, code_NK), teacher_NK, self._places(rows, code_NK))]
+
+    def prepare(self, codebook_VE: Tensor) -> Products:
+        del codebook_VE
+        return {}
+
+    def _merged(self, logp_NV: Tensor, code_NK: Tensor) -> Tensor:
+        """Log-probabilities of the codes `code_NK`, and of the tail behind them (N, K + 1)."""
+        kept_NK = logp_NV.gather(1, code_NK)
+        if not self.tail:
+            return renormalised(kept_NK)
+        # Summed over the others themselves: log(1 - sum) has no digits left where the likeliest codes hold nearly all.
+        return torch.cat([kept_NK, log_mass(logp_NV.scatter(1, code_NK, -torch.inf))], dim=1)
+
+    def _places(self, rows: Rows, code_NK: Tensor) -> Rows:
+        """The rows in this space's numbering: the place of the target code among `code_NK`, or the tail, K."""
+        if not self.tail:
+            return replace(rows, code_N=None)
+        hit_NK = code_NK == rows.target_N.unsqueeze(1)
+        return replace(rows, code_N=torch.where(hit_NK.any(1), hit_NK.int().argmax(1), code_NK.shape[1]))
+
+
+Space = Full | Clusters | TopK
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities in float32 at least: bfloat16 loses three digits over thousands of codes."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return (wide if temperature == 1 else wide / temperature).log_softmax(-1)
+    return (widened(logits) if temperature == 1 else widened(logits) / temperature).log_softmax(-1)
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Logits in float32 at least."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def cluster_members(cluster_V: Tensor) -> Tensor:
@@ -124,11 +182,7 @@ def cluster_members(cluster_V: Tensor) -> Tensor:
 def cluster_logp(logp_NV: Tensor, members_KM: Tensor) -> Tensor:
     """Log-mass of every cluster (N, K): a segment-wise logsumexp, which does not underflow."""
     padded = torch.cat([logp_NV, logp_NV.new_full((len(logp_NV), 1), -torch.inf)], dim=1)
-    member_NKM = padded[:, members_KM]
-    # A cluster of masked codes alone: kept out of the logsumexp, whose gradient would be NaN there.
-    empty_NK = torch.isneginf(member_NKM).all(-1)
-    mass_NK = torch.where(empty_NK.unsqueeze(-1), 0.0, member_NKM).logsumexp(-1)
-    return torch.where(empty_NK, -torch.inf, mass_NK)
+    return log_mass(padded[:, members_KM]).squeeze(-1)
 
 
 def assign_clusters(codebook_VE: Tensor, count: int, assignment: Literal["kmeans", "random"], seed: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from varkd.backbones.protocol import Backbone, GuidanceKind
 from varkd.distill.schedule import Scalar, check_range, number
+from varkd.distill.spaces import widened
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler, filter_logits, guidance_per_step
 from varkd.types import Part
@@ -39,7 +40,7 @@ class Temperature:
 
     def __call__(self, logits_NV: Tensor, null_NV: Tensor | None, scale_N: Tensor | None) -> Tensor:
         del null_NV, scale_N
-        return logits_NV / number(self.temperature)
+        return widened(logits_NV) / number(self.temperature)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Truncated:
 
     def __call__(self, logits_NV: Tensor, null_NV: Tensor | None, scale_N: Tensor | None) -> Tensor:
         del null_NV, scale_N
-        return filter_logits(logits_NV.float(), self.top_k, self.top_p)
+        return filter_logits(widened(logits_NV), self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class Guided:
     def __call__(self, logits_NV: Tensor, null_NV: Tensor | None, scale_N: Tensor | None) -> Tensor:
         if null_NV is None or scale_N is None:
             raise ValueError("a guided target needs the null branch and the scales")
-        null = null_NV.float()
-        return null + scale_N.unsqueeze(1) * (logits_NV.float() - null)
+        null = widened(null_NV)
+        return null + scale_N.unsqueeze(1) * (widened(logits_NV) - null)
 
     def scale_B(self, row_B: Tensor, rng: Rng) -> Tensor | None:
         """This step's scale for each global row, float32 (B,); None where one scale serves all."""

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from varkd.backbones.protocol import Backbone
-from varkd.backbones.store import build, family_class, load_backbone, weights_hash
+from varkd.backbones.store import build, check_state, family_class, load_backbone, weights_hash
 from varkd.config import Run, read_run
 from varkd.data.codes import sequence_length
 from varkd.distill.spaces import Products
+from varkd.distill.target import Guided
 from varkd.errors import VarkdError
 from varkd.files import read_json
 from varkd.run.data import Codes, pick_device
@@ -45,6 +46,7 @@ def build_objects(run: Run, codes: Codes, world: World, device: torch.device) ->
     elif run.method.needs_teacher:
         raise VarkdError(f"method '{run.preset}' needs a teacher: give teacher=RUN")
     run.method.check(student, teacher)
+    check_scale(run, student)
     teacher_hash = weights_hash(teacher) if teacher is not None else None
     products = {name: value.to(device) for name, value in run.method.prepare(codes.tokenizer.codebook_VE).items()}
     student = distribute(student.to(device), world, run.train.replicas)
@@ -56,21 +58,41 @@ def build_objects(run: Run, codes: Codes, world: World, device: torch.device) ->
 def new_student(run: Run, codes: Codes) -> Backbone:
     """The student at its first step: drawn from the seed, or the weights of `init`."""
     if run.init:
-        model, info = load_backbone(run.init)
-        check_pair(model, model, info.get("tokenizer_hash"), codes)
-        sizes = {name: value for name, value in info.items() if name not in ("family", "tokenizer_hash")}
-        student = build(model.family, sizes, _dropout(run))
-        student.load_state_dict(model.state_dict())
-        return student
+        return _from_start(run, run.init, codes)
     chosen = {name: value for name, value in asdict(run.model).items() if name != "family" and value is not None}
     sizes = {**family_class(run.model.family).sizes_for(codes.layout), **chosen}
     return build(run.model.family, sizes, _dropout(run), run.seed, quantiser=codes.tokenizer.quantiser)
+
+
+def _from_start(run: Run, init: str, codes: Codes) -> Backbone:
+    """The weights of `init`, where `model.scale_conditioned` asks for it with a new embedding that adds nothing yet."""
+    model, info = load_backbone(init)
+    check_pair(model, model, info.get("tokenizer_hash"), codes)
+    if run.model.scale_conditioned is False and model.scale_conditioned:
+        raise VarkdError(f"init={init} reads the guidance scale: leave model.scale_conditioned=false out")
+    sizes = {name: value for name, value in info.items() if name not in ("family", "tokenizer_hash")}
+    if run.model.scale_conditioned:
+        sizes["scale_conditioned"] = True
+    student = build(model.family, sizes, _dropout(run))
+    own, start = student.state_dict(), model.state_dict()
+    fresh = {name: value for name, value in own.items() if name.startswith("scale_embedding.")}
+    check_state(student, fresh | start, f"init={init}")
+    student.load_state_dict(fresh | start)
+    return student
 
 
 def _dropout(run: Run) -> float:
     if run.train.dropout and run.teacher and run.method.needs_teacher:
         raise VarkdError("distillation with dropout makes the objective noisy: set train.dropout=0")
     return run.train.dropout
+
+
+def check_scale(run: Run, student: Backbone) -> None:
+    """Raise `VarkdError` where a student reads the guidance scale but would be taught a guided teacher as scale 1."""
+    target = run.method.target
+    if student.scale_conditioned and isinstance(target, Guided) and target.highest is None:
+        raise VarkdError(f"this student reads the guidance scale, and one scale for all is not told: set "
+                         f"method.target.highest ({target.scale:g} or more)")  # fmt: skip
 
 
 def check_pair(student: Backbone, model: Backbone, tokenizer_hash: str | None, codes: Codes) -> None:

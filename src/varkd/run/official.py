@@ -73,6 +73,9 @@ def export(source: Path, out: Path, official: bool = False) -> str:
     if official and out.suffix not in (*_PICKLES, ".safetensors"):
         raise VarkdError(f"--out {out}: an official file ends in {', '.join(_PICKLES)} or .safetensors")
     model, info = load_backbone(source)
+    if official and model.scale_conditioned:
+        raise VarkdError(f"{source} reads the guidance scale, which official files have no place for: export a model "
+                         "folder (without --official)")  # fmt: skip
     if not official:
         save_backbone(model, out, info.get("tokenizer_hash"))
         return f"{model.family}: {len(model.state_dict())} tensors"

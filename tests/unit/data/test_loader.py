@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -97,3 +98,47 @@ def test_batch_sizes_that_do_not_divide(codes_folder: CodesFolder) -> None:
     for batch_size in (0, 9):
         with pytest.raises(VarkdError, match="positive multiple of the 2 processes"):
             Loader(codes, batch_size, 0, World(0, 2))
+
+
+# ---- a part of the images
+
+
+def chosen(*numbers: int) -> np.ndarray:
+    return np.array(numbers, dtype=np.int64)
+
+
+def test_only_the_chosen_images_are_shown_each_once_an_epoch(codes_folder: CodesFolder) -> None:
+    images = chosen(1, 4, 5, 9, 16, 20, 22)
+    loader = Loader(CodeSet.open(codes_folder()), 3, seed=0, images=images)
+    batches = [loader.batch(step) for step in range(14)]  # 42 rows: six epochs, borders within batches
+    shown = torch.cat([batch.codes_BL[:, 0] for batch in batches]).tolist()
+    epochs = [shown[start : start + 7] for start in range(0, 42, 7)]
+    assert all(sorted(epoch) == images.tolist() for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 3
+    for batch in batches:  # labels and views are those of the image, not of its place among the chosen
+        assert batch.label_B.equal(batch.codes_BL[:, 0] % 3) and batch.row_B.tolist() == [0, 1, 2]
+    assert set(torch.cat([batch.codes_BL[:, 1] for batch in batches]).tolist()) == {0, 1, 2}
+
+
+def test_all_images_by_name_are_all_images(codes_folder: CodesFolder) -> None:
+    codes = CodeSet.open(codes_folder())
+    named, plain = Loader(codes, 8, seed=3, images=np.arange(23)), Loader(codes, 8, seed=3)
+    assert all(same(named.batch(step), plain.batch(step)) for step in range(6))
+
+
+def test_chosen_images_on_several_ranks_and_after_a_resume(codes_folder: CodesFolder) -> None:
+    codes, images = CodeSet.open(codes_folder()), chosen(0, 2, 3, 7, 11, 13, 21)
+    straight = Loader(codes, 4, seed=0, images=images)
+    batches = [straight.batch(step) for step in range(8)]
+    for step in (6, 0, 3):
+        assert same(Loader(codes, 4, seed=0, images=images).batch(step), batches[step])
+        parts = [Loader(codes, 4, 0, World(rank, 2), images).batch(step) for rank in range(2)]
+        for field in ("codes_BL", "label_B", "row_B"):
+            assert torch.cat([getattr(part, field) for part in parts]).equal(getattr(batches[step], field))
+
+
+def test_one_image_fills_every_batch_and_none_is_refused(codes_folder: CodesFolder) -> None:
+    codes = CodeSet.open(codes_folder())
+    assert Loader(codes, 4, 0, images=chosen(17)).batch(5).codes_BL[:, 0].tolist() == [17] * 4
+    with pytest.raises(VarkdError, match="empty"):
+        Loader(codes, 4, 0, images=chosen())

@@ -14,12 +14,24 @@ from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import build
 from varkd.distill import prefixes as module
 from varkd.distill.contexts import Contexts
+from varkd.distill.credit import FutureReturn, Importance, NoCredit, PrefixDiscrepancy, Reward
+from varkd.distill.divergences import CrossEntropy
+from varkd.distill.method import Method, Term
 from varkd.distill.mixture import Mixture, Share, composition
-from varkd.distill.prefixes import Data, Rollout
+from varkd.distill.prefixes import (
+    Completions,
+    Data,
+    Interleaved,
+    ParallelSampling,
+    PrefixRestart,
+    Rollout,
+    ScheduledSampling,
+    TokenMix,
+)
 from varkd.distill.replay import Replay
 from varkd.distill.reweighted import Reweighted, effective_share, log_ratio, sequence_weights
 from varkd.distill.scene import Scene, State, merge
-from varkd.distill.schedule import Ramp, resolve
+from varkd.distill.schedule import Plateau, Ramp, resolve
 from varkd.distill.scores import code_logp
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
@@ -295,10 +307,248 @@ def test_rows_sampled_afresh_among_replayed_ones_keep_their_own_orders(any_order
     assert torch.equal(part.plan.order_BL, expected_BL) and part.plan.sizes == fresh.plan.sizes
 
 
-@pytest.mark.parametrize("values", [{"every": 0}, {"capacity": 0}, {"max_age": -1}])
+@pytest.mark.parametrize("values", [{"every": 0}, {"capacity": 0}, {"max_age": -1}, {"fresh": 1.5},
+                                    {"fresh": Ramp(0.5, -0.1)}])  # fmt: skip
 def test_replay_refuses_nonsense(values: dict):
     with pytest.raises(VarkdError, match="replay"):
         Replay(**values)
+
+
+# ---- replay that draws for each row whether to sample anew
+
+
+def test_fresh_sequences_are_drawn_row_by_row(student, batch):
+    """A brute-force ring per row: what was sampled when, newest last, at most three and none too old."""
+    replay = Replay(fresh=0.4, capacity=3, max_age=5)
+    rings: list[list[int]] = [[] for _ in range(8)]
+    drawn, picked_from, forced = 0, set(), set()
+    made = [Rollout()(batch, scene(student, step=step)).parts[0] for step in range(30)]
+    for step, context in enumerate(run_replay(replay, student, batch, 30)):
+        (part,) = context.parts
+        coin_B = Rng(0, step).uniform("replay-fresh", batch.row_B, 1).squeeze(1) < 0.4
+        for row, age in enumerate(part.age_B.tolist()):
+            young = [born for born in rings[row] if step - born <= 5]
+            assert (age == 0) == (bool(coin_B[row]) or not young)
+            assert torch.equal(part.codes_BL[row], made[step - age].codes_BL[row])
+            if age == 0:
+                rings[row] = [*rings[row], step][-3:]
+                drawn += bool(coin_B[row])
+                forced |= set() if coin_B[row] else {step}
+            else:
+                picked_from.add(young.index(step - age))
+    assert picked_from == {0, 1, 2} and 0.3 < drawn / 240 < 0.5
+    assert 0 in forced and len(forced) > 1  # empty rings at first, and one that had grown too old later
+
+
+def test_fresh_always_and_fresh_never(student, batch):
+    always = [context.parts[0] for context in run_replay(Replay(fresh=1.0), student, batch, 4)]
+    for step, part in enumerate(always):
+        assert same_part(part, Rollout()(batch, scene(student, step=step)).parts[0])
+    never = [context.parts[0] for context in run_replay(Replay(fresh=0.0, max_age=10**6), student, batch, 4)]
+    assert all(torch.equal(part.codes_BL, never[0].codes_BL) for part in never)
+    assert [part.age_B.unique().tolist() for part in never] == [[0], [1], [2], [3]]
+
+
+def test_fresh_follows_a_schedule_and_a_part_of_the_rows_is_the_same(student, batch):
+    replay = Replay(fresh=Ramp(1.0, 0.0), capacity=2)
+    state: State = {}
+    shares = []
+    for step in range(10):
+        contexts = resolve(replay, step / 10)
+        (part,) = contexts(batch, scene(student, step=step, state=state)).parts
+        some = torch.tensor([1, 6])
+        assert same_part(contexts(batch.select(some), scene(student, step=step, state=state)).parts[0],
+                         part.select(some))  # fmt: skip
+        state = contexts.update(Context((part,)), state, Rng(0, step))
+        shares.append(float((part.age_B == 0).double().mean()))
+    assert shares[0] == 1 and shares[-1] < 0.5 and sum(shares[:5]) > sum(shares[5:])
+
+
+# ---- replay of what other contexts make
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [PrefixRestart(0.3, 0.7), TokenMix(alpha=0.4), Interleaved(top_p=0.5), Rollout("teacher")],
+    ids=lambda contexts: contexts.kind,
+)
+def test_replay_keeps_what_any_sampling_context_makes(student, teacher, batch, inner):
+    replay, state = Replay(inner, every=3, capacity=2), {}
+    made = {step: inner(batch, scene(student, teacher, step)).parts[0] for step in (0, 3, 6)}
+    ages = set()
+    for step in range(9):
+        (part,) = replay(batch, scene(student, teacher, step, state)).parts
+        state = replay.update(Context((part,)), state, Rng(0, step))
+        assert part.source == inner.sources[0] and part.behaviour_logp_BL is not None
+        for row, age in enumerate(part.age_B.tolist()):
+            ages.add(age)
+            assert torch.equal(part.codes_BL[row], made[step - age].codes_BL[row])
+            assert torch.equal(part.behaviour_logp_BL[row], made[step - age].behaviour_logp_BL[row])
+        if step % 3 == 0:
+            assert (part.accept_BL is None) == (made[step].accept_BL is None)
+    assert ages == {0, 1, 2, 4, 5}  # from the second refresh on, the ring holds two
+    described = (replay.sources, replay.samplers, replay.needs_teacher, replay.splices)
+    assert described == (inner.sources, inner.samplers, inner.needs_teacher, False)
+
+
+def test_replay_keeps_the_guidance_scale_that_a_row_was_sampled_with(student, batch):
+    """Scales differ between steps: a replayed sequence must come back with its own."""
+    replay, state, born = Replay(every=2, capacity=2), {}, {}
+    for step in range(6):
+        scale_B = torch.arange(8.0) + 10 * step
+        scaled = replace(batch, scale_B=scale_B)
+        (part,) = replay(scaled, scene(student, step=step, state=state)).parts
+        state = replay.update(Context((part,)), state, Rng(0, step))
+        if step % 2 == 0:
+            born[step] = scale_B
+        expected = [born[step - age][row].item() for row, age in enumerate(part.age_B.tolist())]
+        assert part.condition.scale_B is not None and part.condition.scale_B.tolist() == expected
+    assert state["rows/replay_scale"].shape == (8, 2)
+    assert "rows/replay_scale" not in replay.update(replay(batch, scene(student)), {}, Rng(0, 0))
+
+
+def test_rows_that_join_keep_the_scales_of_the_others(student, batch):
+    replay, state = Replay(every=10), {}
+    scaled = replace(batch, scale_B=torch.arange(8.0))
+    old = replay(scaled.select(torch.tensor([1, 4, 6])), scene(student))
+    state = replay.update(old, state, Rng(0, 0))
+    later = replace(scaled, scale_B=torch.arange(8.0) + 100)
+    mixed = replay(later, scene(student, step=1, state=state))
+    assert mixed.parts[0].condition.scale_B.tolist() == [100, 1, 102, 103, 4, 105, 6, 107]
+    state = replay.update(mixed, state, Rng(0, 1))
+    again = replay(later, scene(student, step=2, state=state)).parts[0]
+    assert again.condition.scale_B.tolist() == [100, 1, 102, 103, 4, 105, 6, 107]
+    assert again.age_B.tolist() == [1, 2, 1, 1, 2, 1, 2, 1]
+
+
+# ---- contexts inside others
+
+
+@pytest.mark.parametrize("other", [ScheduledSampling(0.5), ParallelSampling(0.5, with_data=True), Rollout(),
+                                   Rollout(sampler=Sampler(temperature=0.5)), TokenMix(), Data()],
+                         ids=lambda contexts: contexts.kind)  # fmt: skip
+def test_a_ring_takes_in_nothing_that_another_source_made(student, teacher, batch, other):
+    """Rows change their owner, and what a neighbour sampled for a row is not what the replay would have sampled."""
+    mixture = Mixture((Share(other, Ramp(0.8, 0.2)), Share(Replay(every=3, capacity=2), "rest")))
+    state: State = {}
+    owned: dict[int, set[int]] = {}
+    made = [Rollout()(batch, scene(student, step=step)).parts[0] for step in range(12)]
+    for step in range(12):
+        contexts = resolve(mixture, step / 12)
+        context = contexts(batch, scene(student, teacher, step, state))
+        state = contexts.update(context, state, Rng(0, step))
+        part = context.parts[-1]
+        fresh = part.row_B[part.age_B == 0].tolist()
+        for row in fresh:
+            owned.setdefault(row, set()).add(step)
+        assert state["rows/replay_row"].tolist() == sorted(owned)
+        for row, born_C, codes_CL in zip(sorted(owned), state["rows/replay_born"].tolist(),
+                                         state["rows/replay_codes"], strict=True):  # fmt: skip
+            for born, codes_L in zip(born_C, codes_CL, strict=True):
+                if born >= 0:
+                    assert born in owned[row] and torch.equal(codes_L, made[born].codes_BL[row])
+    assert len(owned) >= 6
+
+
+def test_the_rest_is_what_the_others_leave():
+    shares = Mixture((Share(Data(), "rest"), Share(Rollout(), 0.25), Share(TokenMix(), 0.25)))
+    assert shares.fractions() == (0.5, 0.25, 0.25)
+    assert Mixture((Share(Data(), 0.75), Share(Rollout(), 0.75), Share(TokenMix(), "rest"))).fractions()[2] == 0
+    moving = Mixture((Share(Data(), "rest"), Share(Rollout(), Ramp(0.0, 1.0))))
+    assert [resolve(moving, done).fractions() for done in (0.0, 0.25, 1.0)] == [(1, 0), (0.75, 0.25), (0, 1)]
+    adaptive = Mixture((Share(Data(), "rest"), Share(Rollout(), Plateau())))
+    state = {"adaptive.shares.1.fraction": torch.tensor([0.375, 1.0], dtype=torch.float64)}
+    assert resolve(adaptive, 0.5, state).fractions() == (0.625, 0.375)
+
+
+def test_the_rest_gets_its_rows(student, batch):
+    mixture = Mixture((Share(Data(), "rest"), Share(Rollout(), 0.25)))
+    assert [(part.source, len(part)) for part in mixture(batch, scene(student)).parts] == [("data", 6), ("student", 2)]
+
+
+def test_mixtures_refuse_what_they_cannot_keep_apart():
+    with pytest.raises(VarkdError, match="one replay at most"):
+        Mixture((Share(Replay(), 0.5), Share(Replay(TokenMix()), 0.5)))
+    with pytest.raises(VarkdError, match="the rest can go to one share only"):
+        Mixture((Share(Data(), "rest"), Share(Rollout(), "rest")))
+
+
+def test_nested_contexts_speak_for_what_is_inside():
+    cold, warm = Sampler(temperature=0.5), Sampler(guidance=2.0)
+    mixture = Mixture((
+        Share(Data(), 0.25), Share(Replay(TokenMix(cold)), 0.25), Share(Completions(sampler=warm), 0.25),
+        Share(ScheduledSampling(sampler=cold), 0.25),
+    ))  # fmt: skip
+    assert mixture.sources == ("data", "student", "teacher") and mixture.samplers == (cold, warm, cold)
+    assert mixture.needs_teacher and mixture.splices
+    around = Reweighted(mixture)
+    assert (around.sources, around.samplers, around.splices) == (mixture.sources, mixture.samplers, mixture.splices)
+    codebook_VE = torch.rand(5, 2)
+    assert torch.equal(around.prepare(codebook_VE)["codebook"], codebook_VE)
+    plain = Mixture((Share(Data(), 0.5), Share(Rollout(sampler=warm), 0.5)))
+    assert not plain.needs_teacher and not plain.splices and plain.prepare(codebook_VE) == {}
+
+
+# ---- sampled rewards: where they can be had
+
+OFTEN = "the sampler never draws some codes"
+ONE_BY_ONE = "were not sampled one by one under a known probability"
+PREFIX = "their first codes come from the data"
+NO_REWARDS = [
+    (Data(), "data", ONE_BY_ONE),
+    *((Rollout(sampler=sampler), "student", OFTEN)
+      for sampler in (Sampler(top_k=5), Sampler(top_p=0.9), Sampler(temperature=0))),
+    (Rollout("teacher", Sampler(top_p=0.9)), "teacher", OFTEN),
+    (TokenMix(Sampler(top_k=5)), "student", OFTEN),
+    (Interleaved(Sampler(top_p=0.9)), "student", OFTEN),
+    (PrefixRestart(), "student", PREFIX),
+    (ScheduledSampling(), "student", ONE_BY_ONE),
+    (ParallelSampling(), "student", ONE_BY_ONE),
+    (Completions(), "teacher", ONE_BY_ONE),
+    (Replay(PrefixRestart()), "student", PREFIX),
+    (Replay(Rollout(sampler=Sampler(top_k=2))), "student", OFTEN),
+    (Mixture((Share(Rollout(), 0.5), Share(PrefixRestart(), 0.5))), "student", PREFIX),
+    (Reweighted(Mixture((Share(Data(), 0.5), Share(Replay(PrefixRestart()), 0.5)))), "student", PREFIX),
+]  # fmt: skip
+CREDITS = [Importance(), Reward(), FutureReturn(), PrefixDiscrepancy()]
+
+
+@pytest.mark.parametrize(("contexts", "source", "reason"), NO_REWARDS)
+@pytest.mark.parametrize("credit", CREDITS, ids=lambda credit: credit.kind)
+def test_sampled_rewards_are_refused_with_their_reason(contexts, source, reason, credit):
+    term = Term("pg", CrossEntropy(), on=(source,), credit=credit)
+    with pytest.raises(VarkdError, match=rf"term 'pg': sampled rewards \({credit.kind}\).* on {source}.*{reason}"):
+        Method((term,), contexts)
+    Method((replace(term, credit=NoCredit()),), contexts)  # without rewards there is nothing against it
+
+
+HONEST = [Sampler(), Sampler(temperature=0.7), Sampler(temperature=2.0), Sampler(guidance=1.5)]
+
+
+@pytest.mark.parametrize("sampler", HONEST)
+@pytest.mark.parametrize("make", [
+    lambda sampler: Rollout(sampler=sampler), lambda sampler: Rollout("teacher", sampler), TokenMix, Interleaved,
+    lambda sampler: Replay(Rollout(sampler=sampler)), lambda sampler: Replay(TokenMix(sampler)),
+    lambda sampler: Reweighted(Rollout(sampler=sampler)),
+    lambda sampler: Mixture((Share(Data(), 0.5), Share(Rollout(sampler=sampler), 0.5))),
+])  # fmt: skip
+def test_rewards_are_accepted_where_log_probabilities_are_stored(student, teacher, batch, make, sampler):
+    """And they are indeed stored, finite, for the very part that the term is on."""
+    contexts = make(sampler)
+    source = contexts.sources[-1]
+    Method((Term("pg", CrossEntropy(), on=(source,), credit=Reward()),), contexts)
+    part = contexts(batch, scene(student, teacher)).parts[-1]
+    assert part.source == source and part.behaviour_logp_BL is not None
+    assert part.behaviour_logp_BL.isfinite().all() and (part.behaviour_logp_BL < 0).all()
+
+
+def test_rewards_on_other_sources_are_no_matter():
+    """MiniLLM: rewards on student sequences, plain cross-entropy on data."""
+    mixture = Mixture((Share(Data(), 0.5), Share(TokenMix(), 0.5)))
+    Method((Term("pg", CrossEntropy(), on=("student",), credit=Reward()), Term("ce", CrossEntropy(), on=("data",))),
+           mixture)  # fmt: skip
+    with pytest.raises(VarkdError, match="on data sequences"):
+        Method((Term("pg", CrossEntropy(), credit=Reward()),), mixture)
 
 
 # ---- sequence weights

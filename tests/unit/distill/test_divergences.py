@@ -16,22 +16,30 @@ from torch import Tensor
 import reference
 from varkd.distill.divergences import (
     JSD,
+    TAID,
     AdaptiveKL,
     CrossEntropy,
+    Decoupled,
     Divergence,
     ForwardKL,
+    Ranking,
     ReverseKL,
     Rows,
+    SequenceSkew,
     SkewKL,
     SkewReverseKL,
     TeacherArgmax,
     ToDi,
     TotalVariation,
+    log_mass,
+    renormalised,
 )
+from varkd.distill.schedule import Ramp
 from varkd.distill.spaces import log_softmax
 from varkd.errors import VarkdError
 
 CODE = torch.tensor([0, 1, 1])
+ALPHA = torch.tensor([0.02, 0.3, 0.07], dtype=torch.float64)  # a skew for each row
 TWO_SIDED: dict[str, tuple[Divergence, Callable[..., tuple[Tensor, Tensor]]]] = {
     "forward_kl": (ForwardKL(), reference.forward_kl),
     "reverse_kl": (ReverseKL(), reference.reverse_kl),
@@ -48,9 +56,29 @@ TWO_SIDED: dict[str, tuple[Divergence, Callable[..., tuple[Tensor, Tensor]]]] = 
     "adaptive_kl.9": (AdaptiveKL(0.9), partial(reference.adaptive_kl, head=0.9)),
     "todi": (ToDi(), partial(reference.todi, sharpness=1.0)),
     "todi.3": (ToDi(3.0), partial(reference.todi, sharpness=3.0)),
-}
+    "taid.4": (TAID(0.4), partial(reference.taid, time=0.4)),
+    "taid.9": (TAID(0.9), partial(reference.taid, time=0.9)),
+    "skew_kl.rows": (SkewKL(SequenceSkew()), partial(reference.skew_kl, alpha=ALPHA.unsqueeze(1))),
+    "skew_reverse_kl.rows": (
+        SkewReverseKL(SequenceSkew()), partial(reference.skew_reverse_kl, alpha=ALPHA.unsqueeze(1)),
+    ),
+    "skew_reverse_kl.detached": (
+        SkewReverseKL(0.1, detached=True), partial(reference.skew_reverse_kl, alpha=0.1, detached=True),
+    ),
+    "skew_reverse_kl.rows.detached": (
+        SkewReverseKL(SequenceSkew(), detached=True),
+        partial(reference.skew_reverse_kl, alpha=ALPHA.unsqueeze(1), detached=True),
+    ),
+}  # fmt: skip
 ALL = {
     **TWO_SIDED,
+    # 0 as soon as the order of the first codes agrees (ranking), or one half of the distribution does (decoupled).
+    "ranking": (Ranking(), partial(reference.ranking, top_k=5)),
+    "ranking.1": (Ranking(1), partial(reference.ranking, top_k=1)),
+    "decoupled.target": (Decoupled("target"), partial(reference.decoupled, part="target", code=CODE)),
+    "decoupled.rest": (Decoupled("rest"), partial(reference.decoupled, part="rest", code=CODE)),
+    "decoupled.target.argmax": (Decoupled("target", "argmax"), partial(reference.decoupled, part="target")),
+    "decoupled.rest.argmax": (Decoupled("rest", "argmax"), partial(reference.decoupled, part="rest")),
     "teacher_argmax": (TeacherArgmax(), reference.teacher_argmax),
     "cross_entropy": (CrossEntropy(), partial(reference.cross_entropy, code=CODE)),
 }
@@ -72,7 +100,7 @@ def logits(seed: int, scale: float, size: int, dtype: torch.dtype = torch.float6
 def apply(divergence: Divergence, s: Tensor, z: Tensor, code: Tensor = CODE) -> tuple[Tensor, Tensor]:
     """The value and its gradient with respect to the student's logits, by autograd through the log-softmax."""
     s = s.detach().requires_grad_()
-    value = divergence(log_softmax(s), log_softmax(z), Rows(code))
+    value = divergence(log_softmax(s), log_softmax(z), Rows(code, ALPHA))
     (gradient,) = torch.autograd.grad(value.sum(), s)
     return value.detach(), gradient
 
@@ -155,7 +183,8 @@ def test_masked_ids_count_nothing(name: str):
     torch.testing.assert_close(gradient, torch.cat([expected_gradient, torch.zeros_like(pad)], 1))
 
 
-@pytest.mark.parametrize("name", ["jsd.5", "skew_kl", "skew_reverse_kl", "total_variation"])
+@pytest.mark.parametrize("name", ["jsd.5", "skew_kl", "skew_reverse_kl", "skew_reverse_kl.detached", "skew_kl.rows",
+                                  "skew_reverse_kl.rows", "total_variation", "taid.4"])  # fmt: skip
 def test_one_sided_masks_stay_finite_where_the_value_is_bounded(name: str):
     s, z = logits(4, 2.0, 20)
     hidden = torch.arange(20) < 5
@@ -204,11 +233,12 @@ def test_limits_in_beta_and_alpha():
     torch.testing.assert_close(apply(SkewReverseKL(0.0), s, z), (reverse, reverse_gradient))
 
 
-@pytest.mark.parametrize("divergence", [JSD(0.0), JSD(1.0), SkewKL(1.0), SkewReverseKL(1.0)])
+@pytest.mark.parametrize("divergence", [JSD(0.0), JSD(1.0), SkewKL(1.0), SkewReverseKL(1.0),
+                                        SkewReverseKL(1.0, detached=True)])  # fmt: skip
 def test_degenerate_ends_are_zero_and_can_be_trained_through(divergence: Divergence):
     s, z = logits(6, 2.0, 10)
     value, gradient = apply(divergence, s, z)
-    assert (value == 0).all() and (gradient == 0).all()
+    assert (value == 0).all() and gradient.abs().max() < 1e-15
 
 
 def test_argument_order():
@@ -223,6 +253,11 @@ def test_total_variation_has_no_gradient_at_ties():
     s = torch.zeros(3, 4, dtype=torch.float64)
     _, gradient = apply(TotalVariation(), s, s.clone())
     assert (gradient == 0).all()
+    # Next to codes that differ, a subgradient of -1/2 at the ties (a peer's) would no longer cancel.
+    q, p = torch.tensor([[0.25, 0.25, 0.125, 0.375]]), torch.tensor([[0.25, 0.25, 0.375, 0.125]])
+    student = q.double().log().requires_grad_()
+    (gradient,) = torch.autograd.grad(TotalVariation()(student, p.double().log(), Rows(None)).sum(), student)
+    torch.testing.assert_close(gradient, 0.5 * q.double() * torch.tensor([[0.0, 0.0, -1.0, 1.0]]))
 
 
 def test_the_teacher_gets_no_say_in_cross_entropy():
@@ -231,7 +266,7 @@ def test_the_teacher_gets_no_say_in_cross_entropy():
     torch.testing.assert_close(apply(CrossEntropy(), s, z)[0], F.cross_entropy(s, CODE, reduction="none"))
 
 
-@pytest.mark.parametrize("make", [lambda x: JSD(x), lambda x: SkewKL(x), lambda x: SkewReverseKL(x)])
+@pytest.mark.parametrize("make", [lambda x: JSD(x), lambda x: SkewKL(x), lambda x: SkewReverseKL(x), lambda x: TAID(x)])
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
 def test_parameters_out_of_range_are_refused(make: Callable[[float], Divergence], value: float):
     with pytest.raises(VarkdError, match=r"must lie in \[0, 1\]"):
@@ -262,3 +297,200 @@ def test_todi_is_the_sum_of_both_kl_in_value_only(seed: int, scale: float, size:
     half, half_gradient = apply(ToDi(0.0), s, z)  # a = 1/2 everywhere
     torch.testing.assert_close(half, (both[0][0] + both[1][0]) / 2, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(half_gradient, (both[0][1] + both[1][1]) / 2, rtol=1e-7, atol=1e-9)
+
+
+def test_jsd_measures_both_sides_against_the_mixture():
+    """1/2 KL(p || m) + 1/2 KL(q || m); a peer's has the arguments the other way round."""
+    s, z = logits(12, 3.0, 30)
+    (lq, lp), kl = reference.log_probs(s, z), lambda first, second: (first.exp() * (first - second)).sum(1)
+    lm = ((lq.exp() + lp.exp()) / 2).log()
+    value, _ = apply(JSD(0.5), s, z)
+    torch.testing.assert_close(value, (kl(lp, lm) + kl(lq, lm)) / 2)
+    assert ((kl(lm, lp) + kl(lm, lq)) / 2 - value > 0.1).all()  # the case tells the two apart
+
+
+@pytest.mark.parametrize("name", ["jsd.5", "skew_kl", "skew_reverse_kl", "skew_kl.rows", "skew_reverse_kl.detached"])
+def test_mixtures_are_formed_in_the_log_domain(name: str):
+    """Codes that both sides find less likely than float32 can say: the log of a plain mixture is -inf there."""
+    s, z = torch.tensor([[200.0, 0.0, 1.0]] * 3), torch.tensor([[201.0, 0.0, -1.0]] * 3)
+    lq, lp = log_softmax(s), log_softmax(z)
+    naive = (0.5 * lp.exp() + 0.5 * lq.exp()).log()
+    assert torch.isneginf(naive[:, 1:]).all() and (lp.exp() * (lp - naive)).sum(1).isnan().all()
+    value, gradient = apply(ALL[name][0], s, z)
+    expected_value, expected_gradient = ALL[name][1](s, z)
+    torch.testing.assert_close(value.double(), expected_value, rtol=0, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=0, atol=1e-6)
+
+
+def test_adaptive_kl_takes_the_head_and_the_gaps_in_one_order():
+    """A peer's mask is in the order of p but lies on gaps in the order of the vocabulary."""
+    s, z = logits(13, 2.0, 30)
+    q, p = s.softmax(1), z.softmax(1)
+    (forward, _), (reverse, _) = apply(ForwardKL(), s, z), apply(ReverseKL(), s, z)
+    value, _ = apply(AdaptiveKL(0.5), s, z)
+    gap, ordered = (p - q).abs(), p.sort(dim=1, descending=True)
+    mask = ordered.values.cumsum(1) <= 0.5
+    mask[:, 0] = True
+
+    def blend(of_head: Tensor) -> Tensor:
+        share = of_head.sum(1) / gap.sum(1)
+        return share * forward + (1 - share) * reverse
+
+    torch.testing.assert_close(value, blend(gap.gather(1, ordered.indices) * mask))
+    assert ((blend(gap * mask) - value).abs() > 1e-2).any()
+    low, high = torch.minimum(forward, reverse), torch.maximum(forward, reverse)
+    assert (low - 1e-9 <= value).all() and (value <= high + 1e-9).all()
+
+
+@some
+@given(seed=seeds, scale=scales, size=sizes)
+def test_taid_goes_from_the_student_to_the_teacher(seed: int, scale: float, size: int):
+    s, z = logits(seed, scale, size)
+    torch.testing.assert_close(apply(TAID(1.0), s, z), apply(ForwardKL(), s, z), rtol=1e-9, atol=1e-11)
+    value, gradient = apply(TAID(0.0), s, z)
+    assert value.abs().max() < 1e-11 and gradient.abs().max() < 1e-11
+    along = torch.stack([apply(TAID(time), s, z)[0] for time in (0.0, 0.25, 0.5, 0.75, 1.0)])
+    assert (along.diff(dim=0) >= -1e-9).all()  # the target only moves away
+
+
+def test_taid_holds_the_student_fixed_inside_its_target():
+    s, z = logits(14, 1.0, 20)
+    mean_of_logits = (0.3 * s + 0.7 * z).softmax(1)  # geometric: of logits, not of probabilities
+    _, gradient = apply(TAID(0.7), s, z)
+    torch.testing.assert_close(gradient, s.softmax(1) - mean_of_logits)
+
+
+def test_ranking_by_hand():
+    """Teacher 0 > 1 > 2, student 2 > 0 > 1 (probabilities 0.5, 0.3, 0.2): with k = 2, T = 0, 1 and S = 2, 0."""
+    q, p = torch.tensor([[0.3, 0.2, 0.5]]).double(), torch.tensor([[0.7, 0.2, 0.1]]).double()
+    # No teacher code stands above T_1 = 0; the pairs (T, S) in the wrong order are (0, 2) by 0.2 and (1, 2) by 0.3.
+    torch.testing.assert_close(Ranking(2)(q.log(), p.log(), Rows(None)), torch.tensor([0.5]).double())
+    # With k = 3 the teacher's code 2 also stands above code 0 in the first sum, by 0.2.
+    torch.testing.assert_close(Ranking(3)(q.log(), p.log(), Rows(None)), torch.tensor([0.7]).double())
+    torch.testing.assert_close(Ranking(99)(q.log(), p.log(), Rows(None)), torch.tensor([0.7]).double())
+    agreeing = torch.tensor([[0.4, 0.35, 0.25]]).double()
+    assert Ranking(3)(agreeing.log(), p.log(), Rows(None)) == 0
+    with pytest.raises(VarkdError, match="top_k must be at least 1"):
+        Ranking(0)
+
+
+def test_ranking_still_sees_an_order_that_underflows():
+    """The teacher's second and third code both have probability 0 in float32."""
+    s, z = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, -200.0, -300.0]])
+    q = s.double().softmax(1)[0]
+    expected = 2 * (q[2] - q[0]) + 2 * (q[1] - q[0]) + (q[2] - q[1])
+    torch.testing.assert_close(Ranking(3)(log_softmax(s), log_softmax(z), Rows(None))[0].double(), expected)
+
+
+@pytest.mark.parametrize("of", ["code", "argmax"])
+@some
+@given(seed=seeds, scale=scales, size=sizes)
+def test_the_two_halves_make_the_forward_kl(of, seed: int, scale: float, size: int):
+    """KL = target + (1 - p(g)) rest, in value and in gradient (the factor belongs to the teacher)."""
+    s, z = logits(seed, scale, size)
+    g = CODE if of == "code" else z.argmax(1)
+    (target, target_gradient), (rest, rest_gradient) = (apply(Decoupled(part, of), s, z) for part in ("target", "rest"))
+    unsure = 1 - z.softmax(1)[torch.arange(3), g]
+    forward, gradient = apply(ForwardKL(), s, z)
+    torch.testing.assert_close(target + unsure * rest, forward, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(target_gradient + unsure.unsqueeze(1) * rest_gradient, gradient, rtol=1e-7, atol=1e-9)
+
+
+def test_the_rest_does_not_cancel_where_the_target_holds_nearly_everything():
+    s, z = torch.tensor([[60.0, 0.0, 1.0]] * 3), torch.tensor([[60.0, 1.0, 0.0]] * 3)
+    code = torch.zeros(3, dtype=torch.long)
+    assert (1 - log_softmax(z).exp()[:, 0] == 0).all()  # what is left is lost in float32
+    value, _ = apply(Decoupled("rest"), s, z, code)
+    expected, _ = apply(ForwardKL(), s[:, 1:], z[:, 1:])
+    torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("part", ["target", "rest"])
+def test_a_teacher_that_leaves_one_code_only(part):
+    """A truncated teacher often keeps a single code: then there is no rest to compare."""
+    s, z = logits(15, 2.0, 10)
+    z[:, :] = torch.where(torch.nn.functional.one_hot(z.argmax(1), 10).bool(), z, -torch.inf)
+    value, gradient = apply(Decoupled(part, "argmax"), s, z)
+    if part == "rest":
+        assert (value == 0).all() and (gradient == 0).all()
+    else:
+        torch.testing.assert_close((value, gradient), apply(TeacherArgmax(), s, z))
+
+
+def test_log_masses_leave_out_what_is_excluded():
+    logp = torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.5, 0.0], [0.0, 0.0, 0.0]]).log().requires_grad_()
+    mass = log_mass(logp)
+    torch.testing.assert_close(mass.detach().exp(), torch.tensor([[1.0], [0.5], [0.0]]))
+    (gradient,) = torch.autograd.grad(mass[:2].sum(), logp)
+    torch.testing.assert_close(gradient, torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(
+        renormalised(logp).detach().exp(), torch.tensor([[0.5, 0.25, 0.25], [0, 1.0, 0], [0, 0, 0]])
+    )
+
+
+# ---- a skew for every sequence
+
+
+def test_the_sequence_skew_by_hand():
+    skew = SequenceSkew(largest=0.1, smallest=0.01)
+    teacher_logp = torch.tensor([[-1.0, -3.0], [-2.0, -2.0], [-0.5, -0.5]])
+    student_logp = torch.tensor([[-2.0, -2.0], [-3.0, -5.0], [-4.0, -4.0]])
+    gap = skew.gap(teacher_logp, student_logp)  # of exp of mean log-probabilities
+    expected = [math.exp(-2) - math.exp(-2), math.exp(-2) - math.exp(-4), math.exp(-0.5) - math.exp(-4)]
+    torch.testing.assert_close(gap, torch.tensor(expected).unsqueeze(1))
+    assert skew.alpha(gap, None).tolist() == [[pytest.approx(0.1)]] * 3  # nothing to compare with yet
+    mean = torch.tensor([0.2])
+    alphas = skew.alpha(gap, mean).squeeze(1).tolist()
+    raw = [1 - 0.9 * 0.2 / (each + 1e-5) for each in expected]
+    assert raw[0] < 0.01 and raw[1] < 0.01 and raw[2] > 0.1  # one at each end of the clip
+    assert alphas == pytest.approx([0.01, 0.01, 0.1])
+    assert skew.alpha(torch.tensor([[0.19]]), mean).item() == pytest.approx(1 - 0.18 / 0.19001, rel=1e-5)
+
+
+def test_the_running_gap_by_hand():
+    skew, first, second = SequenceSkew(decay=0.75), torch.tensor([[0.2], [0.4]]), torch.tensor([[-0.1], [0.1], [0.3]])
+    mean = skew.updated(None, first)
+    torch.testing.assert_close(mean, torch.tensor([0.3]))
+    torch.testing.assert_close(skew.updated(mean, second), torch.tensor([0.75 * 0.3 + 0.25 * 0.1]))
+
+
+def test_a_skew_per_row_is_that_skew_in_every_row():
+    s, z = logits(16, 2.0, 20)
+    kinds: tuple[Callable[..., Divergence], ...] = (SkewKL, SkewReverseKL, partial(SkewReverseKL, detached=True))
+    for kind in kinds:
+        value, gradient = apply(kind(SequenceSkew()), s, z)
+        for row, alpha in enumerate(ALPHA.tolist()):
+            alone_value, alone_gradient = apply(kind(alpha), s, z)
+            torch.testing.assert_close((value[row], gradient[row]), (alone_value[row], alone_gradient[row]))
+
+
+def test_a_detached_mixture_changes_the_gradient_and_not_the_value():
+    s, z = logits(17, 2.0, 20)
+    (value, gradient), (other_value, other) = (apply(SkewReverseKL(0.4, d), s, z) for d in (False, True))
+    torch.testing.assert_close(value, other_value)
+    assert (gradient - other).abs().max() > 1e-2
+
+
+def test_a_skew_per_row_must_be_given():
+    s, z = logits(18, 2.0, 5)
+    with pytest.raises(ValueError, match=r"Rows\.alpha_N"):
+        SkewKL(SequenceSkew())(log_softmax(s), log_softmax(z), Rows(CODE))
+
+
+@pytest.mark.parametrize("values", [{"smallest": 0.0}, {"largest": 1.0}, {"smallest": 0.2}, {"decay": 1.5}])
+def test_a_skew_out_of_range_is_refused(values: dict[str, float]):
+    with pytest.raises(VarkdError, match="sequence_skew"):
+        SequenceSkew(**values)
+
+
+def test_who_is_infinite_where_the_teacher_excludes_a_code():
+    """`needs_support` against the divergences themselves."""
+    s, z = logits(19, 1.0, 8)
+    z[:, 3] = -torch.inf
+    one_of_each = {**ALL, "jsd.ends": (JSD(1.0, "ends"), None), "skew_reverse_kl.0": (SkewReverseKL(0.0), None)}
+    for name, (divergence, _) in one_of_each.items():
+        code = z.argmax(1)  # a code that the teacher keeps
+        value = divergence(log_softmax(s), log_softmax(z), Rows(code, ALPHA))
+        assert bool(value.isfinite().all()) is not divergence.needs_support, name
+    assert JSD(Ramp(0.0, 1.0), "ends").needs_support and SkewReverseKL(Ramp(0.0, 0.5)).needs_support
+    assert not JSD(Ramp(0.0, 0.9), "ends").needs_support and not JSD(1.0).needs_support

@@ -1,4 +1,4 @@
-"""Teacher scores and code log-probabilities against numpy, in any chunking."""
+"""Scores of teacher, student and both, and code log-probabilities, against numpy in any chunking."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from varkd.distill.scores import Scores, Sides, chunks, cluster_mass_name, code_logp, position_scores
+from varkd.distill.scores import (
+    Scores,
+    Sides,
+    chunks,
+    cluster_mass_name,
+    code_logp,
+    of_student,
+    of_teacher,
+    position_scores,
+)
 from varkd.distill.spaces import Clusters
 
 SPACE = Clusters(count=3)
@@ -82,3 +91,103 @@ def test_chunks_cover_every_row_once():
     for num_rows in (0, 1, 7, 8):
         found = [row for rows in chunks(num_rows, 3) for row in range(rows.start, rows.stop)]
         assert found == list(range(num_rows))
+
+
+# ---- scores of a code, of the student, and of both
+
+
+def both_logits(rows: int = 11, vocab_size: int = 9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Student logits, teacher logits and codes of some rows."""
+    generator = torch.Generator().manual_seed(4)
+    s, z = 2 * torch.randn(2, rows, vocab_size, generator=generator, dtype=torch.float64)
+    return s, z, torch.randint(vocab_size, (rows,), generator=generator)
+
+
+def sides(s: torch.Tensor, z: torch.Tensor, code_N: torch.Tensor, uniform_N2: torch.Tensor | None = None) -> Sides:
+    return Sides(code_N, lambda rows: z[rows], lambda rows: s[rows], uniform_N2)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 100])
+def test_scores_of_codes_and_of_both_models(chunk_rows: int):
+    s, z, code_N = both_logits()
+    names = ["teacher_logp", "student_logp", "code_prob", "top_k_agrees:1", "top_k_agrees:3", "top_k_agrees:9"]
+    scores = position_scores(names, sides(s.requires_grad_(), z, code_N), {}, chunk_rows)
+    q, p = (np.exp(x.detach().numpy()) / np.exp(x.detach().numpy()).sum(1, keepdims=True) for x in (s, z))
+    expected = {"teacher_logp": [], "student_logp": [], "code_prob": [], **{name: [] for name in names[3:]}}
+    for row, code in enumerate(code_N.tolist()):
+        expected["teacher_logp"].append(np.log(p[row, code]))
+        expected["student_logp"].append(np.log(q[row, code]))
+        expected["code_prob"].append(p[row, code])
+        for name in names[3:]:
+            first = np.argsort(-p[row])[: int(name.split(":")[1])]
+            expected[name].append(float(q[row].argmax() in first))
+    for name in names:
+        assert scores[name].dtype == torch.float32 and not scores[name].requires_grad
+        np.testing.assert_allclose(scores[name].numpy(), expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    agree = [scores[name].mean() for name in names[3:]]
+    assert agree[0] < agree[1] < agree[2] == 1
+
+
+def test_equal_codes_of_the_teacher_share_their_rank():
+    """A code that ties with the k-th likeliest one is among the k likeliest, whichever of them a sort puts first."""
+    z, s = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]] * 5), 10 * torch.eye(5)
+    scores = position_scores(["top_k_agrees:2", "top_k_agrees:4"], sides(s, z, torch.zeros(5, dtype=torch.long)), {}, 5)
+    assert scores["top_k_agrees:2"].tolist() == [1, 1, 1, 1, 0]
+    assert scores["top_k_agrees:4"].tolist() == [1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 10_000])
+def test_proposals_are_accepted_as_speculative_decoding_accepts(chunk_rows: int):
+    """By plain loops: the code at which the student's CDF passes the first number, kept below min(1, p / q)."""
+    s, z, code_N = both_logits(rows=40)
+    uniform_N2 = torch.rand(40, 2, generator=torch.Generator().manual_seed(5))
+    scores = position_scores(["accepted"], sides(s, z, code_N, uniform_N2), {}, chunk_rows)
+    q, p, expected = s.softmax(1).numpy(), z.softmax(1).numpy(), []
+    for row, (propose, verify) in enumerate(uniform_N2.tolist()):
+        code = int((q[row].cumsum() <= propose).sum())
+        expected.append(float(verify < min(1.0, p[row, code] / q[row, code])))
+    assert scores["accepted"].tolist() == expected and 0 < sum(expected) < 40
+
+
+def test_the_acceptance_rate_is_one_minus_the_total_variation():
+    s, z, _ = both_logits(rows=4)
+    trials = 40_000
+    uniform_N2 = torch.rand(4 * trials, 2, generator=torch.Generator().manual_seed(6))
+    many = [logits.repeat_interleave(trials, 0) for logits in (s, z)]
+    code_N = torch.zeros(4 * trials, dtype=torch.long)
+    accepted_N = position_scores(["accepted"], sides(many[0], many[1], code_N, uniform_N2), {}, 50_000)["accepted"]
+    rate = torch.minimum(s.softmax(1), z.softmax(1)).sum(1)
+    assert rate.min() < 0.5 < rate.max()  # the rows differ
+    error = (rate * (1 - rate) / trials).sqrt()
+    assert ((accepted_N.view(4, trials).double().mean(1) - rate).abs() < 4 * error).all()
+
+
+def test_a_code_that_the_teacher_excludes_is_never_accepted_and_equal_models_accept_everything():
+    s, z, code_N = both_logits(rows=200)
+    uniform_N2 = torch.rand(200, 2, generator=torch.Generator().manual_seed(7))
+    assert (position_scores(["accepted"], sides(s, s, code_N, uniform_N2), {}, 50)["accepted"] == 1).all()
+    excluded = torch.where(s == s.max(1, keepdim=True).values, -torch.inf, z)
+    sure = torch.where(s == s.max(1, keepdim=True).values, 50.0, s)
+    assert (position_scores(["accepted"], sides(sure, excluded, code_N, uniform_N2), {}, 50)["accepted"] == 0).all()
+
+
+def test_each_model_runs_only_where_a_score_looks_at_it():
+    s, z, code_N = both_logits()
+    ran: list[str] = []
+    watched = Sides(code_N, lambda rows: (ran.append("teacher"), z[rows])[1],
+                    lambda rows: (ran.append("student"), s[rows])[1], torch.rand(len(code_N), 2))  # fmt: skip
+    alone = {"student_logp": {"student"}, "teacher_logp": {"teacher"}, "code_prob": {"teacher"}, "entropy": {"teacher"},
+             "top_k_agrees:2": {"student", "teacher"}, "accepted": {"student", "teacher"}}  # fmt: skip
+    for name, expected in alone.items():
+        ran.clear()
+        position_scores([name], watched, {}, 4)
+        assert set(ran) == expected, name
+        assert (of_student(name), of_teacher(name)) == ("student" in expected, "teacher" in expected)
+    ran.clear()
+    assert position_scores([], watched, {}, 4) == {} and ran == []
+
+
+@pytest.mark.parametrize("name", ["teacher_logp", "student_logp", "accepted", "top_k_agrees:2"])
+def test_a_missing_model_is_named(name: str):
+    with pytest.raises(ValueError, match=f"'{name}' needs a model"):
+        position_scores([name], Sides(torch.zeros(3, dtype=torch.long)), {}, 4)

@@ -1,8 +1,9 @@
-"""Temperature and clusters: the chain rule, the data-processing inequality, gradients, and the cluster maps."""
+"""Temperature, clusters, likeliest codes: the chain rule, data processing, gradients, and the cluster maps."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,12 +13,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from varkd.distill.divergences import JSD, CrossEntropy, Divergence, ForwardKL, ReverseKL, Rows, TotalVariation
+from varkd.distill.divergences import (
+    JSD,
+    AdaptiveKL,
+    CrossEntropy,
+    Decoupled,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    Rows,
+    SequenceSkew,
+    SkewKL,
+    SkewReverseKL,
+    ToDi,
+    TotalVariation,
+)
 from varkd.distill.spaces import (
     Clusters,
     Full,
     Products,
     Space,
+    TopK,
     assign_clusters,
     cluster_logp,
     cluster_members,
@@ -247,3 +263,198 @@ def test_large_codebooks_are_clustered_in_seconds(size: int):
     assert torch.bincount(found).tolist() == [size // 64] * 64
     chance = assign_clusters(codebook_VE, 64, "random", seed=0)
     assert variance_within(codebook_VE, found) < 0.5 * variance_within(codebook_VE, chance)
+
+
+# ---- the likeliest codes and their tail
+
+BOUNDED = [*DIVERGENCES, SkewKL(0.1), SkewReverseKL(0.2)]  # every f-divergence
+sides = pytest.mark.parametrize("of", ["teacher", "student"])
+
+
+def likeliest(logits: Tensor, count: int) -> Tensor:
+    """The codes by plain sorting, likeliest first."""
+    return torch.tensor([sorted(range(logits.shape[1]), key=lambda v: -row[v])[:count] for row in logits.tolist()])
+
+
+@sides
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), scale=st.floats(0.1, 20), count=st.integers(1, 11))
+def test_a_tail_bucket_is_a_true_divergence_and_sees_less(of, seed: int, scale: float, count: int):
+    s, z = pair(seed, scale=scale)
+    for divergence in BOUNDED:
+        full, _ = measure(Full(), divergence, s, z, {})
+        value, gradient = measure(TopK(count, of), divergence, s, z, {})
+        assert (value >= -1e-12).all() and (value <= full + 1e-9).all()
+        assert gradient.sum(1).abs().max() < 1e-9
+        for tail in (True, False) if count > 1 else (True,):
+            same, still = measure(TopK(count, of, tail), divergence, s, s, {})
+            assert same.abs().max() < 1e-11
+            if not isinstance(divergence, TotalVariation):
+                assert still.abs().max() < 1e-10
+
+
+@sides
+@pytest.mark.parametrize("count", [1, 2, 5, 11])
+@pytest.mark.parametrize(
+    ("divergence", "closed_form"), [(ForwardKL(), reference.forward_kl), (ReverseKL(), reference.reverse_kl)]
+)
+def test_value_and_gradient_over_the_likeliest_codes(of, count: int, divergence, closed_form):
+    """Against the closed form on K + 1 logits, pushed back to the V logits by autograd through plain sums."""
+    s, z = pair(9)
+    codes = likeliest(z if of == "teacher" else s, count)
+    s = s.requires_grad_()
+    merged = reference.top_k_logits(s, codes)
+    value, gradient = closed_form(merged, reference.top_k_logits(z, codes))
+    (expected,) = torch.autograd.grad(merged, s, gradient)
+    torch.testing.assert_close(measure(TopK(count, of), divergence, s, z, {}), (value.detach(), expected))
+    if count > 1:  # without the tail: the same on the logits of these codes alone
+        value, gradient = closed_form(s.gather(1, codes), z.gather(1, codes))
+        expected = torch.zeros_like(s).scatter(1, codes, gradient).detach()
+        torch.testing.assert_close(measure(TopK(count, of, False), divergence, s, z, {}), (value.detach(), expected))
+
+
+@sides
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("count", [12, 500])
+@pytest.mark.parametrize("divergence", [*BOUNDED, AdaptiveKL(), ToDi()], ids=repr)
+def test_all_codes_are_the_full_space(of, tail: bool, count: int, divergence: Divergence):
+    s, z = pair(10)
+    torch.testing.assert_close(
+        measure(TopK(count, of, tail), divergence, s, z, {}), measure(Full(), divergence, s, z, {})
+    )
+
+
+def test_a_truncated_sum_is_no_divergence():
+    """sum p (log p - log q) over the likeliest codes alone, as peers have it, falls below 0; ours cannot."""
+    p = torch.tensor([[0.3, 0.2, 0.5 / 8] + [0.5 / 8] * 7]).double()
+    q = torch.tensor([[0.6, 0.3, 0.1 / 8] + [0.1 / 8] * 7]).double()
+    truncated = (p * (p / q).log())[:, :2].sum(1)
+    assert truncated < -0.2
+    for tail in (True, False):
+        (view,) = TopK(2, tail=tail)(q.log(), p.log(), Rows(torch.zeros(1, dtype=torch.long)), {})
+        assert view.teacher_NK is not None
+        value = ForwardKL()(view.student_NK, view.teacher_NK, view.rows)
+        assert value > 5e-3
+        kept_p, kept_q = ((r / r.sum(1, keepdim=True)) for r in (p[:, :2], q[:, :2]))
+        expected = (kept_p * (kept_p / kept_q).log()).sum(1) if not tail else truncated + 0.5 * math.log(0.5 / 0.1)
+        torch.testing.assert_close(value, expected)
+
+
+def test_more_codes_see_more():
+    s, z = pair(11)
+    values = [measure(TopK(count), ForwardKL(), s, z, {})[0] for count in (1, 3, 6, 9, 11)]
+    assert all((fewer <= more + 1e-12).all() for fewer, more in pairwise(values))
+
+
+@sides
+def test_a_target_code_has_its_place_or_belongs_to_the_tail(of):
+    s, z = pair(12)
+    codes = likeliest(z if of == "teacher" else s, 3)
+    rest = torch.tensor([next(v for v in range(12) if v not in row) for row in codes.tolist()])
+    for place in range(3):
+        (view,) = TopK(3, of)(s, z, Rows(codes[:, place]), {})
+        assert view.rows.target_N.tolist() == [place] * 4
+    (view,) = TopK(3, of)(s, z, Rows(rest, torch.ones(4)), {})
+    assert view.rows.target_N.tolist() == [3] * 4 and torch.equal(view.rows.alpha_N, torch.ones(4))  # type: ignore[arg-type]
+    q = s.softmax(1)
+    tail_q = torch.tensor([1 - row[kept].sum() for row, kept in zip(q, codes, strict=True)])
+    torch.testing.assert_close(CrossEntropy()(view.student_NK, None, view.rows), -tail_q.log())
+    mixed = torch.stack([codes[:, 0], rest]).T.flatten()[[0, 3, 4, 7]]  # rows 0 and 2 in the set, 1 and 3 outside
+    (view,) = TopK(3, of)(s, z, Rows(mixed), {})
+    assert view.rows.target_N.tolist() == [0, 3, 0, 3]
+    (view,) = TopK(3, of)(s, z, Rows(codes[:, 1]), {})
+    assert view.teacher_NK is not None
+    value = Decoupled("target")(view.student_NK, view.teacher_NK, view.rows)  # g against all others, in any space
+    expected, _ = reference.decoupled(s, z, "target", codes[:, 1])
+    torch.testing.assert_close(value, expected)
+
+
+def test_without_a_tail_no_divergence_may_read_the_code():
+    s, z = pair(13)
+    (view,) = TopK(3, tail=False)(s, z, Rows(CODE), {})
+    assert view.teacher_NK is not None
+    for divergence in (CrossEntropy(), Decoupled("rest")):
+        with pytest.raises(VarkdError, match=r"space\.tail=true"):
+            divergence(view.student_NK, view.teacher_NK, view.rows)
+    Decoupled("rest", "argmax")(view.student_NK, view.teacher_NK, view.rows)
+
+
+@sides
+def test_the_skew_of_a_sequence_reaches_the_likeliest_codes(of):
+    s, z = pair(14)
+    (view,) = TopK(4, of)(s, z, Rows(CODE, torch.full((4,), 0.3)), {})
+    assert view.teacher_NK is not None
+    value = SkewKL(SequenceSkew())(view.student_NK, view.teacher_NK, view.rows)
+    torch.testing.assert_close(value, measure(TopK(4, of), SkewKL(0.3), s, z, {})[0])
+
+
+@sides
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("divergence", [*BOUNDED, AdaptiveKL(), ToDi()], ids=repr)
+def test_likeliest_codes_of_huge_logits(of, dtype: torch.dtype, divergence: Divergence):
+    """Also where the likeliest codes hold all the mass that float32 can count."""
+    generator = torch.Generator().manual_seed(0)
+    for scale in (50.0, 1e4):
+        s, z = torch.randn(2, 4, 30, generator=generator, dtype=dtype) * scale
+        for tail in (True, False):
+            space = TopK(3, of, tail)
+            leaf = s.clone().requires_grad_()
+            (view,) = space(leaf, z, Rows(CODE), {})
+            assert view.teacher_NK is not None
+            value = divergence(view.student_NK, view.teacher_NK, view.rows)
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+            assert value.isfinite().all() and gradient.isfinite().all() and gradient.dtype == dtype
+            assert (value >= -1e-5 * scale).all()
+
+
+def test_the_tail_keeps_its_digits():
+    """log(1 - sum) is -inf here in float32; the mass of the others is exp(-20) and exp(-21) to all digits."""
+    s, z = torch.tensor([[20.0, 0.0, -50.0]]), torch.tensor([[21.0, 0.0, -50.0]])
+    for logits, expected in ((s, -20.0), (z, -21.0)):
+        assert torch.isneginf(torch.log1p(-log_softmax(logits)[:, :1].exp())).all()
+        (view,) = TopK(1)(logits, logits, Rows(torch.zeros(1, dtype=torch.long)), {})
+        assert view.student_NK[0, 1] == pytest.approx(expected, rel=1e-6)
+
+
+@sides
+def test_narrow_logits_are_widened(of):
+    s, z = (logits.bfloat16() for logits in pair(15))
+    (view,) = TopK(4, of)(s, z, Rows(CODE), {})
+    assert view.teacher_NK is not None and view.student_NK.dtype == view.teacher_NK.dtype == torch.float32
+    torch.testing.assert_close(view.student_NK.exp().sum(1), torch.ones(4))
+
+
+@sides
+@pytest.mark.parametrize("divergence", BOUNDED, ids=repr)
+def test_masked_codes_count_nothing_among_the_likeliest(of, divergence: Divergence):
+    s, z = pair(16)
+    pad = torch.full((4, 3), -torch.inf, dtype=torch.float64)
+    for count in (2, 12, 14):  # 14: some of the likeliest are masked
+        value, gradient = measure(TopK(count, of), divergence, torch.cat([s, pad], 1), torch.cat([z, pad], 1), {})
+        expected, expected_gradient = measure(TopK(count, of), divergence, s, z, {})
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradient, torch.cat([expected_gradient, torch.zeros_like(pad)], 1))
+
+
+def test_a_teacher_that_excludes_all_of_the_students_codes():
+    """A truncated teacher may: no NaN, and nothing to compare without the tail."""
+    s, z = pair(17)
+    z = z.scatter(1, likeliest(s, 3), -torch.inf)
+    for divergence in (ForwardKL(), JSD(0.5), TotalVariation()):
+        value, gradient = measure(TopK(3, "student", tail=False), divergence, s, z, {})
+        assert value.isfinite().all() and gradient.abs().max() < 1e-12
+        value, gradient = measure(TopK(3, "student"), divergence, s, z, {})
+        assert value.isfinite().all() and (value > 0).all() and gradient.abs().max() > 1e-3
+
+
+def test_top_k_needs_nothing_of_the_tokenizer_and_refuses_nonsense():
+    s, _ = pair()
+    assert TopK(4).prepare(torch.zeros(12, 2)) == {}
+    for make in (lambda: TopK(0), lambda: TopK(-3), lambda: TopK(1, tail=False)):
+        with pytest.raises(VarkdError, match="count must be at least"):
+            make()
+    with pytest.raises(VarkdError, match=r"space\.of=student"):
+        TopK(4)(s, None, Rows(CODE), {})
+    (view,) = TopK(4, "student")(s, None, Rows(CODE), {})
+    assert view.teacher_NK is None and view.student_NK.shape == (4, 5)
+    assert (CrossEntropy()(view.student_NK, None, view.rows) > 0).all()
