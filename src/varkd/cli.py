@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     _train(_verb(verbs, "train", _run_train, "train a teacher, or distil a student (the same command resumes)"))
     _sample(_verb(verbs, "sample", _run_sample, "draw images from a run"))
     _evaluate(_verb(verbs, "evaluate", _run_evaluate, "measure a run: samples, agreement with the teacher, speed"))
+    _study(_verb(verbs, "study", _run_study, "methods x backbones x seeds under one budget (the same command resumes)"))
     _report(_verb(verbs, "report", _run_report, "one self-contained HTML page that compares runs"))
     _show(_verb(verbs, "show", _run_show, "print a resolved run, its method in words"))
     _methods(_verb(verbs, "methods", _run_methods, "list the method presets"))
@@ -260,6 +261,23 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
     )
     print(format_text_table(comparison_table([metrics])))
     print(arguments.run_folder / "metrics.json")
+
+
+def _study(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", help="a study's YAML file, or the name of one that ships with varkd (study-smoke, ...)")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="out=DIR workers=N executor=ray ...")
+
+
+def _run_study(arguments: argparse.Namespace) -> None:
+    from varkd.files import read_json
+    from varkd.report.study import format_study
+    from varkd.study.spec import load_study
+    from varkd.study.study import run_study
+
+    study = load_study(arguments.recipe, arguments.overrides)
+    page = run_study(study)
+    print(format_study(read_json(page.parents[1] / "results.json")))
+    print(page)
 
 
 def _report(verb: argparse.ArgumentParser) -> None:

@@ -47,6 +47,17 @@ def centred_bootstrap(
     Raises:
         VarkdError: fewer than 2 samples or resamples.
     """
+    return interval(*bootstrap(statistic, num, resamples, seed), bounds=bounds)
+
+
+def bootstrap(
+    statistic: Callable[[Tensor], Tensor], num: int, resamples: int = 200, seed: int = 0
+) -> tuple[float, Tensor]:
+    """The statistic of the data, and its values on the resamples, float64 (R,), shifted so that their median is it.
+
+    Resample r draws the same samples whenever `num` and `seed` are the same: runs that share their noise can be
+    compared draw by draw.
+    """
     if num < 2 or resamples < 2:
         raise VarkdError(f"an interval needs at least 2 samples and 2 resamples, not {num} and {resamples}")
     value = statistic(torch.ones(1, num, dtype=torch.float64)).double()
@@ -54,10 +65,14 @@ def centred_bootstrap(
     rows = max(1, _DRAWS_AT_ONCE // num)
     blocks = [min(rows, resamples - start) for start in range(0, resamples, rows)]
     drawn = torch.cat([statistic(_counts(block, num, generator)).double() for block in blocks])
-    shifted = drawn - drawn.quantile(0.5) + value
+    return value.item(), drawn - drawn.quantile(0.5) + value
+
+
+def interval(value: float, draw_R: Tensor, *, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Estimate:
+    """`value` with the 95 % interval of what `bootstrap` drew."""
     tail = (1 - _CONFIDENCE) / 2
-    low, high = shifted.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).clamp(*bounds).tolist()
-    return Estimate(value.item(), min(low, value.item()), max(high, value.item()))
+    low, high = draw_R.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).clamp(*bounds).tolist()
+    return Estimate(value, min(low, value), max(high, value))
 
 
 def share(successes: int, num: int) -> Estimate:
