@@ -44,6 +44,23 @@ class Pool(Protocol):
     def close(self) -> None: ...
 
 
+class Inline:
+    """This process, one task after the other (`workers=0`): for debugging."""
+
+    workers = 1
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(call(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        pass
+
+
 class Processes:
     """Processes of this machine: one per GPU where there are some, else one single-threaded one per core."""
 
@@ -91,6 +108,13 @@ class Ray:
         self._ray.shutdown()
 
 
+def open_pool(executor: str, workers: int | None, device: str, address: str | None) -> Pool:
+    """The pool that a study asks for."""
+    if executor == "ray":
+        return Ray(address, workers, device)
+    return Inline() if workers == 0 else Processes(workers, device)
+
+
 def execute(tasks: Sequence[Task], pool: Pool, label: str, quiet: bool = False) -> dict[str, str]:
     """Run all tasks, each after those that it needs. Returns the failures: task name -> one line.
 
@@ -103,6 +127,7 @@ def execute(tasks: Sequence[Task], pool: Pool, label: str, quiet: bool = False) 
     failed: dict[str, str] = {}
     total, moved = sum(task.weight for task in tasks), 0.0
     with bar(label, round(total), quiet) as progress:
+        progress.update(0)  # the clock of the ETA starts here: tasks have unequal weights
         while waiting or running:
             _drop_hopeless(waiting, failed)
             for task in [task for task in waiting.values() if done.issuperset(task.needs)]:

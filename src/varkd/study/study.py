@@ -13,7 +13,7 @@ from varkd.progress import console
 from varkd.report.study import write_study
 from varkd.run.environment import versions
 from varkd.study import work
-from varkd.study.pool import Pool, Processes, Ray, Task, execute
+from varkd.study.pool import Task, execute, open_pool
 from varkd.study.results import collect, gap_is_small, time_budget
 from varkd.study.spec import Study, claim
 
@@ -30,8 +30,7 @@ def run_study(study: Study, quiet: bool = False) -> Path:
     study = replace(study, out=str(Path(study.out).resolve()))  # what the runs record must not depend on the caller
     folder, begun = Path(study.out), time.monotonic()
     claim(study, folder)
-    pool: Pool = (Ray(study.ray_address, study.workers, study.device) if study.executor == "ray"
-                  else Processes(study.workers, study.device))  # fmt: skip
+    pool = open_pool(study.executor, study.workers, study.device, study.ray_address)
     spent = _seconds_before(folder)
     facts = lambda: {"workers": pool.workers, "seconds": spent + time.monotonic() - begun, "versions": versions()}
     try:

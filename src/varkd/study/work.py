@@ -86,10 +86,10 @@ def model(study: Study, pair: str, name: str, seed: int) -> None:
     })  # fmt: skip
 
 
-def search(study: Study, judge: Judge, loaded: Backbone) -> tuple[list[dict[str, float]], dict[str, float]]:
+def search(study: Study, judge: Judge, loaded: Backbone) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The Fréchet distance at every temperature and guidance on the sampling seed of the search, and the best one."""
     settings = replace(study.evaluation, seed=study.search_sampling_seed)
-    tried = []
+    tried: list[dict[str, Any]] = []
     for temperature, guidance in product(study.temperatures, study.guidances):
         sampler = replace(study.evaluation.sampler, temperature=temperature, guidance=guidance)
         distance = judge.distance(loaded, study.search_samples, sampler, settings)
@@ -138,15 +138,28 @@ def choose(study: Study, pair: str, method: str) -> None:
     if len(scores) > 1 and not finite:
         raise VarkdError(f"{method}: the training of every setting of its sweep diverged")
     chosen = min(finite, key=lambda index: scores[index]["fd"]) if finite else 0
-    run = _student(study, pair, method, settings[chosen], study.validation_seed, study.updates, folder / "validation")
-    train_run(run, quiet=True)
-    judge = Judge.of(Codes(Path(run.data)), study.device, quiet=True)
-    loaded, _ = load_backbone(folder / "validation", str(pick_device(study.device)))
-    tried, sampler = search(study, judge, loaded)
-    thin(folder / "validation")
+    only = {"temperature": study.temperatures[0], "guidance": study.guidances[0]}
+    if len(study.temperatures) * len(study.guidances) == 1:
+        tried, sampler = [only | {"fd": None}], only
+    else:
+        tried, sampler = _best_sampler(study, pair, method, settings[chosen])
     write_json(folder / "choice.json", {
         "setting": list(settings[chosen]), "sweep": scores, "chosen": chosen, "sampler": sampler, "choices": tried,
     })  # fmt: skip
+
+
+def _best_sampler(
+    study: Study, pair: str, method: str, setting: Setting
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Train the setting in full on the validation seed, and try every sampler on it."""
+    folder = method_folder(study, pair, method) / "validation"
+    run = _student(study, pair, method, setting, study.validation_seed, study.updates, folder)
+    train_run(run, quiet=True)
+    judge = Judge.of(Codes(Path(run.data)), study.device, quiet=True)
+    loaded, _ = load_backbone(folder, str(pick_device(study.device)))
+    found = search(study, judge, loaded)
+    shutil.rmtree(folder / "checkpoints")  # its sampler is all that is needed of it
+    return found
 
 
 def _score(path: Path, setting: Setting) -> dict[str, Any]:
@@ -163,9 +176,8 @@ def cell(study: Study, pair: str, method: str, seed: int) -> None:
     train_run(run, quiet=True)
     loaded, _ = load_backbone(out, str(pick_device(study.device)))
     found = _judged(study, pair, run, loaded, choice["sampler"], out / "samples.png")
-    write_json(
-        out / "judged.json", found | {"updates": study.updates, "seconds": read_json(out / "status.json")["seconds"]}
-    )
+    spent = read_json(out / "status.json")["seconds"]
+    write_json(out / "judged.json", found | {"updates": study.updates, "seconds": spent})
     thin(out)
 
 
