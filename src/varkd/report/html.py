@@ -42,7 +42,7 @@ def render(runs: Sequence[RunFolder], title: str) -> str:
 def render_template(name: str, **content: Any) -> str:
     """A template of this package as text: strict, escaped, and trusting the one script of base.html.j2."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     script = re.search(r"<script>(.*?)</script>", _source("base.html.j2"), re.DOTALL)
     assert script is not None, "the base holds one script"
@@ -51,6 +51,7 @@ def render_template(name: str, **content: Any) -> str:
         loader=FunctionLoader(_source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["svg"] = Markup
+    environment.filters["breakable"] = lambda name: escape(name).replace("_", Markup("_<wbr>"))
     return environment.get_template(name).render(script_hash=digest, **content)
 
 
