@@ -83,11 +83,14 @@ def maps(name: str, panels: Sequence[tuple[str, NDArray[np.floating]]], ylabel: 
 
 
 def styled(name: str):
-    """matplotlib's settings while one figure is made: text stays text, and a `$` in a name is no formula."""
+    """matplotlib's settings while one figure is made: text stays text, and a `$` in a name is no formula.
+
+    One font is named, for measuring: the page sets its own, and a whole list would be repeated with every text.
+    """
     import matplotlib
 
     return matplotlib.rc_context({
-        "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 10,
+        "svg.fonttype": "none", "svg.hashsalt": name, "font.sans-serif": ["DejaVu Sans"], "text.parse_math": False, "font.size": 10,
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
         "ytick.color": INK, "xtick.labelsize": 9, "ytick.labelsize": 9,
     })  # fmt: skip

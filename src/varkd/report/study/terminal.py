@@ -23,18 +23,22 @@ def format_study(results: Mapping[str, Any]) -> str:
         VarkdError: `results` is not what a results.json should hold.
     """
     study = parse_study(results)
-    return "\n\n".join(_budget(study, family, budget) for family in study.families for budget in family.budgets())
+    return "\n\n".join(_family(study, family) for family in study.families)
+
+
+def _family(study: Study, family: Family) -> str:
+    parts = [_budget(study, family, budget) for budget in family.budgets()]
+    text = _wrapped([f"{family.name}:", *statement(study, family), *findings(family)])
+    text += [line for warning in warnings(study, family) for line in _wrapped([f"warning: {warning}"])]
+    return "\n\n".join([*parts, "\n".join(text)])
 
 
 def _budget(study: Study, family: Family, budget: str) -> str:
     columns = summary_columns(family, budget, study.facts["gap_baseline"])
     rows = summary_rows(family, budget, columns)
     by_key = {column.key: column for column in columns}
-    text = [f"{family.name}: {BUDGETS[budget].lower()}", *_table(rows, by_key), *_legend(rows, family, budget)]
-    if budget == family.budgets()[-1]:
-        text += ["", *_wrapped([*statement(study, family), *findings(family)])]
-        text += [line for warning in warnings(study, family) for line in _wrapped([f"warning: {warning}"])]
-    return "\n".join(text)
+    title = f"{family.name}: {BUDGETS[budget].lower()}"
+    return "\n".join([*_wrapped([title]), *_table(rows, by_key), *_legend(rows, family, budget)])
 
 
 def _table(rows: Sequence[Row], columns: Mapping[str, Column]) -> list[str]:
