@@ -13,8 +13,9 @@ from varkd.pictures import grid, save_png
 NAMES = [
     ("ce", "baseline"), ("kd", "baseline"), ("varkd", "varkd"), ("varkd_random_select", "control"),
     ("varkd_no_anchor", "ablation"), ("gkd", "method"), ("imitkd_full", "method"), ("distillspec", "baseline"),
-    ("varkd_uniform_weight", "ablation"), ("varkd_shuffled_space", "control"), ("seqkd", "baseline"), ("taid", "method"),
-    ("minillm", "method"), ("distillm2", "method"), ("fdistill_tvd", "method"), ("akl", "method"), ("todi", "method"),
+    ("varkd_uniform_weight", "ablation"), ("varkd_shuffled_space", "control"), ("seqkd", "baseline"),
+    ("taid", "method"), ("minillm", "method"), ("distillm2", "method"), ("fdistill_tvd", "method"),
+    ("akl", "method"), ("todi", "method"),
     ("skd", "method"), ("selectkd_topk", "method"), ("scheduled_sampling_parallel", "method"),
 ]  # fmt: skip
 SEEDS = [0, 1, 2]
@@ -45,11 +46,13 @@ def family_rows(family: str, number: int, methods: list[tuple[str, str]]) -> lis
             for budget, late in (("updates", 0.0), ("time", 0.9)):
                 rows.append({
                     "family": family, "method": method, "seed": seed, "budget": budget,
-                    "updates": 2000 if budget == "updates" else 1400, "seconds": (150.0 + 23 * (index % 7)) * (1 if not late else 0.7),
+                    "updates": 2000 if budget == "updates" else 1400,
+                    "seconds": (150.0 + 23 * (index % 7)) * (0.7 if late else 1),
                     "fd": fd + late, "fd_low": fd + late - 0.3, "fd_high": fd + late + 0.3,
-                    "precision": float(0.9 + index / 1000 + rng.normal(0, 0.004)), "recall": float(0.85 - index / 1000 + rng.normal(0, 0.01)),
-                    "accuracy": float(0.95 + rng.normal(0, 0.004)), "ce": 2.1 + index / 50, "student_kl": float(0.3 + index / 100 + rng.normal(0, 0.01)),
-                    "acceptance": 0.8, "gap_closed": (12.0 - fd) / 9, "sampler": {"temperature": 0.9, "guidance": 1.5},
+                    "precision": float(rng.normal(0.9 + index / 1000, 0.004)),
+                    "recall": float(rng.normal(0.85 - index / 1000, 0.01)), "accuracy": float(rng.normal(0.95, 0.004)),
+                    "ce": 2.1 + index / 50, "student_kl": float(rng.normal(0.3 + index / 100, 0.01)), "acceptance": 0.8,
+                    "gap_closed": (12.0 - fd) / 9, "sampler": {"temperature": 0.9, "guidance": 1.5},
                     "setting": ["train.optim.lr=3e-3", "method.terms.kd.weight=0.5"][: 1 + index % 2],
                     "run": f"{family}/{method}/seed-{seed}", "samples": f"{family}/{method}/seed-{seed}/samples.png",
                 })  # fmt: skip
@@ -104,14 +107,15 @@ def results(num_methods: int = 5, families: tuple[str, ...] = ("llamagen",)) -> 
             for control in [method for method, role in methods if role == "control"]:
                 paired = np.subtract(fd["varkd"], fd[control])
                 study["controls"].append({
-                    "family": family, "budget": budget, "method": "varkd", "control": control, **spread(paired.tolist()),
-                    "wins": int((paired < 0).sum()), "losses": int((paired > 0).sum()),
+                    "family": family, "budget": budget, "method": "varkd", "control": control,
+                    **spread(paired.tolist()), "wins": int((paired < 0).sum()), "losses": int((paired > 0).sum()),
                 })  # fmt: skip
         for method, _ in methods:
             rates = ("1e-3", "3e-3", "1e-2")
             study["sweeps"].append({
                 "family": family, "method": method, "chosen": 1,
-                "settings": [{"setting": [f"train.optim.lr={rate}"], "fd": 7.5 + abs(i - 1)} for i, rate in enumerate(rates)],
+                "settings": [{"setting": [f"train.optim.lr={rate}"], "fd": 7.5 + abs(index - 1)}
+                             for index, rate in enumerate(rates)],
             })  # fmt: skip
             study["samplers"].append({
                 "family": family, "method": method, "chosen": 0,

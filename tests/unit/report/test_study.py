@@ -20,7 +20,15 @@ from varkd.report.study import format_study, write_study
 from varkd.report.study.plots import curves
 from varkd.report.study.results import parse_study, read_study
 
-SPREADS = {"fd": 1, "difference": 1, "gap_closed": 100, "precision": 100, "recall": 100, "accuracy": 100, "student_kl": 1}
+SPREADS = {
+    "fd": 1,
+    "difference": 1,
+    "gap_closed": 100,
+    "precision": 100,
+    "recall": 100,
+    "accuracy": 100,
+    "student_kl": 1,
+}
 COLUMNS = [
     "fd", "difference", "wins", "losses", "gap_closed", "precision", "recall", "accuracy", "student_kl", "num_seeds",
     "updates", "seconds", "temperature", "guidance", "setting",
@@ -144,14 +152,19 @@ def sharpen(study: dict[str, Any], budget: str, method: str, fd: float, low: flo
     for entry in study["summary"]:
         if (entry["budget"], entry["method"]) == (budget, method):
             entry["fd"] = {"value": fd, "low": fd - 0.1, "high": fd + 0.1}
-            entry["difference"] = entry["difference"] and {"to": "kd", "value": (low + high) / 2, "low": low, "high": high}
+            entry["difference"] = entry["difference"] and {
+                "to": "kd",
+                "value": (low + high) / 2,
+                "low": low,
+                "high": high,
+            }
 
 
 @pytest.mark.parametrize(
     ("method", "ends", "said"),
     [
-        ("varkd", (-0.5, -0.1), "At equal updates varkd has the lowest mean FD, 1.00 [0.90, 1.10], -0.30 [-0.50, -0.10] "
-         "against the best baseline, kd, paired by seed: the interval excludes 0, so it is better."),
+        ("varkd", (-0.5, -0.1), "At equal updates varkd has the lowest mean FD, 1.00 [0.90, 1.10], -0.30 "
+         "[-0.50, -0.10] against the best baseline, kd, paired by seed: the interval excludes 0, so it is better."),
         ("gkd", (-0.5, 0.1), "gkd has the lowest mean FD, 1.00 [0.90, 1.10], -0.2 [-0.5, 0.1] against the best "
          "baseline, kd, paired by seed: the interval holds 0, so these seeds do not separate the two."),
     ],
@@ -338,7 +351,7 @@ def test_foreign_results_are_one_line(tmp_path, edit, complaint):
 
 
 def test_missing_and_truncated_results_are_one_line(tmp_path):
-    with pytest.raises(VarkdError, match="no results.json in"):
+    with pytest.raises(VarkdError, match=r"no results\.json in"):
         write_study(tmp_path / "nowhere")
     (tmp_path / "results.json").write_text(json.dumps(results(3))[:500])
     with pytest.raises(VarkdError, match="truncated"):

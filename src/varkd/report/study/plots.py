@@ -85,9 +85,8 @@ def _ends(spread: Mapping[str, Any]) -> tuple[float, float | None, float | None]
 
 @dataclass(frozen=True)
 class Curves:
-    """One small multiple: a caption, a drawing and the key of its lines."""
+    """One small multiple: a drawing and the key of its lines."""
 
-    caption: str
     drawing: str
     legend: list[tuple[str, str, str]]
 
@@ -128,26 +127,25 @@ def _by_role(family: Family, methods: Sequence[str]) -> list[str]:
 
 
 def _group(name: str, group: Sequence[str], baseline: str | None, points: Mapping[str, dict[float, float]]) -> Curves:
-    styles = {method: number for number, method in enumerate(group)}
-    if baseline in points:
-        styles = {baseline: TEACHER} | styles
-    drawn = [Line(method, style, list(points[method]), list(points[method].values())) for method, style in styles.items()]
+    styles = {baseline: TEACHER} if baseline is not None and baseline in points else {}
+    styles |= {method: number for number, method in enumerate(group)}
+    drawn = [
+        Line(method, style, list(points[method]), list(points[method].values())) for method, style in styles.items()
+    ]
     key = [
         (method, "currentColor" if style == TEACHER else f"var(--run-{style % NUM_COLOURS})",
          " ".join(str(length) for length in dash(style)))
         for method, style in styles.items()
     ]  # fmt: skip
     svg = lines(name, drawn, "update", "validation cross-entropy", _limits(points))
-    return Curves(f"{', '.join(styles)}", svg, key)
+    return Curves(svg, key)
 
 
 def _limits(points: Mapping[str, dict[float, float]]) -> tuple[float, float]:
-    """One axis for all groups. It leaves out the steep start, where every method looks alike."""
-    values = sorted(y for found in points.values() for y in found.values())
-    starts = [next(iter(found.values())) for found in points.values() if len(found) > 3]
-    low, high = values[0], values[-1]
-    late = [y for found in points.values() for y in list(found.values())[1:]] if starts else values
-    high = max(late) if late else high
+    """One axis for all groups: without the steep start, where methods look alike, and without what diverges."""
+    late = sorted(y for found in points.values() for y in list(found.values())[1 if len(found) > 3 else 0 :])
+    low, usual = late[0], late[len(late) * 3 // 4]
+    high = min(late[-1], usual + 4 * (usual - low)) if usual > low else late[-1]
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return low - margin, high + margin
 
@@ -156,9 +154,9 @@ def _validation(run: Path) -> dict[float, float]:
     found = {}
     for entry in read_log(run / "log.jsonl"):
         step, ce = entry.get("step"), entry.get("ce")
-        if entry.get("split") == "validation" and isinstance(step, int | float) and isinstance(ce, int | float):
-            if math.isfinite(step) and math.isfinite(ce):
-                found[step] = ce
+        numbers = all(isinstance(number, int | float) and math.isfinite(number) for number in (step, ce))
+        if entry.get("split") == "validation" and numbers:
+            found[step] = ce
     return dict(sorted(found.items()))
 
 

@@ -138,8 +138,7 @@ def parse_study(results: Any, where: str = RESULTS) -> Study:
             _require(entry.get("role", "method") in ROLES, where, f"{part}[{index}].role", "one of " + ", ".join(ROLES))
     own = lambda part, name: [entry for entry in facts[part] if entry["family"] == name]
     families = [
-        Family(entry["family"], entry, *(own(part, entry["family"]) for part in PARTS))
-        for entry in facts["families"]
+        Family(entry["family"], entry, *(own(part, entry["family"]) for part in PARTS)) for entry in facts["families"]
     ]
     return Study(facts, families)
 

@@ -16,7 +16,9 @@ FD = Column(
 )  # fmt: skip
 _DIFFERENCE = "the mean over training seeds of its FD minus that of {} at the same seed; below 0 is better"
 _WINS = Column("wins", "Seeds won", "won", "training seeds at which its FD is lower than the other's", kind="whole")
-_LOSSES = Column("losses", "Seeds lost", "lost", "training seeds at which its FD is higher than the other's", kind="whole")
+_LOSSES = Column(
+    "losses", "Seeds lost", "lost", "training seeds at which its FD is higher than the other's", kind="whole"
+)
 _QUALITY = (
     Column("precision", "Precision (%)", "prec%", "samples that lie among the reference images", "higher", 100),
     Column("recall", "Recall (%)", "rec%", "reference images that lie among the samples", "higher", 100),
@@ -32,7 +34,9 @@ _COST = (
     Column("seconds", "Training (s)", "train s", "wall-clock seconds of training, mean over seeds", "lower"),
     Column("temperature", "Sampler temp.", "temp", "temperature of the sampler, chosen on the validation seed"),
     Column("guidance", "Sampler guidance", "cfg", "guidance scale of the sampler, chosen on the validation seed"),
-    Column("setting", "Setting", "setting", "settings of training that were chosen on the validation seed", kind="text"),
+    Column(
+        "setting", "Setting", "setting", "settings of training that were chosen on the validation seed", kind="text"
+    ),
 )
 _MARKED = (FD, *_QUALITY)
 
@@ -70,7 +74,9 @@ def summary_rows(family: Family, budget: str, columns: Sequence[Column]) -> list
 
 
 def _reference_row(name: str, model: Mapping[str, Any], columns: Sequence[Column]) -> Row:
-    numbers = {key: (model[key],) for key in ("precision", "recall", "accuracy", "seconds")}
+    numbers: dict[str, tuple[float | None, ...]] = {
+        key: (model[key],) for key in ("precision", "recall", "accuracy", "seconds")
+    }
     numbers["fd"] = (model["fd"], model["fd_low"], model["fd_high"])
     numbers |= {key: (model["sampler"][key],) for key in ("temperature", "guidance")}
     return Row(name, "reference", "model", {c.key: make_cell(c, *numbers.get(c.key, ())) for c in columns})

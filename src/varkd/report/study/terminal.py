@@ -43,6 +43,7 @@ def _budget(study: Study, family: Family, budget: str) -> str:
 
 def _table(rows: Sequence[Row], columns: Mapping[str, Column]) -> list[str]:
     """As many of `_SHOWN` from the left as leave the names whole; with the fewest of them names are cut."""
+    table: list[list[str]] = []
     for count in range(len(_SHOWN), _FEWEST - 1, -1):
         keys = _SHOWN[:count]
         header = ["method", "role", *(_title(key, columns) for key in keys)]
