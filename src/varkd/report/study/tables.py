@@ -15,10 +15,6 @@ FD = Column(
     "seeds", "lower",
 )  # fmt: skip
 _DIFFERENCE = "the mean over training seeds of its FD minus that of {} at the same seed; below 0 is better"
-_WINS = Column("wins", "Seeds won", "won", "training seeds at which its FD is lower than the other's", kind="whole")
-_LOSSES = Column(
-    "losses", "Seeds lost", "lost", "training seeds at which its FD is higher than the other's", kind="whole"
-)
 _QUALITY = (
     Column("precision", "Precision (%)", "prec%", "samples that lie among the reference images", "higher", 100),
     Column("recall", "Recall (%)", "rec%", "reference images that lie among the samples", "higher", 100),
@@ -39,6 +35,15 @@ _COST = (
     ),
 )
 _MARKED = (FD, *_QUALITY)
+
+
+def seed_columns(other: str) -> tuple[Column, Column]:
+    """How many seeds were won and lost against `other`."""
+    meaning = f"training seeds at which its FD is {{}} than that of {other}"
+    return (
+        Column("wins", "Seeds won", "won", meaning.format("lower"), kind="whole"),
+        Column("losses", "Seeds lost", "lost", meaning.format("higher"), kind="whole"),
+    )
 
 
 def difference_column(baseline: str | None) -> Column:
@@ -62,8 +67,9 @@ def gap_name(gap_baseline: str | None) -> str:
 
 def summary_columns(family: Family, budget: str, gap_baseline: str | None) -> list[Column]:
     """The columns of the summary table, in the order of the page."""
-    paired = difference_column(family.best_baseline(budget))
-    return [FD, paired, _WINS, _LOSSES, gap_column(gap_baseline), *_QUALITY, *_COST]
+    baseline = family.best_baseline(budget)
+    paired = (difference_column(baseline), *seed_columns(baseline or "the best baseline"))
+    return [FD, *paired, gap_column(gap_baseline), *_QUALITY, *_COST]
 
 
 def summary_rows(family: Family, budget: str, columns: Sequence[Column]) -> list[Row]:
@@ -128,8 +134,7 @@ def seed_table(family: Family, budget: str) -> tuple[list[Column], list[Row]]:
 
 CONTROL_COLUMNS = (
     Column("difference", "FD minus control", "", _DIFFERENCE.format("the control"), "lower"),
-    _WINS,
-    _LOSSES,
+    *seed_columns("the control"),
     Column("finding", "What the interval says", "", "whether the paired interval lies on one side of 0", kind="text"),
 )
 
@@ -142,8 +147,8 @@ def control_rows(family: Family, budget: str) -> list[Row]:
             continue
         cells = {
             "difference": signed(CONTROL_COLUMNS[0], entry),
-            "wins": make_cell(_WINS, entry["wins"]),
-            "losses": make_cell(_LOSSES, entry["losses"]),
+            "wins": make_cell(CONTROL_COLUMNS[1], entry["wins"]),
+            "losses": make_cell(CONTROL_COLUMNS[2], entry["losses"]),
             "finding": Cell(finding(entry, "better than the control", "worse than the control")),
         }
         rows.append(Row(entry["method"], entry["control"], "student", cells))

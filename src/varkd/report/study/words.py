@@ -143,7 +143,7 @@ def protocol(study: Study) -> list[tuple[str, str]]:
         ("Equal time", f"the last checkpoint of the same training runs within the time budget ({budgets}); their "
                        "schedules are unfinished there"),
         ("Gap closed", f"counted from {gap_name(facts['gap_baseline'])} (0 %) to the teacher (100 %)"),
-        ("Machine", f"{number(machine.get('cores'))} cores, {number(machine.get('workers'))} workers at once"),
+        ("Machine", f"{number(machine.get('cores'))} cores, runs at once: {number(machine.get('workers'))}"),
         ("The whole study took", number(machine.get("seconds"), " s")),
     ]  # fmt: skip
     versions = machine.get("versions")
