@@ -95,7 +95,7 @@ def test_numbers_on_the_page_are_those_of_the_file(study, page, number, budget):
                 continue
             near = [number for number in (spread["value"], spread["low"], spread["high"]) if number is not None]
             assert printed(text) == pytest.approx([scale * number for number in near], rel=0.06, abs=0.06)
-        for key in ("wins", "losses", "num_seeds", "updates", "seconds"):
+        for key in ("num_seeds", "updates", "seconds", *(("wins", "losses") if entry["difference"] else ())):
             assert cells[key][0] == ("" if entry[key] is None else str(entry[key]))
 
 
@@ -209,9 +209,40 @@ def test_warnings_are_shown_on_page_and_terminal(tmp_path):
     study = results(3)
     study["finished"] = study["families"][0]["distinguishable"] = False
     study["summary"][2]["warnings"].append("seed 2 diverged")
-    shown, terminal = warnings_of(page_of(tmp_path, study)), format_study(study)
-    for said in ("not finished", "too small to tell methods apart", "varkd: seed 2 diverged"):
+    study["failures"] = {"llamagen/kd/seed-1": "no memory", "var/kd/seed-1": "elsewhere"}
+    next(entry for entry in study["summary"] if entry["budget"] == "time")["updates"] = 0.0
+    html, terminal = page_of(tmp_path, study), format_study(study)
+    shown = warnings_of(html)
+    assert "2 tasks of the study failed" in text_of(html) and "ce has no checkpoint within the equal time" in shown
+    for said in (
+        "not finished",
+        "too small to tell methods apart",
+        "varkd, at equal updates: seed 2 diverged",
+        "llamagen/kd/seed-1 failed: no memory",
+    ):
         assert said in shown and said in terminal
+    assert "elsewhere" not in shown
+
+
+def test_the_best_baseline_has_nobody_to_win_against(page):
+    texts = [[text for _, text in cells] for cells in table_of(page, "family-0-updates").values()]
+    assert [cells[2:5] for cells in texts].count(["–"] * 3) == 3, "teacher, start and the best baseline"
+
+
+def test_one_seed_has_no_interval_of_no_width(tmp_path):
+    study = results(3)
+    for entry in study["summary"]:
+        for key in ("recall", "fd"):
+            entry[key] = dict.fromkeys(("value", "low", "high"), entry[key]["value"])
+    cells = dict(zip(COLUMNS, table_of(page_of(tmp_path, study), "family-0-updates")["varkd"][1:], strict=True))
+    assert "[" not in cells["recall"][1] and "[" not in cells["fd"][1] and "[" in cells["accuracy"][1]
+
+
+def test_a_teacher_may_lie_outside_the_study(tmp_path):
+    study = results(2)
+    study["families"][0]["teacher"]["run"] = "../elsewhere/teacher"
+    (write_folder(tmp_path, results(2)) / "results.json").write_text(json.dumps(study))
+    assert write_study(tmp_path).is_file()
 
 
 def test_page_is_self_contained_and_its_ids_are_unique(page):

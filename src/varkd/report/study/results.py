@@ -1,7 +1,7 @@
 """Reading results.json, the one file that a study ends in: what `varkd study` wrote in, checked values out.
 
-`SHAPE` is the format, version 1. A number may be null anywhere; what is not finite is read as null. Paths are relative
-to the study folder and stay inside it.
+`SHAPE` is the format, version 1. A number may be null anywhere; what is not finite is read as null. Paths of what the
+page reads are relative to the study folder and stay inside it; a teacher's run may be elsewhere and is not read.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Maybe:
 _NUMBERS = lambda *names: dict.fromkeys(names, "number")
 _QUALITY = _NUMBERS("fd", "fd_low", "fd_high", "precision", "recall", "accuracy")
 _SAMPLER = Maybe(_NUMBERS("temperature", "guidance"), {"temperature": None, "guidance": None})
-_FILES = {"run": Maybe("path", None), "samples": Maybe("path", None)}
-_MODEL = _QUALITY | _FILES | _NUMBERS("parameters", "seconds") | {"sampler": _SAMPLER}
+_SAMPLES = {"samples": Maybe("path", None)}
+_MODEL = _QUALITY | _SAMPLES | _NUMBERS("parameters", "seconds") | {"sampler": _SAMPLER}
 _SPREAD = Maybe(_NUMBERS("value", "low", "high"), {"value": None, "low": None, "high": None})
 _SPREADS = dict.fromkeys(("fd", "precision", "recall", "accuracy", "student_kl", "gap_closed"), _SPREAD)
 _KEY = {"family": "text", "method": "text"}
@@ -49,12 +49,14 @@ _SETTING = Maybe(["text"], [])
 SHAPE: dict[str, Any] = {
     "name": "text", "finished": "flag", "updates": "number", "seeds": ["number"], "validation_seed": "number",
     "num_samples": "number", "gap_baseline": Maybe("text", None),
+    "starts": Maybe("text", "shared"), "failures": Maybe("any", {}),
     "families": [{
         "family": "text", "data": "text", "teacher": _MODEL, "start": _MODEL,
         "floors": Maybe(_NUMBERS("num", "fd_validation", "fd_reconstruction"), {}),
         "time_budget": "number", "verdict": Maybe("text", ""), "distinguishable": "flag",
     }],
-    "rows": [_KEY | _QUALITY | _FILES | {"budget": "text", "sampler": _SAMPLER, "setting": _SETTING}
+    "rows": [_KEY | _QUALITY | _SAMPLES
+             | {"run": Maybe("path", None), "budget": "text", "sampler": _SAMPLER, "setting": _SETTING}
              | _NUMBERS("seed", "updates", "seconds", "ce", "student_kl", "acceptance", "gap_closed")],
     "summary": [_KEY | _SPREADS | _NUMBERS("num_seeds", "updates", "seconds", "wins", "losses") | {
         "budget": "text", "role": "text", "warnings": Maybe(["text"], []),

@@ -99,8 +99,10 @@ def _method_row(family: Family, entry: Mapping[str, Any], columns: Sequence[Colu
             cells[column.key] = make_cell(column, sampler.get(column.key))
         elif column.key == "difference":
             cells[column.key] = signed(column, entry["difference"])
+        elif column.key in ("wins", "losses") and entry["difference"] is None:
+            cells[column.key] = Cell()  # nobody to win against
         elif isinstance(entry[column.key], Mapping):
-            cells[column.key] = make_cell(column, *(entry[column.key][end] for end in ("value", "low", "high")))
+            cells[column.key] = spread_cell(column, entry[column.key])
         else:
             cells[column.key] = make_cell(column, entry[column.key])
     return Row(entry["method"], ROLES[entry["role"]], "student", cells)
@@ -110,9 +112,15 @@ def _words(text: str) -> Cell:
     return Cell(text) if text else Cell()
 
 
+def spread_cell(column: Column, spread: Mapping[str, Any]) -> Cell:
+    """A number with its interval; one of no width (a single seed) is no interval."""
+    value, low, high = (spread.get(end) for end in ("value", "low", "high"))
+    return make_cell(column, value) if low == high else make_cell(column, value, low, high)
+
+
 def signed(column: Column, spread: Mapping[str, Any] | None) -> Cell:
     """A difference: a number above 0 carries its plus sign."""
-    cell = make_cell(column, *((spread or {}).get(end) for end in ("value", "low", "high")))
+    cell = spread_cell(column, spread or {})
     return replace(cell, text=f"+{cell.text}") if cell.value is not None and cell.value > 0 else cell
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from varkd.report.protocol import as_text
-from varkd.report.study.results import Family, Study
-from varkd.report.study.tables import FD, gap_name, signed
+from varkd.report.study.results import BUDGETS, Family, Study
+from varkd.report.study.tables import FD, gap_name, signed, spread_cell
 from varkd.report.tables import MISSING, compact, make_cell
 
 _BUDGET = {"updates": "At equal updates", "time": "At equal training time"}
@@ -28,7 +28,7 @@ def listed(names: Sequence[str]) -> str:
 
 def interval(spread: Mapping[str, Any], sign: bool = False) -> str:
     """ "5.0 [4.6, 5.4]" """
-    cell = signed(FD, spread) if sign else make_cell(FD, *(spread[end] for end in ("value", "low", "high")))
+    cell = signed(FD, spread) if sign else spread_cell(FD, spread)
     return f"{cell.text} {cell.interval}".strip()
 
 
@@ -39,23 +39,28 @@ def opening(study: Study) -> list[str]:
     names = [family.name for family in study.families]
     what = f"{_count(len(methods), 'method')} of training a small model, with and without a teacher"
     where = f"on {_count(len(names), 'family', 'families')} of backbones: {listed(names)}" if names else "on no family"
-    seeds = facts["seeds"]
-    return [
+    seeds, failures = facts["seeds"], facts["failures"]
+    failed = f"{_count(len(failures), 'task')} of the study failed: see the warnings." if failures else ""
+    sentences = [
         f"This page compares {what}, {where}.",
         f"Every method trains for {number(facts['updates'])} updates on {_seeds(seeds)}, and every run is judged by "
         f"N = {number(facts['num_samples'])} samples. Everything that had to be chosen was chosen on seed "
         f"{number(facts['validation_seed'])}, which is no part of the results.",
+        failed,
     ]
+    return [sentence for sentence in sentences if sentence]
 
 
 def statement(study: Study, family: Family) -> list[str]:
     """The sentences that open one family: who was compared on what, and the verdict."""
     facts = family.facts
     count = len({entry["method"] for entry in family.summary})
+    shared = study.facts["starts"] == "shared"
+    whose = "the start of every student" if shared else "the start of the first seed's students"
     sentences = [
         f"On {facts['data']}, {_count(count, 'method')} were compared over {_seeds(study.facts['seeds'])} with "
         f"N = {number(study.facts['num_samples'])} samples a run.",
-        f"The teacher ({_model(facts['teacher'])}) and the start of every student ({_model(facts['start'])}) "
+        f"The teacher ({_model(facts['teacher'])}) and {whose} ({_model(facts['start'])}) "
         "are the marks to judge them by.",
     ]
     if facts["verdict"]:
@@ -111,11 +116,16 @@ def warnings(study: Study, family: Family) -> list[str]:
         found.append("The gap is too small to tell methods apart here: read the order of the methods as noise.")
     if not study.facts["finished"]:
         found.append("The study is not finished: numbers are missing or will change.")
-    by_text: dict[str, list[str]] = {}
-    for entry in family.summary:
-        for text in entry["warnings"]:
-            by_text.setdefault(text, []).append(entry["method"])
-    return found + [f"{', '.join(dict.fromkeys(methods))}: {text}" for text, methods in by_text.items()]
+    failures = study.facts["failures"]
+    for task, reason in failures.items() if isinstance(failures, Mapping) else ():
+        if str(task).split("/")[0] == family.name:
+            found.append(f"{task} failed: {as_text(reason)}")
+    for budget in family.budgets():
+        for entry in family.methods(budget):
+            if budget == "time" and entry["updates"] == 0:
+                found.append(f"{entry['method']} has no checkpoint within the equal time: its row there is the start.")
+            found += [f"{entry['method']}, {BUDGETS[budget].lower()}: {text}" for text in entry["warnings"]]
+    return found
 
 
 def floors(family: Family) -> list[tuple[str, str]]:
@@ -128,8 +138,9 @@ def floors(family: Family) -> list[tuple[str, str]]:
 def protocol(study: Study) -> list[tuple[str, str]]:
     """How the study was done, as (name, value): what was fixed, what was chosen and where, the machine."""
     facts, machine = study.facts, study.facts["machine"]
+    start = "its start" if facts["starts"] == "shared" else "its start at each training seed"
     fixed = (
-        "the data and their codes, the teacher, the student's architecture and its start, the number of updates, the "
+        f"the data and their codes, the teacher, the student's architecture and {start}, the number of updates, the "
         "labels and seeds of sampling, the reference images and the feature network"
     )
     budgets = "; ".join(f"{family.name} {number(family.facts['time_budget'], ' s')}" for family in study.families)
@@ -139,9 +150,10 @@ def protocol(study: Study) -> list[tuple[str, str]]:
         ("Training seeds", ", ".join(number(seed) for seed in facts["seeds"]) or MISSING),
         ("Samples N of a run", number(facts["num_samples"])),
         (f"Chosen on validation seed {number(facts['validation_seed'])}",
-         "training settings and sampler of every method, by the lowest FD; the seeds of the results chose nothing"),
-        ("Equal time", f"the last checkpoint of the same training runs within the time budget ({budgets}); their "
-                       "schedules are unfinished there"),
+         "the training setting of every method by a short training, then its sampler, both by the lowest FD; the "
+         "seeds of the results chose nothing"),
+        ("Equal time", f"the last checkpoint of the same training runs within the seconds of the cheapest method "
+                       f"({budgets}); their schedules are unfinished there"),
         ("Gap closed", f"counted from {gap_name(facts['gap_baseline'])} (0 %) to the teacher (100 %)"),
         ("Machine", f"{number(machine.get('cores'))} cores, runs at once: {number(machine.get('workers'))}"),
         ("The whole study took", number(machine.get("seconds"), " s")),
