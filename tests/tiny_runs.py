@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.
             signal.raise_signal(number)
 
     monkeypatch.setattr(Session, "report", report_and_stop)
+
+
+def quicken(patch: pytest.MonkeyPatch) -> None:
+    """A judge that looks for a moment: a feature network of 25 updates, agreement on a few sequences."""
+    from varkd.evaluate.features import FitFeatures
+    from varkd.run import evaluation
+
+    patch.setattr(evaluation, "FitFeatures", partial(FitFeatures, updates=25))
+    patch.setattr(evaluation, "_AGREEMENT_SEQUENCES", 16)
 
 
 @pytest.fixture(scope="session")
