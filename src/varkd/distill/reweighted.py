@@ -175,10 +175,7 @@ def log_ratio(part: Part, scene: Scene) -> Tensor:
 
 def prefix_weights(sum_BL: Tensor, kappa: float, clip: float) -> Tensor:
     """The weights of `PrefixReweighted` from prefix sums of log ratios: mean exactly 1 in every column."""
-    if not len(sum_BL):
-        return sum_BL
-    clipped = (kappa * sum_BL).clamp_max(math.log(clip))
-    return (clipped - clipped.logsumexp(0) + math.log(len(clipped))).exp()  # in logs: all may underflow
+    return (kappa * sum_BL).clamp_max(math.log(clip)).softmax(0) * len(sum_BL)  # exp(...) alone may all underflow
 
 
 def sequence_weights(ratio_B: Tensor, kappa: float, clip: float, ess_floor: float) -> Tensor:
