@@ -29,7 +29,7 @@ from varkd.distill.replay import Replay
 from varkd.distill.reweighted import PrefixReweighted, Reweighted
 from varkd.distill.schedule import SCHEDULES, Adaptive, Decay, Ramp, adaptives, number
 from varkd.distill.scores import of_student
-from varkd.distill.selection import All, Confidence
+from varkd.distill.selection import Accepted, All, Confidence
 from varkd.distill.spaces import Full
 from varkd.distill.target import Guided, Plain
 from varkd.rollout import Sampler
@@ -169,6 +169,9 @@ def sentence(value: Any) -> str:
         case BestOf():
             best = "log p - log r, r the student at its start" if value.score == "difference" else "log p"
             return f"{sentence(value.rollout)}; of {value.count} for each label, the one with the largest {best}"
+        case Accepted():
+            asks = {"top_k": "top_k", "top_p": "nucleus", "neighbours": "neighbours"}
+            text, told = first_sentence(value), tuple(name for name, rule in asks.items() if rule != value.rule)
         case Confidence():
             where = f"at or {'above' if value.side == 'high' else 'below'} its quantile"
             text = f"Weight 1 where the teacher's score is {where} (a moving average of former steps), floor elsewhere"

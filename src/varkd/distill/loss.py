@@ -304,10 +304,11 @@ def _audit(
         rows = row_N[chunk]
         student_NV = inputs.student.head(hidden_ND[rows])
         teacher_NV = None if teacher is None else teacher.logits(rows)
-        for term, kept_N in audited:
-            about = _about(inputs, term, code_N[rows], rows_of[term.name].select(rows))
-            value_N = _term_value(term, student_NV, teacher_NV, about, inputs.products)
-            kept_divergence(term, value_N, kept_N[rows], stats)
+        with torch.autocast(hidden_ND.device.type, enabled=False):  # as in the loss
+            for term, kept_N in audited:
+                about = _about(inputs, term, code_N[rows], rows_of[term.name].select(rows))
+                value_N = _term_value(term, student_NV, teacher_NV, about, inputs.products)
+                kept_divergence(term, value_N, kept_N[rows], stats)
 
 
 def _about(inputs: LossInputs, term: Term, code_N: Tensor, rows: TermRows) -> Rows:
