@@ -113,8 +113,7 @@ def _of_both(name: str, teacher: Tensor, rows: _Chunk, products: Mapping[str, Te
     student = _given(rows.student_NV, name)
     match kind:
         case "top_k_agrees":
-            above_N = (teacher > _of_code(teacher, student.argmax(1)).unsqueeze(1)).sum(1)
-            return (above_N < int(setting)).float()
+            return top_k_agrees(teacher, student, int(setting))
         case "accepted":
             return _accepted(teacher, student, _given(rows.uniform_N2, name))
         case "code_gap":
@@ -136,6 +135,12 @@ def _given(value: Tensor | None, name: str) -> Tensor:
 
 def _of_code(logp_NV: Tensor, code_N: Tensor) -> Tensor:
     return logp_NV.gather(1, code_N.unsqueeze(1)).squeeze(1)
+
+
+def top_k_agrees(teacher: Tensor, student: Tensor, top_k: int) -> Tensor:
+    """1 where the student's likeliest code is among the teacher's `top_k` likeliest."""
+    above_N = (teacher > _of_code(teacher, student.argmax(1)).unsqueeze(1)).sum(1)
+    return (above_N < top_k).float()
 
 
 def _entropy(logp_NV: Tensor) -> Tensor:

@@ -216,6 +216,26 @@ def test_words_and_cost():
     assert (alone["student_read"], alone["teacher_read"]) == (0, 3)
 
 
+@pytest.mark.parametrize("score", ["difference", "teacher"])
+def test_the_reads_are_those_that_the_cost_tells(scene, batch, score):
+    """The reference counts as a student that is read."""
+    rows = {"teacher": 0, "reference": 0}
+
+    def counting(name: str):
+        def count(_module, inputs, _output) -> None:
+            rows[name] += len(inputs[0])
+
+        return count
+
+    for name in rows:
+        getattr(scene, name).register_forward_hook(counting(name))
+    contexts = BestOf(count=3, score=score)
+    contexts(batch, scene)
+    made = cost_at(Method((Term("ce", CrossEntropy()),), contexts))
+    assert rows == {"teacher": 8 * made["teacher_read"], "reference": 8 * made["student_read"]}
+    assert made["teacher_read"] == 3 and made["student_decode"] == 3
+
+
 def test_an_empty_share_of_best_of_makes_nothing(scene, batch):
     context = PrefixReweighted(Mixture((Share(Data(), 1.0), Share(BestOf(), 0.0))))(batch, scene)
     assert isinstance(context, Context) and [part.source for part in context.parts] == ["data"]
