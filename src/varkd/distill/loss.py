@@ -313,7 +313,7 @@ def _audit(
 
 def _about(inputs: LossInputs, term: Term, code_N: Tensor, rows: TermRows) -> Rows:
     """What the divergence of `term` may know of some rows."""
-    return Rows(code_N, rows.alpha_N, inputs.products.get(CODEBOOK) if term.divergence.needs_codebook else None)
+    return Rows(code_N, rows.alpha_N, inputs.products.get(CODEBOOK) if term.needs_codebook else None)
 
 
 def _term_value(term: Term, student_NV: Tensor, teacher_NV: Tensor | None, rows: Rows, products: Products) -> Tensor:

@@ -46,7 +46,7 @@ class Term:
     def __post_init__(self) -> None:
         check_range(f"term '{self.name}'", "weight", self.weight, 0, float("inf"))
         self.selection.score_names(self.space)  # refuses a score that this space does not have
-        if self.divergence.needs_codebook and not isinstance(self.space, Full | Neighbours):
+        if self.needs_codebook and not isinstance(self.space, Full | Neighbours):
             raise VarkdError(f"term '{self.name}': {self.divergence.kind} compares the vectors of codes, and the space "
                              f"{self.space.kind} merges codes: use full or neighbours")  # fmt: skip
 
@@ -61,6 +61,11 @@ class Term:
         """The skew that differs between sequences, where the divergence has one."""
         alpha = getattr(self.divergence, "alpha", None)
         return alpha if isinstance(alpha, SequenceSkew) else None
+
+    @property
+    def needs_codebook(self) -> bool:
+        """Whether the divergence compares codebook vectors. One of the user's own need not know of it."""
+        return getattr(self.divergence, "needs_codebook", False)
 
     @property
     def needs_teacher(self) -> bool:
@@ -148,7 +153,7 @@ class Method:
         for term in self.terms:
             products.update(term.space.prepare(codebook_VE))
             products.update(term.selection.prepare(codebook_VE))
-            if term.divergence.needs_codebook:
+            if term.needs_codebook:
                 products[CODEBOOK] = codebook_VE.detach().float()
         return products
 

@@ -23,8 +23,10 @@ from varkd.world import Rng
 ScoreName = Literal["max_prob", "entropy", "margin", "cluster_mass", "code_prob"]
 
 
-class _Selection:
-    """What most selections have in common: no score, and nothing that is made of the codebook."""
+class SelectionRule:
+    """Base of all selections. Most read no score, need nothing of the codebook, and keep `floor` of what they drop."""
+
+    floor: float = 0.0
 
     def score_names(self, space: Space) -> tuple[str, ...]:
         """The scores that it reads; raises `VarkdError` where `space` does not have one of them."""
@@ -38,7 +40,7 @@ class _Selection:
 
 
 @dataclass(frozen=True)
-class All(_Selection):
+class All(SelectionRule):
     """Every position, fully."""
 
     kind: Literal["all"] = "all"
@@ -49,7 +51,7 @@ class All(_Selection):
 
 
 @dataclass(frozen=True)
-class Confidence(_Selection):
+class Confidence(SelectionRule):
     """Trust the teacher where it is confident: weight 1 at and above the `quantile` of its score, `floor` below.
 
     The quantile is taken per position (generation rank), as a moving average over batches, so that no part of the image
@@ -95,7 +97,7 @@ class Confidence(_Selection):
 
 
 @dataclass(frozen=True)
-class Random(_Selection):
+class Random(SelectionRule):
     """The control of `Confidence`: the same kept fraction (1 - quantile), chosen by chance."""
 
     quantile: Scalar = 0.5
@@ -113,7 +115,7 @@ class Random(_Selection):
 
 
 @dataclass(frozen=True)
-class Threshold(_Selection):
+class Threshold(SelectionRule):
     """Trust the teacher where its score reaches a fixed `threshold`: weight 1 there, `floor` below.
 
     With `softness` h the weight rises smoothly instead, from `floor` to 1 as sigmoid((score - threshold) / h). Unlike
@@ -144,7 +146,7 @@ class Threshold(_Selection):
 
 
 @dataclass(frozen=True)
-class Accepted(_Selection):
+class Accepted(SelectionRule):
     """SelecTKD, 2510.24021: weight 1 where the teacher accepts what the student proposes, `floor` elsewhere.
 
     `top_k`: the student's likeliest code is among the teacher's `top_k` likeliest. `speculative`: y ~ q passes with
@@ -195,7 +197,7 @@ class Accepted(_Selection):
 
 
 @dataclass(frozen=True)
-class EntropyRatio(_Selection):
+class EntropyRatio(SelectionRule):
     """Weight 1 where H(p) is at most `ratio` times H(q): the teacher is surer than the student, so it can teach."""
 
     ratio: Scalar = 1.0
@@ -216,7 +218,7 @@ class EntropyRatio(_Selection):
 
 
 @dataclass(frozen=True)
-class Horizon(_Selection):
+class Horizon(SelectionRule):
     """Weight 1 where fewer than a `share` of the sequence's codes come in earlier steps, `floor` after that.
 
     A `Ramp` lets the horizon grow. A step counts as a whole.
@@ -238,7 +240,7 @@ class Horizon(_Selection):
 
 
 @dataclass(frozen=True)
-class Drift(_Selection):
+class Drift(SelectionRule):
     """Weight 1 until the sequence has left the teacher's law, `floor` from that position on (our reading).
 
     The codes' surprise z = (-log p(x) - H(p)) / sd_p(log p) has mean 0 and variance 1 at every position of a sequence
@@ -280,8 +282,7 @@ Selection = All | Confidence | Random | Threshold | Accepted | EntropyRatio | Ho
 
 def kept_share(selection: Selection, weight_BL: Tensor) -> Tensor:
     """How far each weight stands above the floor: 1 where a position counts fully, 0 where it has the floor only."""
-    floor = 0.0 if isinstance(selection, All) else selection.floor
-    return torch.where(weight_BL == 1, 1.0, (weight_BL - floor) / max(1 - floor, 1e-12))
+    return torch.where(weight_BL == 1, 1.0, (weight_BL - selection.floor) / max(1 - selection.floor, 1e-12))
 
 
 def _full_name(owner: str, score: ScoreName, space: Space) -> str:
