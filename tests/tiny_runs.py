@@ -29,6 +29,17 @@ FROM_THE_START = (
     "method.contexts.contexts.shares.1.contexts.every=2", "method.contexts.contexts.shares.1.contexts.capacity=2",
     "method.terms.student.selection.quantile=0.5", "method.contexts.kappa=30",
 )  # fmt: skip
+# What VarKD could be made of instead: position weights, the best of two samples against the student at its start, ...
+BEST_OF_TWO = "{kind: replay, every: 2, capacity: 2, rollout: {kind: best_of, count: 2}}"
+OTHER_PARTS = (
+    "method=varkd",
+    "method.contexts={kind: prefix_reweighted, kappa: 0.02, contexts: {kind: mixture, shares: "
+    "[{contexts: {kind: data}, fraction: 0.5}, {contexts: " + BEST_OF_TWO + ", fraction: 0.5}]}}",
+    "method.terms.student.selection={kind: drift, window: 4, sigmas: 3}",
+    "method.terms.student.space={kind: neighbours, count: 4}", "method.terms.student.credit=discrepancy_decay",
+    "method.terms.anchor.selection={kind: accepted, rule: neighbours, neighbours: 3}",
+    "method.terms.anchor.divergence=embedding_moments", "train.log_every=2",
+)  # fmt: skip
 TIMING = ("seconds", "sequences_per_second")
 
 
