@@ -274,7 +274,7 @@ def _analyze(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--num", type=int, default=1000, help="sequences in each context (default: %(default)s)")
     verb.add_argument("--split", choices=("validation", "train"), default="validation", help="where data come from")
     verb.add_argument("--language", action="store_true", help="train a small language pair (a minute or two) beside")
-    verb.add_argument("--language-updates", type=int, default=300, metavar="N", help="of each of its two models")
+    verb.add_argument("--language-updates", type=int, default=900, metavar="N", help="of each of its two models")
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--device", default="auto", help="auto, cpu or cuda")
 

@@ -72,9 +72,9 @@ def analyze_run(
         "positions": curves.positions(ranked, sizes, seed),
         "maps": curves.maps(values, layout.grid, layout.scales),
         "accumulated": curves.accumulated_error(ranked, seed),
-        "calibration": curves.calibrations(values, seed),
     }
-    found = audits.all_of(subject, contexts, values, tables)
+    tables["calibration"], errors = curves.calibrations(values, seed)
+    found = {"ece": errors, **audits.all_of(subject, contexts, values, tables)}
     if language is not None:
         found["language"] = _language(out / "language", language, len(contexts["data"]), seed, subject, tables)
     out.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ def prefix_swap(subject: Subject, contexts: Mapping[str, Sequences], reference: 
             share_B1 = torch.full((len(given), 1), share, device=subject.device)
             whole = completed(subject.teacher, given, leading(given.plan, share_B1), subject.sampler, subject.seed)
             images = decode(subject.codes.tokenizer, whole.codes_BL, subject.device)
-            found = sample_metrics(images, label_B, reference, net, seed=subject.seed)
+            found = sample_metrics(images, label_B, reference, net, resamples=subject.resamples, seed=subject.seed)
             for name in SWAP_METRICS:
                 rows.append((source, share, name, *found[name].values(), len(given)))
     return Table(("source", "share", "metric", "value", "low", "high", "num"), tuple(rows))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from varkd.evaluate.calibration import calibration
+from varkd.evaluate.calibration import calibration, expected_error
 from varkd.evaluate.diagnostics import Values
 from varkd.evaluate.exposure import accumulated, difference, excess_accumulated
 from varkd.evaluate.intervals import Curve, mean_curve
@@ -104,19 +104,24 @@ def accumulated_error(ranked: Mapping[str, Values], seed: int) -> Table:
     return Table(("curve", "codes", "value", "low", "high", "num"), tuple(rows))
 
 
-def calibrations(values: Mapping[str, Values], seed: int) -> Table:
-    """Bins of two confidences: accuracy on data; on student sequences the KL to a second teacher, or the surprise."""
+def calibrations(values: Mapping[str, Values], seed: int) -> tuple[Table, dict[str, float]]:
+    """Bins of two confidences: accuracy on data; on student sequences the KL to a second teacher, or the surprise.
+
+    Beside the table stands the expected calibration error of each confidence on data.
+    """
     outcomes = {"data": {"max_prob": "correct", "cluster_mass": "correct_cluster"}}
     reliability = "second_forward_kl" if "second_forward_kl" in values["student"] else "ce_teacher"
     outcomes["student"] = dict.fromkeys(outcomes["data"], reliability)
     rows: list[tuple[Cell, ...]] = []
+    errors = {}
     for context, chosen in outcomes.items():
         for confidence, quantity in chosen.items():
-            found = values[context]
-            for each in calibration(found[confidence], found[quantity], seed=seed):
-                rows.append(
-                    (context, confidence, quantity, each.low, each.high, each.num, each.confidence, *each.value)
-                )
+            bins = calibration(values[context][confidence], values[context][quantity], seed=seed)
+            if context == "data":
+                errors[confidence] = expected_error(bins)
+            for each in bins:
+                about = (each.low, each.high, each.num, each.confidence)
+                rows.append((context, confidence, quantity, *about, *each.value))
     columns = ("context", "confidence", "quantity", "bin_low", "bin_high", "codes", "mean_confidence", "value", "low",
                "high")  # fmt: skip
-    return Table(columns, tuple(rows))
+    return Table(columns, tuple(rows)), errors

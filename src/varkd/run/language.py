@@ -31,7 +31,7 @@ _HELD_OUT = 128  # sequences that the loop looks at
 
 def _train() -> Train:
     optim = Optim(lr=4e-3, warmup=20, ema=0.97)
-    return Train(updates=300, batch_size=32, label_drop=0.0, validate_every=100, checkpoint_every=100,
+    return Train(updates=900, batch_size=16, label_drop=0.0, validate_every=100, checkpoint_every=300,
                  tensorboard=False, optim=optim)  # fmt: skip
 
 

@@ -41,6 +41,11 @@ class Subject:
     device: torch.device
     quiet: bool
 
+    @property
+    def resamples(self) -> int:
+        """Of the image metrics: as in an evaluation of the run."""
+        return self.run.evaluation.resamples if self.run else 200
+
     @cached_property
     def clusters(self) -> Clusters:
         """The method's own clusters, else the default ones."""
