@@ -47,11 +47,13 @@ def language(found: Analysis) -> Section:
     return Section(
         "D9", title, question,
         f"Drawn are D1, D3, D5 and D8 for the image pair (V = {sizes['positions']}) and for a text pair "
-        f"(V = {sizes['language']}, {about['updates']} updates, N = {about['num']}), entropies and divergences in units "
+        f"(V = {sizes['language']}, {about['updates']} updates, N = {about['num']}), entropies and divergences in "
+        "units "
         "of ln V and N90 in shares of V.",
         f"H(p) on data is {plain(entropy['positions'])} ln V for images and {plain(entropy['language'])} for text, so "
         f"{who} is the more ambiguous of these two (N90 {share(n90['positions'])} and {share(n90['language'])} of V); "
-        f"KL(p || q) on student samples is {plain(fkl['positions'])} and {plain(fkl['language'])} ln V, the first codes "
+        f"KL(p || q) on student samples is {plain(fkl['positions'])} and {plain(fkl['language'])} ln V, the first "
+        "codes "
         f"agree at {share(top['positions'])} and {share(top['language'])}, and the exposure gap in nats is "
         f"{told(gap['positions'])} and {told(gap['language'])}. The text teacher stands at {plain(ce)} nats a code on "
         "held-out text: a toy, which says how text looks to a small model and not how language is.",
@@ -84,7 +86,9 @@ def swap(found: Analysis) -> Section:
     classes = all(row["value"] for row in found.rows("prefix_swap", metric="accuracy"))
     ylabel = {"fd": "Fréchet distance (lower is better)", "precision": "precision", "recall": "recall"}
     ylabel |= {"accuracy": "class accuracy"} if classes else {}
-    own, half, data = (at(source, place, "fd") for source, place in (("data", "0"), ("student", "0.5"), ("data", "0.5")))
+    own, half, data = (
+        at(source, place, "fd") for source, place in (("data", "0"), ("student", "0.5"), ("data", "0.5"))
+    )
     apart = half.low > own.high
     verdict = ("the teacher does not repair what the student began" if apart
                else "no harm to the teacher's completion is seen beyond its own interval")  # fmt: skip
@@ -107,8 +111,8 @@ def swap(found: Analysis) -> Section:
 def teachers(found: Analysis) -> Section:
     title, question = "Two teachers", "Do teachers agree with each other where the student goes?"
     if not found.has("student", "second_jsd"):
-        return Section("D11", title, question, missing="Give --second MODEL: another teacher on the same codes, such as "
-                       "an earlier checkpoint that was exported, another seed or another size.")  # fmt: skip
+        return Section("D11", title, question, missing="Give --second MODEL: another teacher on the same codes, of "
+                       "another seed, another size, or after fewer updates.")  # fmt: skip
     gap, top = found.mean("student - data", "second_jsd"), found.mean("student", "second_top1")
     verdict = judged(gap, "teachers disagree more where the student goes: less reliable labels",
                      "teachers disagree less where the student goes",
@@ -118,7 +122,8 @@ def teachers(found: Analysis) -> Section:
         "Drawn is the Jensen-Shannon divergence between the teacher and a second one, in nats (at most ln 2 = 0.693), "
         "by position, on data, teacher and student samples.",
         f"It is {plain(found.mean('student', 'second_jsd').value)} on student samples and "
-        f"{plain(found.mean('data', 'second_jsd').value)} on data, a difference of {told(gap)}, so {verdict}; on student "
+        f"{plain(found.mean('data', 'second_jsd').value)} on data, a difference of {told(gap)}, so {verdict}; on "
+        "student "
         f"samples they rank the same code first at {share(top.value)} of the positions.",
         [("Jensen-Shannon divergence by position.", figures.lines(
             "d11", three(found, "second_jsd"), found.xlabel, "JSD, nats", legend=True))],
@@ -144,10 +149,12 @@ def calibration(found: Analysis) -> Section:
     diagonal = Line("calibrated", TEACHER, [0.0, 1.0], [0.0, 1.0])
     return Section(
         "D12", "Calibration of confidence", "Does confidence predict reliability?",
-        "Drawn is, by bins of the teacher's confidence in one code or one cluster, how often that code or cluster is the "
+        "Drawn is, by bins of the teacher's confidence in one code or one cluster, how often that code or cluster "
+        "is the "
         f"one in the data, and on student samples {what}.",
         f"On data the mean distance to the diagonal (ECE) is {plain(found.info['ece']['max_prob'])} for codes and "
-        f"{plain(found.info['ece']['cluster_mass'])} for clusters; on student samples {what} goes from {plain(low)} in the least to "
+        f"{plain(found.info['ece']['cluster_mass'])} for clusters; on student samples {what} goes from {plain(low)} "
+        "in the least to "
         f"{plain(high)} in the most confident bin, so confidence {'does' if falls else 'is not seen to'} predict it"
         f"{'.' if other else ', as it must in part: a sure teacher has a low entropy. Give --second for a fair test.'}",
         [
@@ -186,8 +193,10 @@ def selection(found: Analysis) -> Section:
     shown = [(label, panel) for label, panel in panels if panel is not None]
     return Section(
         "D13", title, question,
-        "Drawn is the share of positions that the method's selection gives full weight, with the thresholds of its last "
-        f"checkpoint (update {about['checkpoint']}), the share of the forward KL at those positions, where they lie, and "
+        "Drawn is the share of positions that the method's selection gives full weight, with the thresholds of its "
+        "last "
+        f"checkpoint (update {about['checkpoint']}), the share of the forward KL at those positions, where they lie, "
+        "and "
         "what training logged.",
         f"Kept are: {told_of}; so {verdict}.",
         [
@@ -215,7 +224,9 @@ def weights(found: Analysis) -> Section:
     ratio, distance = ([float(row[name]) for row in rows] for name in ("log_ratio", "distance"))
     given = [float(row["weight"]) for row in rows if row["weight"]]
     links = {name: Number(**value) for name, value in about["correlations"].items()}
-    whose = "the method's own" if about["own"] else "those that reweighted contexts would give, for this method has none"
+    whose = (
+        "the method's own" if about["own"] else "those that reweighted contexts would give, for this method has none"
+    )
     parts = "; ".join(f"{name.replace('_', ' ')} {told(link)}" for name, link in links.items() if "weight" in name)
     near = links["weight and distance"]
     verdict = judged(near, "weight goes to samples far from the training images",
@@ -225,11 +236,13 @@ def weights(found: Analysis) -> Section:
         if about["shuffled"] else ""  # fmt: skip
     return Section(
         "D14", "Weight audit", "Whom do sequence weights favour?",
-        "Drawn is r(x), the mean of log p - log q over a student's sequence, its histogram and its link to the distance "
+        "Drawn is r(x), the mean of log p - log q over a student's sequence, its histogram and its link to the "
+        "distance "
         f"to the nearest training image in the feature network, and the weights ({whose}; kappa {about['kappa']:g}, "
         f"{about['rows_per_step']} sequences a step).",
         f"The weights keep {share(about['effective'])} of the effective sample size and lie in {plain(min(given))} to "
-        f"{plain(max(given))}; rank correlations over {about['weighed']} sequences are: {parts}; so {verdict}.{shuffled}",
+        f"{plain(max(given))}; rank correlations over {about['weighed']} sequences are: {parts}; so "
+        f"{verdict}.{shuffled}",
         [
             ("Plausibility of student samples; the line is r = 0.", figures.histogram(
                 "d14-r", ratio, "r(x) = mean of log p - log q, nats a code", "sequences", reference=0.0)),
@@ -256,9 +269,11 @@ def coverage(found: Analysis) -> Section:
     return Section(
         "D15", "Likelihood and coverage", "Does the student average over modes, or leave some out?",
         "Drawn are R_llh = E[-log p] on student samples and R_cvg = E[-log q] on teacher samples, in nats per code, "
-        "beside the teacher's own E[-log p] on its own samples, which both would reach if the student were the teacher.",
+        "beside the teacher's own E[-log p] on its own samples, which both would reach if the student were the "
+        "teacher.",
         f"R_llh is {told(llh)} and R_cvg {told(cvg)} over a floor of {told(floor)}: the student {both} "
-        f"(excess {plain(above)} against {plain(missed)}); its samples have precision {told(at['precision'])} and recall "
+        f"(excess {plain(above)} against {plain(missed)}); its samples have precision {told(at['precision'])} and "
+        "recall "
         f"{told(at['recall'])} at N = {found.info['num']}.",
         [("The two risks.", figures.bars("d15", ["likelihood\nE_S[-log p]", "coverage\nE_P[-log q]"], series,
                                          "nats per code"))],
@@ -271,9 +286,11 @@ def cost(found: Analysis) -> Section:
     passes = rows["student forward"][0] / rows["student rollout"][0]
     return Section(
         "D18", "Cost", "What does a code cost?",
-        f"Listed are codes per second of decoding and of one forward pass (64 sequences at once, on {found.info['device']}"
+        "Listed are codes per second of decoding and of one forward pass (64 sequences at once, on "
+        f"{found.info['device']}"
         "), parameters, memory, and what training saw.",
-        f"The student decodes {faster:.1f} times as fast as the teacher; a code that it samples costs {passes:.1f} times "
+        f"The student decodes {faster:.1f} times as fast as the teacher; a code that it samples costs {passes:.1f} "
+        "times "
         "a code in a forward pass, which is what student contexts add to training.",
         rows=[(what, f"{value:,.0f} {unit}") for what, (value, unit) in rows.items()],
     )  # fmt: skip

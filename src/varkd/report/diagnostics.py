@@ -20,7 +20,8 @@ _NUMBERS = {
     "teacher_entropy": "Teacher entropy H(p), nats", "ce_teacher": "Teacher's -log p of the codes, nats",
     "typicality": "Typicality z, sd", "forward_kl": "KL(teacher || student), nats",
     "reverse_kl": "KL(student || teacher), nats", "total_variation": "Total variation", "top1": "Same top code",
-    "top1_cluster": "Same top cluster", "acceptance": "Acceptance", "acceptance_neighbours": "Acceptance with neighbours",
+    "top1_cluster": "Same top cluster", "acceptance": "Acceptance", "acceptance_neighbours": "Acceptance with "
+    "neighbours",
     "mean_gap": "|mu_p - mu_q|^2", "n90": "N90 of the teacher, codes", "max_prob": "Largest p",
 }  # fmt: skip
 
@@ -60,10 +61,12 @@ def statement(found: Analysis) -> list[str]:
     method = f" ({info['method']})" if info["method"] else ""
     trained = " Data prefixes are training data: both models have seen them." if info["split"] == "train" else ""
     return [
-        f"This page looks at the student {info['name']}{method} and its teacher on N = {info['num']:,} sequences of the "
+        f"This page looks at the student {info['name']}{method} and its teacher on N = {info['num']:,} sequences of "
+        "the "
         f"{info['split']} split{asked}, and on as many that the teacher and the student sampled for the same labels, "
         f"under the same plans and noise.{trained}",
-        "Bands and brackets are 95 % bootstrap intervals over sequences of these two models: about one of twenty misses "
+        "Bands and brackets are 95 % bootstrap intervals over sequences of these two models: about one of twenty "
+        "misses "
         "its number by chance, and another training seed may move a number further.",
     ]  # fmt: skip
 
@@ -71,8 +74,8 @@ def statement(found: Analysis) -> list[str]:
 def facts(found: Analysis) -> list[tuple[str, str]]:
     """What somebody needs who wants the same numbers."""
     info = found.info
-    sampler = ", ".join(f"{key} {value}" for key, value in info["sampler"].items()
-                        if key in ("temperature", "top_k", "top_p", "guidance", "steps") and value is not None)  # fmt: skip
+    named = {key: info["sampler"][key] for key in ("temperature", "top_k", "top_p", "guidance", "steps")}
+    sampler = ", ".join(f"{key} {value}" for key, value in named.items() if value is not None)
     layout = f"scales {info['scales']}" if info["scales"] else f"a grid of {info['grid'][0]} x {info['grid'][1]}"
     features = info["features"]
     return [

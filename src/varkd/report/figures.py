@@ -27,7 +27,7 @@ _LEGEND_CHARACTERS = 76  # of nine points on five inches, the samples of the lin
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; `style` is the run's number among the runs, or TEACHER. `low` and `high` are its interval, if known."""
+    """One curve; `style` is the run's number among the runs, or TEACHER; `low` and `high` are its interval."""
 
     label: str
     style: int
@@ -104,7 +104,8 @@ def bars(name: str, groups: Sequence[str], series: Sequence[Bars], ylabel: str) 
         if len(series) > 1:
             _legend(figure, axes)
         told = "; ".join(
-            f"{each.label}: " + ", ".join(f"{g} {v:.3g}" for g, v in zip(groups, each.value, strict=True) if v is not None)
+            f"{each.label}: "
+            + ", ".join(f"{g} {v:.3g}" for g, v in zip(groups, each.value, strict=True) if v is not None)
             for each in series
         )
         return _svg(figure, name, f"{ylabel}: {told}".replace("\n", " "))

@@ -163,7 +163,8 @@ def accumulation(found: Analysis) -> Section:
     begin = found.info["sequence_length"] // 8
     return Section(
         "D4", "Accumulated error", "Do errors feed on each other?",
-        "Drawn is R(l), the reverse KL summed over the first l codes, on student samples and on data, and the excess of "
+        "Drawn is R(l), the reverse KL summed over the first l codes, on student samples and on data, and the "
+        "excess of "
         "the first over the second in per cent (ExAccErr).",
         f"After all {found.info['sequence_length']} codes R is {plain(total.value)} nats against {plain(data.value)}, "
         f"an excess of {told(Number(*(100 * part for part in last)), ' %')}, so {verdict}.",
@@ -196,7 +197,8 @@ def choice(found: Analysis) -> Section:
             ("Means over all positions.", figures.bars("d5-bars", list(names.values()), _bars(found, names),
                                                        "share of positions")),
             ("By position, on student samples.", figures.lines("d5-lines", [
-                found.curve("student", "top1", "same code", 1), found.curve("student", "top1_cluster", "same cluster", 2),
+                found.curve("student", "top1", "same code", 1),
+                found.curve("student", "top1_cluster", "same cluster", 2),
                 found.curve("student", "top5", "in top 5", 3)], found.xlabel, "share of sequences", legend=True)),
         ],
     )  # fmt: skip
@@ -218,7 +220,8 @@ def acceptance(found: Analysis) -> Section:
                      "the rate is not seen to differ between student samples and data")  # fmt: skip
     return Section(
         "D6", "Acceptance", "How often would speculative sampling keep the student's code?",
-        "Drawn is sum min(p, q), the rate at which a draft of the student is accepted, and the same with the mass of up "
+        "Drawn is sum min(p, q), the rate at which a draft of the student is accepted, and the same with the mass "
+        "of up "
         f"to {space['neighbours']} nearest codes added (LANTERN, at most {space['slack']:g} more).",
         f"On student samples {told(plain_rate)} of the codes are accepted, and {told(wide)} with neighbours, a gain of "
         f"{plain(wide.value - plain_rate.value)}; student samples minus data is {told(gap)}: {verdict}.",
@@ -239,7 +242,8 @@ def distance(found: Analysis) -> Section:
         "D7", "Distance between codes", "How far apart are the codes that both would draw?",
         "Drawn on student samples is E|e_v - e_u|^2 for v ~ p and u ~ q over codebook vectors, the same for two draws "
         "of the teacher, and |mu_p - mu_q|^2, which is what is left of the first beyond the spread of either model.",
-        f"Two draws of teacher and student differ by {told(whole)} and two of the teacher by {told(own)}; the means are "
+        f"Two draws of teacher and student differ by {told(whole)} and two of the teacher by {told(own)}; the means "
+        "are "
         f"apart by {told(gap)}, which is {share(gap.value / max(whole.value, 1e-9))} of the first (student samples "
         f"minus data {told(change)}: {verdict}).",
         [
@@ -261,10 +265,13 @@ def ambiguity(found: Analysis) -> Section:
     fewer = clusters.value / count < n90.value / vocabulary
     return Section(
         "D8", "Ambiguity", "Over how many codes does the teacher spread its mass, before and after compression?",
-        f"Drawn on data is N90, the number of codes (clusters) that hold 90 % of the teacher's mass, with exp H, and the "
-        f"largest mass of one code, of one of {count} clusters, and of all codes within {plain(space['radius'])} of the "
+        "Drawn on data is N90, the number of codes (clusters) that hold 90 % of the teacher's mass, with exp H, and "
+        "the "
+        f"largest mass of one code, of one of {count} clusters, and of all codes within {plain(space['radius'])} of "
+        "the "
         "likeliest one.",
-        f"The teacher needs {told(n90)} of {vocabulary} codes ({share(n90.value / vocabulary)}) and {told(clusters)} of "
+        f"The teacher needs {told(n90)} of {vocabulary} codes ({share(n90.value / vocabulary)}) and {told(clusters)} "
+        "of "
         f"{count} clusters ({share(clusters.value / count)}): in shares of what there is, compression makes it "
         f"{'less' if fewer else 'not less'} ambiguous, while the mass of the likeliest outcome rises from "
         f"{share(top.value)} to {share(mass.value)} for a cluster and {share(near.value)} for a neighbourhood.",
