@@ -42,21 +42,25 @@ def language(found: Analysis) -> Section:
     n90 = {table: ratio(table, "n90", by_codes=True) for table in names}
     relative = [found.curve("data", "teacher_entropy", label, styles[table], table=table, relative=True,
                             factor=1 / log(sizes[table])) for table, label in names.items()]  # fmt: skip
-    who = "the image teacher" if entropy["positions"] > entropy["language"] else "the text teacher"
+    by_entropy, by_count = (each["positions"] > each["language"] for each in (entropy, n90))
+    who = (
+        "the image teacher is the more ambiguous of the two" if by_entropy else "the text teacher is the more ambiguous"
+    )
+    if by_entropy != by_count:
+        first, second = ("images", "text") if by_entropy else ("text", "images")
+        who = f"the two measures disagree on which is the more ambiguous: {first} by entropy, {second} by N90"
     ce = found.mean("data", "ce_teacher", "language").value
     return Section(
         "D9", title, question,
-        f"Drawn are D1, D3, D5 and D8 for the image pair (V = {sizes['positions']}) and for a text pair "
-        f"(V = {sizes['language']}, {about['updates']} updates, N = {about['num']}), entropies and divergences in "
-        "units "
-        "of ln V and N90 in shares of V.",
-        f"H(p) on data is {plain(entropy['positions'])} ln V for images and {plain(entropy['language'])} for text, so "
-        f"{who} is the more ambiguous of these two (N90 {share(n90['positions'])} and {share(n90['language'])} of V); "
-        f"KL(p || q) on student samples is {plain(fkl['positions'])} and {plain(fkl['language'])} ln V, the first "
-        "codes "
-        f"agree at {share(top['positions'])} and {share(top['language'])}, and the exposure gap in nats is "
-        f"{told(gap['positions'])} and {told(gap['language'])}. The text teacher stands at {plain(ce)} nats a code on "
-        "held-out text: a toy, which says how text looks to a small model and not how language is.",
+        f"Drawn are D1, D3, D5 and D8 for the image pair (V = {sizes['positions']}) and for a text pair (V = "
+        f"{sizes['language']}), entropies and divergences in units of ln V and N90 in shares of V; the text teacher "
+        f"is a toy ({plain(ce)} nats a code on held-out text after {about['updates']} updates), which shows text as "
+        "a small model sees it.",
+        f"H(p) on data is {plain(entropy['positions'])} ln V for images and {plain(entropy['language'])} for text, "
+        f"N90 {share(n90['positions'])} and {share(n90['language'])} of V, so {who}; KL(p || q) on student samples "
+        f"is {plain(fkl['positions'])} and {plain(fkl['language'])} ln V, the first codes agree at "
+        f"{share(top['positions'])} and {share(top['language'])}, and the exposure gap in nats is "
+        f"{told(gap['positions'])} and {told(gap['language'])}.",
         [
             ("Teacher entropy by position, on data.", figures.lines(
                 "d9-entropy", relative, "share of the sequence", "H(p) / ln V", legend=True)),
@@ -70,6 +74,7 @@ def language(found: Analysis) -> Section:
             ("N90 and exp H in shares of V, on data.", figures.bars(
                 "d9-n90", ["N90 / V", "exp H / V"], series(["n90", "perplexity"], "data", "codes"), "share of codes")),
         ],
+        num=f"N = {found.info['num']:,} images and {about['num']:,} texts.",
     )  # fmt: skip
 
 
@@ -94,14 +99,15 @@ def swap(found: Analysis) -> Section:
                else "no harm to the teacher's completion is seen beyond its own interval")  # fmt: skip
     accuracy = ""
     if classes:
-        accuracy = (f" Class accuracy is {share(at('student', '0.5', 'accuracy').value)} after a student's half and "
-                    f"{share(at('data', '0.5', 'accuracy').value)} after a half of data.")  # fmt: skip
+        accuracy = (f"; class accuracy is {share(at('student', '0.5', 'accuracy').value)} after a student's half and "
+                    f"{share(at('data', '0.5', 'accuracy').value)} after a half of data")  # fmt: skip
     return Section(
         "D10", "Prefix swap", "Can the teacher complete what the student began?",
-        "Drawn is the quality of images whose first k codes come from data or from the student and whose other codes "
-        "the teacher samples, by the share k; at 0 both are the teacher's own images, at 1 nothing is completed.",
+        "Drawn is the quality of images whose first k codes come from data or from the student and whose other "
+        "codes the teacher samples, by the share k; at 0 both are the teacher's own images, at 1 nothing is "
+        "completed.",
         f"After half of the codes from the student the Fréchet distance is {told(half)}, after half from data "
-        f"{told(data)}, and {told(own)} for the teacher alone, so {verdict}.{accuracy}",
+        f"{told(data)}, and {told(own)} for the teacher alone, so {verdict}{accuracy}.",
         [(f"{label[0].upper()}{label[1:]} by the share that is given.", figures.lines(
             f"d10-{metric}", [line(source, metric) for source in SOURCE], "share of codes given", label, legend=True,
             marked=True)) for metric, label in ylabel.items()],
@@ -119,12 +125,11 @@ def teachers(found: Analysis) -> Section:
                      "no loss of agreement between teachers is seen")  # fmt: skip
     return Section(
         "D11", title, question,
-        "Drawn is the Jensen-Shannon divergence between the teacher and a second one, in nats (at most ln 2 = 0.693), "
-        "by position, on data, teacher and student samples.",
+        "Drawn is the Jensen-Shannon divergence between the teacher and a second one, in nats (at most ln 2 = "
+        "0.693), by position, on data, teacher and student samples.",
         f"It is {plain(found.mean('student', 'second_jsd').value)} on student samples and "
         f"{plain(found.mean('data', 'second_jsd').value)} on data, a difference of {told(gap)}, so {verdict}; on "
-        "student "
-        f"samples they rank the same code first at {share(top.value)} of the positions.",
+        f"student samples they rank the same code first at {share(top.value)} of the positions.",
         [("Jensen-Shannon divergence by position.", figures.lines(
             "d11", three(found, "second_jsd"), found.xlabel, "JSD, nats", legend=True))],
     )  # fmt: skip
@@ -145,18 +150,21 @@ def calibration(found: Analysis) -> Section:
     rows = found.rows("calibration", context="student", confidence="max_prob")
     low, high = float(rows[0]["value"]), float(rows[-1]["value"])
     falls = number(rows[-1]).high < number(rows[0]).low
+    worst = max(rows, key=lambda row: float(row["value"]))
+    peak = f"{plain(float(worst['value']))}, at {plain(float(worst['mean_confidence']))}"
+    uneven = "" if worst is rows[0] else f" (but it is largest, {peak})"
+    must = ", as it must in part: a sure teacher has a low entropy (give --second for a fair test)."
+    after = f"{uneven}{'.' if other else must}"
     what = "the divergence to the second teacher" if other else "the mean surprise of the teacher"
     diagonal = Line("calibrated", TEACHER, [0.0, 1.0], [0.0, 1.0])
     return Section(
         "D12", "Calibration of confidence", "Does confidence predict reliability?",
         "Drawn is, by bins of the teacher's confidence in one code or one cluster, how often that code or cluster "
-        "is the "
-        f"one in the data, and on student samples {what}.",
+        f"is the one in the data, and on student samples {what}.",
         f"On data the mean distance to the diagonal (ECE) is {plain(found.info['ece']['max_prob'])} for codes and "
         f"{plain(found.info['ece']['cluster_mass'])} for clusters; on student samples {what} goes from {plain(low)} "
-        "in the least to "
-        f"{plain(high)} in the most confident bin, so confidence {'does' if falls else 'is not seen to'} predict it"
-        f"{'.' if other else ', as it must in part: a sure teacher has a low entropy. Give --second for a fair test.'}",
+        f"in the least to {plain(high)} in the most confident bin, so confidence "
+        f"{'does' if falls else 'is not seen to'} predict it{after}",
         [
             ("Realised accuracy on data; the diagonal is perfect calibration.", figures.lines(
                 "d12-data", [diagonal, *(line("data", name) for name in labels)], "confidence", "realised accuracy",
@@ -194,15 +202,14 @@ def selection(found: Analysis) -> Section:
     return Section(
         "D13", title, question,
         "Drawn is the share of positions that the method's selection gives full weight, with the thresholds of its "
-        "last "
-        f"checkpoint (update {about['checkpoint']}), the share of the forward KL at those positions, where they lie, "
-        "and "
-        "what training logged.",
+        f"last checkpoint (update {about['checkpoint']}), the share of the forward KL at those positions, where they "
+        "lie, and what training logged.",
         f"Kept are: {told_of}; so {verdict}.",
         [
             ("What is kept now.", figures.bars("d13-kept", names, series, "share kept")),
             ("Share of sequences in which a position is kept.", figures.maps("d13-map", shown, "share kept")),
-            *([("What training logged.", figures.lines("d13-log", history, "update", "share", legend=True))]
+            *([("What training logged.", figures.lines("d13-log", history, "update", "share", legend=True),
+                "One number an update.")]
               if history else []),
         ],
     )  # fmt: skip
@@ -237,11 +244,10 @@ def weights(found: Analysis) -> Section:
     return Section(
         "D14", "Weight audit", "Whom do sequence weights favour?",
         "Drawn is r(x), the mean of log p - log q over a student's sequence, its histogram and its link to the "
-        "distance "
-        f"to the nearest training image in the feature network, and the weights ({whose}; kappa {about['kappa']:g}, "
-        f"{about['rows_per_step']} sequences a step).",
-        f"The weights keep {share(about['effective'])} of the effective sample size and lie in {plain(min(given))} to "
-        f"{plain(max(given))}; rank correlations over {about['weighed']} sequences are: {parts}; so "
+        f"distance to the nearest training image in the feature network, and the weights ({whose}; kappa "
+        f"{about['kappa']:g}, {about['rows_per_step']} sequences a step).",
+        f"The weights keep {share(about['effective'])} of the effective sample size and lie in {plain(min(given))} "
+        f"to {plain(max(given))}; rank correlations over {about['weighed']} sequences are: {parts}; so "
         f"{verdict}.{shuffled}",
         [
             ("Plausibility of student samples; the line is r = 0.", figures.histogram(
@@ -249,7 +255,7 @@ def weights(found: Analysis) -> Section:
             ("Plausibility and nearness to the training images.", figures.scatter(
                 "d14-near", ratio, distance, "r(x), nats a code", "distance to nearest training image")),
             ("The weights; the line is the uniform weight.", figures.histogram(
-                "d14-w", given, "weight w(x)", "sequences", reference=1.0)),
+                "d14-w", given, "weight w(x)", "sequences", reference=1.0), f"N = {about['weighed']:,}."),
         ],
     )  # fmt: skip
 
@@ -271,9 +277,8 @@ def coverage(found: Analysis) -> Section:
         "Drawn are R_llh = E[-log p] on student samples and R_cvg = E[-log q] on teacher samples, in nats per code, "
         "beside the teacher's own E[-log p] on its own samples, which both would reach if the student were the "
         "teacher.",
-        f"R_llh is {told(llh)} and R_cvg {told(cvg)} over a floor of {told(floor)}: the student {both} "
-        f"(excess {plain(above)} against {plain(missed)}); its samples have precision {told(at['precision'])} and "
-        "recall "
+        f"R_llh is {told(llh)} and R_cvg {told(cvg)} over a floor of {told(floor)}: the student {both} (excess "
+        f"{plain(above)} against {plain(missed)}); its samples have precision {told(at['precision'])} and recall "
         f"{told(at['recall'])} at N = {found.info['num']}.",
         [("The two risks.", figures.bars("d15", ["likelihood\nE_S[-log p]", "coverage\nE_P[-log q]"], series,
                                          "nats per code"))],
@@ -287,10 +292,8 @@ def cost(found: Analysis) -> Section:
     return Section(
         "D18", "Cost", "What does a code cost?",
         "Listed are codes per second of decoding and of one forward pass (64 sequences at once, on "
-        f"{found.info['device']}"
-        "), parameters, memory, and what training saw.",
+        f"{found.info['device']}), parameters, memory, and what training saw.",
         f"The student decodes {faster:.1f} times as fast as the teacher; a code that it samples costs {passes:.1f} "
-        "times "
-        "a code in a forward pass, which is what student contexts add to training.",
+        "times a code in a forward pass, which is what student contexts add to training.",
         rows=[(what, f"{value:,.0f} {unit}") for what, (value, unit) in rows.items()],
     )  # fmt: skip

@@ -59,15 +59,17 @@ def statement(found: Analysis) -> list[str]:
     asked = "" if info["num"] >= info["num_asked"] else \
         f" (the {info['split']} split has no more; {info['num_asked']:,} were asked for)"  # fmt: skip
     method = f" ({info['method']})" if info["method"] else ""
-    trained = " Data prefixes are training data: both models have seen them." if info["split"] == "train" else ""
+    trained = (
+        " Data prefixes are training data: both models have seen them, and so has the reference of image metrics."
+        if info["split"] == "train"
+        else ""
+    )
     return [
         f"This page looks at the student {info['name']}{method} and its teacher on N = {info['num']:,} sequences of "
-        "the "
-        f"{info['split']} split{asked}, and on as many that the teacher and the student sampled for the same labels, "
-        f"under the same plans and noise.{trained}",
+        f"the {info['split']} split{asked}, and on as many that the teacher and the student sampled for the same "
+        f"labels, under the same plans and noise.{trained}",
         "Bands and brackets are 95 % bootstrap intervals over sequences of these two models: about one of twenty "
-        "misses "
-        "its number by chance, and another training seed may move a number further.",
+        "misses its number by chance, and another training seed may move a number further.",
     ]  # fmt: skip
 
 

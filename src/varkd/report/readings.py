@@ -16,7 +16,8 @@ from varkd.report.figures import TEACHER, Bars, Line
 
 STYLE = {"data": 0, "student": 1, "teacher": TEACHER}
 LABEL = {"data": "on data", "teacher": "on teacher samples", "student": "on student samples"}
-Figure = tuple[str, str]
+Figure = tuple[str, str] | tuple[str, str, str]
+"""A caption, a drawing and, where it is not that of the page, the N of the figure in words."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Section:
     figures: Sequence[Figure] = ()
     rows: Sequence[tuple[str, str]] = field(default_factory=tuple)
     missing: str = ""
+    num: str = ""
 
 
 def plain(value: float) -> str:
@@ -75,12 +77,12 @@ def entropy(found: Analysis) -> Section:
     )  # fmt: skip
     return Section(
         "D1", "Entropy of the teacher", "Is the teacher still certain on prefixes that the student made?",
-        f"Drawn is H(p), the teacher's entropy in nats per code (at most ln V = {log(found.info['vocab_size']):.2f}), "
-        "by position, on prefixes of data, of the teacher and of the student; the second figure is the student's own "
-        "entropy.",
-        f"On average it is {plain(means['student'].value)} on student samples against {plain(means['teacher'].value)} "
-        f"on the teacher's own and {plain(means['data'].value)} on data; student minus teacher samples is {told(gap)} "
-        f"(minus data {told(also)}), so {verdict}.",
+        "Drawn is H(p), the teacher's entropy in nats per code (at most ln V = "
+        f"{log(found.info['vocab_size']):.2f}), by position, on prefixes of data, of the teacher and of the student; "
+        "the second figure is the student's own entropy.",
+        f"On average it is {plain(means['student'].value)} on student samples against "
+        f"{plain(means['teacher'].value)} on the teacher's own and {plain(means['data'].value)} on data; student "
+        f"minus teacher samples is {told(gap)} (minus data {told(also)}), so {verdict}.",
         [
             ("The teacher's entropy by position.", figures.lines(
                 "d1-teacher", three(found, "teacher_entropy"), found.xlabel, "H(p), nats", legend=True)),
@@ -139,8 +141,8 @@ def divergence(found: Analysis) -> Section:
     ]  # fmt: skip
     return Section(
         "D3", "Divergence and exposure gap", "Does the student agree less where its own samples lead?",
-        "Drawn are KL(teacher || student), KL(student || teacher) and the total variation by position, on data and on "
-        "student samples; the exposure gap is the difference of the two.",
+        "Drawn are KL(teacher || student), KL(student || teacher) and the total variation by position, on data and "
+        "on student samples; the exposure gap is the difference of the two.",
         f"Means on student samples and on data: {parts}; so {verdict}.",
         [*drawn, *gap_map(found, "d3-map", "forward_kl", "KL(p || q), nats")],
     )  # fmt: skip
@@ -164,10 +166,9 @@ def accumulation(found: Analysis) -> Section:
     return Section(
         "D4", "Accumulated error", "Do errors feed on each other?",
         "Drawn is R(l), the reverse KL summed over the first l codes, on student samples and on data, and the "
-        "excess of "
-        "the first over the second in per cent (ExAccErr).",
-        f"After all {found.info['sequence_length']} codes R is {plain(total.value)} nats against {plain(data.value)}, "
-        f"an excess of {told(Number(*(100 * part for part in last)), ' %')}, so {verdict}.",
+        "excess of the first over the second in per cent (ExAccErr).",
+        f"After all {found.info['sequence_length']} codes R is {plain(total.value)} nats against "
+        f"{plain(data.value)}, an excess of {told(Number(*(100 * part for part in last)), ' %')}, so {verdict}.",
         [
             ("Accumulated reverse KL.", figures.lines("d4-sum", [
                 line("data", LABEL["data"], 0), line("student", LABEL["student"], 1)], xlabel, "R(l), nats",
@@ -221,10 +222,9 @@ def acceptance(found: Analysis) -> Section:
     return Section(
         "D6", "Acceptance", "How often would speculative sampling keep the student's code?",
         "Drawn is sum min(p, q), the rate at which a draft of the student is accepted, and the same with the mass "
-        "of up "
-        f"to {space['neighbours']} nearest codes added (LANTERN, at most {space['slack']:g} more).",
-        f"On student samples {told(plain_rate)} of the codes are accepted, and {told(wide)} with neighbours, a gain of "
-        f"{plain(wide.value - plain_rate.value)}; student samples minus data is {told(gap)}: {verdict}.",
+        f"of up to {space['neighbours']} nearest codes added (LANTERN, at most {space['slack']:g} more).",
+        f"On student samples {told(plain_rate)} of the codes are accepted, and {told(wide)} with neighbours, a gain "
+        f"of {plain(wide.value - plain_rate.value)}; student samples minus data is {told(gap)}: {verdict}.",
         [("Acceptance by position.", figures.lines("d6", [
             found.curve("data", "acceptance", "data", 0), found.curve("student", "acceptance", "student", 1),
             found.curve("data", "acceptance_neighbours", "data, neighbours", 2),
@@ -240,12 +240,12 @@ def distance(found: Analysis) -> Section:
                      "it is not seen to differ from data")  # fmt: skip
     return Section(
         "D7", "Distance between codes", "How far apart are the codes that both would draw?",
-        "Drawn on student samples is E|e_v - e_u|^2 for v ~ p and u ~ q over codebook vectors, the same for two draws "
-        "of the teacher, and |mu_p - mu_q|^2, which is what is left of the first beyond the spread of either model.",
+        "Drawn on student samples is E|e_v - e_u|^2 for v ~ p and u ~ q over codebook vectors, the same for two "
+        "draws of the teacher, and |mu_p - mu_q|^2, which is what is left of the first beyond the spread of either "
+        "model.",
         f"Two draws of teacher and student differ by {told(whole)} and two of the teacher by {told(own)}; the means "
-        "are "
-        f"apart by {told(gap)}, which is {share(gap.value / max(whole.value, 1e-9))} of the first (student samples "
-        f"minus data {told(change)}: {verdict}).",
+        f"are apart by {told(gap)}, which is {share(gap.value / max(whole.value, 1e-9))} of the first (student "
+        f"samples minus data {told(change)}: {verdict}).",
         [
             ("Squared distances by position, on student samples.", figures.lines("d7", [
                 found.curve("student", "embedding_distance", "teacher and student", 1),
@@ -266,13 +266,10 @@ def ambiguity(found: Analysis) -> Section:
     return Section(
         "D8", "Ambiguity", "Over how many codes does the teacher spread its mass, before and after compression?",
         "Drawn on data is N90, the number of codes (clusters) that hold 90 % of the teacher's mass, with exp H, and "
-        "the "
-        f"largest mass of one code, of one of {count} clusters, and of all codes within {plain(space['radius'])} of "
-        "the "
-        "likeliest one.",
+        f"the largest mass of one code, of one of {count} clusters, and of all codes within {plain(space['radius'])} "
+        "of the likeliest one.",
         f"The teacher needs {told(n90)} of {vocabulary} codes ({share(n90.value / vocabulary)}) and {told(clusters)} "
-        "of "
-        f"{count} clusters ({share(clusters.value / count)}): in shares of what there is, compression makes it "
+        f"of {count} clusters ({share(clusters.value / count)}): in shares of what there is, compression makes it "
         f"{'less' if fewer else 'not less'} ambiguous, while the mass of the likeliest outcome rises from "
         f"{share(top.value)} to {share(mass.value)} for a cluster and {share(near.value)} for a neighbourhood.",
         [
