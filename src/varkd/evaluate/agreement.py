@@ -78,7 +78,7 @@ def _compare(
     student: Backbone, teacher: Backbone, batch: Batch, cluster_V: Tensor, device: torch.device
 ) -> dict[str, Tensor]:
     sequences = Sequences(*_inputs(student, batch, device))
-    return measure(student, teacher, sequences, CodeSpace(cluster_V), QUANTITIES, max(1, len(batch)), CHUNK_ROWS)
+    return measure(student, teacher, sequences, CodeSpace(cluster_V), QUANTITIES, max(1, len(batch)))
 
 
 def _inputs(model: Backbone, batch: Batch, device: torch.device) -> tuple[Tensor, Condition, Plan]:

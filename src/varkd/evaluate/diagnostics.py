@@ -25,6 +25,7 @@ from varkd.types import Condition, Plan
 from varkd.world import Rng
 
 CHUNK_ROWS = 2048
+CHUNK_NUMBERS = 2**24  # rows times codes: a dozen such arrays live at once
 MASS = 0.9
 TOP = 5
 MOST_NEIGHBOURS = 10
@@ -219,10 +220,11 @@ class Sequences:
 @torch.no_grad()
 def measure(
     student: Backbone, teacher: Backbone, sequences: Sequences, space: CodeSpace, names: Iterable[str] = QUANTITIES,
-    batch_size: int = 128, chunk_rows: int = CHUNK_ROWS,
+    batch_size: int = 128, chunk_rows: int | None = None,
 ) -> Values:  # fmt: skip
     """The named quantities at every position, (B, L) in raster order on the CPU."""
     names, found = tuple(names), {}
+    chunk_rows = chunk_rows or max(1, min(CHUNK_ROWS, CHUNK_NUMBERS // student.vocab_size))
     for part in sequences.split(batch_size):
         with evaluating(student), evaluating(teacher):
             hidden = [model(part.codes_BL, part.condition, part.plan).flatten(0, 1) for model in (student, teacher)]

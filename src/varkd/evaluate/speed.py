@@ -41,12 +41,14 @@ def forward_codes_per_second(
         return codes_BL.numel() / _median(run, repeats, model.head.weight.device)
 
 
-def peak_memory(device: torch.device) -> float:
-    """MB at most held so far: by tensors on a CUDA device, by this whole process on the CPU."""
+def peak_memory(device: torch.device) -> float | None:
+    """MB at most held so far: by tensors on a CUDA device, by this whole process on the CPU; None if no one knows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # not on every system
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from varkd.config import Run
 from varkd.distill.mixture import Mixture
-from varkd.distill.prefixes import leading
+from varkd.distill.prefixes import Rollout, leading
 from varkd.distill.reweighted import Reweighted
 from varkd.distill.selection import All
 from varkd.distill.target import Guided
@@ -98,7 +98,9 @@ def cost(subject: Subject) -> Table:
         rows.append((f"{name} forward", forward_codes_per_second(model, subject.student), "codes/s"))
         rows.append((f"{name} parameters", sum(each.numel() for each in model.parameters()), "weights"))
     where = "of tensors on the device" if subject.device.type == "cuda" else "of the analysing process"
-    rows.append((f"peak memory {where}", peak_memory(subject.device), "MB"))
+    memory = peak_memory(subject.device)
+    if memory is not None:
+        rows.append((f"peak memory {where}", memory, "MB"))
     if subject.run is not None and (subject.folder / "status.json").is_file():
         status = read_json(subject.folder / "status.json")
         rows.append(("images seen", status["step"] * subject.run.train.batch_size, "images"))
@@ -162,7 +164,7 @@ def weights(
     """The method's sequence weights on student sequences (or what the default ones would be), and whom they favour."""
     contexts = subject.run.method.at(1.0).contexts if subject.run else None
     own = isinstance(contexts, Reweighted)
-    settings = contexts if isinstance(contexts, Reweighted) else Reweighted(Mixture(()))
+    settings = contexts if isinstance(contexts, Reweighted) else Reweighted(Rollout())
     ratio_N = (values["ce"] - values["ce_teacher"]).mean(1)
     batch = _student_rows(subject.run) if subject.run else len(ratio_N)
     given = step_weights(ratio_N, batch, settings.kappa, settings.clip, settings.ess_floor)
