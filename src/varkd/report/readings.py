@@ -108,8 +108,8 @@ def drift(found: Analysis) -> Section:
         "D2", "Drift: how the teacher sees the codes", "Would the teacher have written this?",
         "Drawn is the teacher's -log p of each code and the typicality z = (-log p(x) - H(p)) / sd of -log p, whose "
         "mean is 0 for codes that the teacher sampled itself at temperature 1.",
-        f"z is {told(student)} on student samples and {told(own)} on the teacher's own, so {verdict}; it is "
-        f"{plain(early)} in the first half of the positions and {plain(late)} in the second.",
+        f"z is {told(student)} on student samples and {told(own)} on the teacher's own (difference {told(gap)}), so "
+        f"{verdict}; it is {plain(early)} in the first half of the positions and {plain(late)} in the second.",
         [
             ("The teacher's -log p of the codes by position.", figures.lines(
                 "d2-nll", three(found, "ce_teacher"), found.xlabel, "-log p(code), nats", legend=True)),
