@@ -239,8 +239,8 @@ def weights(found: Analysis) -> Section:
     verdict = judged(near, "weight goes to samples far from the training images",
                      "weight goes to samples near the training images",
                      "no link between weight and nearness to the training images is seen")  # fmt: skip
-    shuffled = " The method deals its weights out at random (a control): the links are those before that." \
-        if about["shuffled"] else ""  # fmt: skip
+    control = "; the method then deals its weights out at random (a control), which breaks these links"
+    shuffled = control if about["shuffled"] else ""
     return Section(
         "D14", "Weight audit", "Whom do sequence weights favour?",
         "Drawn is r(x), the mean of log p - log q over a student's sequence, its histogram and its link to the "
