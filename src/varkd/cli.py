@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     _analyze(
         _verb(verbs, "analyze", _run_analyze, "diagnose a student and its teacher, position by position, as a page")
     )
+    _study(_verb(verbs, "study", _run_study, "methods x backbones x seeds under one budget (the same command resumes)"))
     _report(_verb(verbs, "report", _run_report, "one self-contained HTML page that compares runs"))
     _show(_verb(verbs, "show", _run_show, "print a resolved run, its method in words"))
     _methods(_verb(verbs, "methods", _run_methods, "list the method presets"))
@@ -286,6 +287,23 @@ def _run_analyze(arguments: argparse.Namespace) -> None:
     language = Language.of(arguments.language_updates) if arguments.language else None
     names = ("teacher", "second", "data", "num", "split", "seed", "device")
     print(analyze_run(arguments.run_folder, arguments.out, language=language, **_options(arguments, *names)))
+
+
+def _study(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", help="a study's YAML file, or the name of one that ships with varkd (study-smoke, ...)")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="out=DIR workers=N executor=ray ...")
+
+
+def _run_study(arguments: argparse.Namespace) -> None:
+    from varkd.files import read_json
+    from varkd.report.study import format_study
+    from varkd.study.spec import load_study
+    from varkd.study.study import run_study
+
+    study = load_study(arguments.recipe, arguments.overrides)
+    page = run_study(study)
+    print(format_study(read_json(page.parents[1] / "results.json")))
+    print(page)
 
 
 def _report(verb: argparse.ArgumentParser) -> None:

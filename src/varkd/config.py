@@ -10,7 +10,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -81,6 +81,7 @@ class Run:
 
 
 Tree = dict[str, Any]
+T = TypeVar("T")
 _TEXT = {item.name: str(item.type) for item in fields(Run) if str(item.type) in ("str", "str | None")}
 
 
@@ -123,7 +124,7 @@ def read_run(folder: str | Path) -> Run:
 
 def dump(run: Run) -> str:
     """The resolved run as YAML that `read_run` reads back to an equal value."""
-    return yaml.safe_dump(_plain(asdict(run)), sort_keys=False, width=100)
+    return dump_value(run)
 
 
 def differences(first: Run, second: Run, ignore: frozenset[str] = frozenset({"out", "device", "name"})) -> list[str]:
@@ -135,10 +136,38 @@ def differences(first: Run, second: Run, ignore: frozenset[str] = frozenset({"ou
 
 def check(tree: Tree) -> Run:
     """Turn a full tree into a `Run`, or say in one line which value does not fit."""
+    return check_value(Run, tree)
+
+
+def check_value(kind: type[T], tree: Tree) -> T:
+    """Turn a tree into a frozen dataclass, or say in one line which value does not fit."""
     try:
-        return _adapter().validate_python(tree)
+        return _adapter(kind).validate_python(tree)
     except ValidationError as error:
         raise VarkdError(_one_line(error)) from None
+
+
+def load_value(kind: type[T], recipe: str | Path, overrides: Sequence[str] = ()) -> T:
+    """A dataclass other than `Run` from a YAML recipe and `key=value`, over the defaults of its fields.
+
+    Raises:
+        VarkdError: as `load_run`.
+    """
+    defaults: Any = check_value(kind, {})
+    tree = _merge(_plain(asdict(defaults)), read_recipe(recipe), "")
+    for key, value in map(_split, overrides):
+        _assign(tree, key.split("."), value, key)
+    return check_value(kind, tree)
+
+
+def dump_value(value: Any) -> str:
+    """A frozen dataclass as YAML that `read_value` reads back to an equal value."""
+    return yaml.safe_dump(_plain(asdict(value)), sort_keys=False, width=100)
+
+
+def read_value(kind: type[T], path: Path) -> T:
+    """What `dump_value` wrote."""
+    return check_value(kind, _read_yaml(path))
 
 
 def read_recipe(recipe: str | Path) -> Tree:
@@ -237,6 +266,9 @@ def _merge(base: Tree, update: Tree, where: str) -> Tree:
     merged = dict(base)
     for key, value in update.items():
         path = f"{where}.{key}" if where else str(key)
+        if not base:  # a mapping by names of the user's own, such as the methods of a study
+            merged[str(key)] = value
+            continue
         if key not in base:
             raise VarkdError(f"unknown key '{path}': {did_you_mean(str(key), base)}")
         merged[key] = _merged_value(base[key], value, path)
@@ -272,15 +304,15 @@ def _leaves(tree: Any, where: str = "") -> list[tuple[str, Any]]:
     return [leaf for key, item in items for leaf in _leaves(item, f"{where}.{key}" if where else str(key))]
 
 
-_ADAPTER: list[TypeAdapter[Run]] = []
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 
 
-def _adapter() -> TypeAdapter[Run]:
-    """The validator of a `Run`: unknown keys are refused at every depth."""
-    if not _ADAPTER:
-        _forbid_extra(Run, set())
-        _ADAPTER.append(TypeAdapter(Run))
-    return _ADAPTER[0]
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    """The validator of a dataclass: unknown keys are refused at every depth."""
+    if kind not in _ADAPTERS:
+        _forbid_extra(kind, set())
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
 
 
 def _forbid_extra(kind: Any, seen: set[Any]) -> None:

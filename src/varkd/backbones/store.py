@@ -82,8 +82,10 @@ def save_backbone(model: Backbone, folder: str | Path, tokenizer_hash: str | Non
                   temporary / "model.safetensors")  # fmt: skip
 
 
-def load_backbone(folder: str | Path, device: str = "cpu") -> tuple[Backbone, dict[str, Any]]:
+def load_backbone(folder: str | Path, device: str = "cpu", step: int | None = None) -> tuple[Backbone, dict[str, Any]]:
     """Load an exported model or a run folder: the model in eval mode, and its `config.json`.
+
+    A run folder gives its selected weights, or with `step` the averaged weights of that checkpoint.
 
     Raises:
         VarkdError: no such folder, an unknown family, a truncated file, or weights of other shapes.
@@ -97,8 +99,7 @@ def load_backbone(folder: str | Path, device: str = "cpu") -> tuple[Backbone, di
     sizes = {name: value for name, value in info.items() if name not in ("family", "tokenizer_hash")}
     with torch.device("meta"):
         model = _construct(info.get("family", "?"), sizes, dropout=0.0)
-    weights = _weights_path(folder)
-    load_weights(model, weights)
+    load_weights(model, _weights_path(folder) if step is None else checkpoint_path(folder, step) / "ema.safetensors")
     return model.to(device).eval(), info
 
 
@@ -135,6 +136,11 @@ def weights_hash(model: Backbone) -> str:
     # The field is younger than recorded names; where it is True, its tensor tells the models apart.
     sizes = repr((model.family, model.config)).replace(", scale_conditioned=False", "")
     return state_hash(sizes, model.state_dict())
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of an update stands in a run folder."""
+    return folder / "checkpoints" / f"step-{step:08d}"
 
 
 def _weights_path(folder: Path) -> Path:

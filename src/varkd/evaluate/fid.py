@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from varkd.errors import VarkdError
-from varkd.evaluate.intervals import Estimate, centred_bootstrap
+from varkd.evaluate.intervals import Estimate, bootstrap, interval
 
 _ROWS = 1024
 
@@ -38,6 +38,13 @@ def frechet_estimate(
     features_NF: Tensor, mean_b: Tensor, covariance_b: Tensor, resamples: int = 200, seed: int = 0
 ) -> Estimate:
     """The distance of N samples' features to a fixed Gaussian, with the bootstrap's interval over the samples."""
+    return interval(*frechet_draws(features_NF, mean_b, covariance_b, resamples, seed), bounds=(0.0, float("inf")))
+
+
+def frechet_draws(
+    features_NF: Tensor, mean_b: Tensor, covariance_b: Tensor, resamples: int = 200, seed: int = 0
+) -> tuple[float, Tensor]:
+    """The distance of N samples' features to a fixed Gaussian, and its bootstrap draws (see `bootstrap`)."""
     mean_a, covariance_a = gaussian(features_NF)
     centred_NF = features_NF.double() - mean_a
     num, root_b = len(centred_NF), _root(covariance_b)
@@ -50,7 +57,7 @@ def frechet_estimate(
         covariance_RFF = (_second_moments(counts_RN, centred_NF) - num * outer_RFF) / (num - 1)
         return _distance(mean_a + shift_RF, covariance_RFF, mean_b, covariance_b, root_b)
 
-    return centred_bootstrap(statistic, num, resamples, seed, bounds=(0.0, float("inf")))
+    return bootstrap(statistic, num, resamples, seed)
 
 
 def _second_moments(counts_RN: Tensor, centred_NF: Tensor) -> Tensor:

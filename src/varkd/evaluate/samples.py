@@ -21,8 +21,8 @@ from torch import Tensor
 from varkd.data.images import ImageSet
 from varkd.errors import VarkdError
 from varkd.evaluate.features import FeatureNet, features_of
-from varkd.evaluate.fid import frechet_distance, frechet_estimate, gaussian
-from varkd.evaluate.intervals import Estimate, centred_bootstrap, share
+from varkd.evaluate.fid import frechet_distance, frechet_draws, gaussian
+from varkd.evaluate.intervals import Estimate, centred_bootstrap, interval, share
 from varkd.evaluate.precision_recall import MAX_POINTS, NEIGHBOURS, precision_recall
 from varkd.files import atomic_folder, read_json, sha256_of, write_json
 from varkd.progress import track
@@ -165,7 +165,7 @@ def sample_metrics(
     *,
     resamples: int = 200,
     seed: int = 0,
-) -> dict[str, dict[str, float | None]]:
+) -> dict[str, dict[str, Any]]:
     """Samples (uint8) and the labels that they were drawn for (int64) -> the "metrics" object: value, low and high of
 
     fd              squared Fréchet distance of features to the reference (comparable at equal N only)
@@ -174,6 +174,8 @@ def sample_metrics(
     class_entropy   entropy (nats, 0 to ln K) of the mean predicted class distribution; null where it knows no classes
     nearest         mean root-mean-square pixel difference (pixels in [0, 1]) to the nearest training image
     copies          share of samples no farther than the reference's `copy_distance` from a training image
+
+    "fd" also holds `draws`, its value on every resample: runs that share labels and noise are compared draw by draw.
 
     Raises:
         VarkdError: fewer than 4 samples; images, labels or a network that do not fit the reference; features that are
@@ -184,8 +186,9 @@ def sample_metrics(
     features_BF, logits_BK = features_of(net, images_BCHW)
     manifolds = precision_recall(features_BF, reference.features_NF, resamples=resamples, seed=seed)
     nearest_B = _nearest(_pixels(images_BCHW), reference.pixels_ND, reference.flips, net.device)
+    distance, draw_R = frechet_draws(features_BF, *reference.gaussian, resamples, seed)
     estimates: dict[str, Estimate | None] = {
-        "fd": frechet_estimate(features_BF, *reference.gaussian, resamples, seed),
+        "fd": interval(distance, draw_R, bounds=(0, math.inf)),
         "precision": manifolds.precision,
         "recall": manifolds.recall,
         "accuracy": None,
@@ -199,8 +202,10 @@ def sample_metrics(
         hits_B = logits_BK.argmax(1) == label_B.cpu()
         estimates["accuracy"] = share(int(hits_B.sum()), num)
         estimates["class_entropy"] = _class_entropy(logits_BK.softmax(1), resamples, seed)
-    unknown = dict.fromkeys(Estimate._fields)
-    return {name: unknown.copy() if estimate is None else estimate._asdict() for name, estimate in estimates.items()}
+    unknown: dict[str, Any] = dict.fromkeys(Estimate._fields)
+    found = {name: unknown.copy() if estimate is None else estimate._asdict() for name, estimate in estimates.items()}
+    found["fd"]["draws"] = [round(draw, 6) for draw in draw_R.tolist()]
+    return found
 
 
 def floors(

@@ -248,7 +248,7 @@ def weights(found: Analysis) -> Section:
         f"{about['kappa']:g}, {about['rows_per_step']} sequences a step).",
         f"The weights keep {share(about['effective'])} of the effective sample size and lie in {plain(min(given))} "
         f"to {plain(max(given))}; rank correlations over {about['weighed']} sequences are: {parts}; so "
-        f"{verdict}.{shuffled}",
+        f"{verdict}{shuffled}.",
         [
             ("Plausibility of student samples; the line is r = 0.", figures.histogram(
                 "d14-r", ratio, "r(x) = mean of log p - log q, nats a code", "sequences", reference=0.0)),

@@ -17,8 +17,8 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-_INK = "#010203"
-_RUN = "#fe01{:02x}"
+INK = "#010203"
+RUN = "#fe01{:02x}"
 NUM_COLOURS = 7
 DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2), (4, 1, 1, 1, 1, 1), (10, 3))
 TEACHER = -1
@@ -54,17 +54,17 @@ def dash(style: int) -> tuple[int, ...]:
 
 
 def lines(
-    name: str, curves: Sequence[Line], xlabel: str, ylabel: str, *, legend: bool = False, marked: bool = False,
-    reference: float | None = None,
+    name: str, curves: Sequence[Line], xlabel: str, ylabel: str, ylimits: tuple[float, float] | None = None, *,
+    legend: bool = False, marked: bool = False, reference: float | None = None,
 ) -> str:  # fmt: skip
     """One line per curve, with the band of its interval. `name` must be unique on the page (it prefixes ids).
 
     `marked` puts a dot on every point; `reference` draws a thin level line.
     """
-    with _style(name):
-        figure, (axes,) = _figure(1, 1, 3.0)
+    with styled(name):
+        figure, (axes,) = new_figure(1, 1, 3.0)
         if reference is not None:
-            axes.axhline(reference, color=_INK, alpha=0.5, linewidth=0.8)
+            axes.axhline(reference, color=INK, alpha=0.5, linewidth=0.8)
         for curve in curves:
             pattern = dash(curve.style)
             if curve.low is not None and curve.high is not None:
@@ -75,18 +75,20 @@ def lines(
             )  # fmt: skip
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        axes.grid(color=_INK, alpha=0.15, linewidth=0.6)
+        if ylimits:
+            axes.set_ylim(*ylimits)
+        axes.grid(color=INK, alpha=0.15, linewidth=0.6)
         if legend:
             _legend(figure, axes)
         ends = "; ".join(f"{curve.label} from {curve.y[0]:.3g} to {curve.y[-1]:.3g}" for curve in curves)
-        return _svg(figure, name, f"{ylabel} over {xlabel}: {ends}")
+        return as_svg(figure, name, f"{ylabel} over {xlabel}: {ends}")
 
 
 def bars(name: str, groups: Sequence[str], series: Sequence[Bars], ylabel: str) -> str:
     """Groups of bars side by side, each with its interval as a thin line."""
     width = 0.8 / len(series)
-    with _style(name):
-        figure, (axes,) = _figure(1, 1, 3.0)
+    with styled(name):
+        figure, (axes,) = new_figure(1, 1, 3.0)
         for index, each in enumerate(series):
             for group, (value, low, high) in enumerate(zip(each.value, each.low, each.high, strict=True)):
                 if value is None:
@@ -96,10 +98,10 @@ def bars(name: str, groups: Sequence[str], series: Sequence[Bars], ylabel: str) 
                 axes.bar(x, value, 0.92 * width, color=_colour(each.style), alpha=0.75,
                          label=each.label if first else None)  # fmt: skip
                 if low is not None and high is not None:
-                    axes.plot([x, x], [low, high], color=_INK, linewidth=1.0)
+                    axes.plot([x, x], [low, high], color=INK, linewidth=1.0)
         axes.set_xticks(range(len(groups)), groups)
         axes.set_ylabel(ylabel)
-        axes.grid(color=_INK, alpha=0.15, linewidth=0.6, axis="y")
+        axes.grid(color=INK, alpha=0.15, linewidth=0.6, axis="y")
         axes.set_axisbelow(True)
         if len(series) > 1:
             _legend(figure, axes)
@@ -108,36 +110,36 @@ def bars(name: str, groups: Sequence[str], series: Sequence[Bars], ylabel: str) 
             + ", ".join(f"{g} {v:.3g}" for g, v in zip(groups, each.value, strict=True) if v is not None)
             for each in series
         )
-        return _svg(figure, name, f"{ylabel}: {told}".replace("\n", " "))
+        return as_svg(figure, name, f"{ylabel}: {told}".replace("\n", " "))
 
 
 def histogram(name: str, values: Sequence[float], xlabel: str, ylabel: str, reference: float | None = None) -> str:
     """How often values fall into twenty bins of equal width; `reference` is marked by an upright line."""
-    with _style(name):
-        figure, (axes,) = _figure(1, 1, 3.0)
+    with styled(name):
+        figure, (axes,) = new_figure(1, 1, 3.0)
         axes.hist(values, bins=20, color=_colour(1), alpha=0.75)
         if reference is not None:
-            axes.axvline(reference, color=_INK, linewidth=1.0)
+            axes.axvline(reference, color=INK, linewidth=1.0)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        axes.grid(color=_INK, alpha=0.15, linewidth=0.6, axis="y")
+        axes.grid(color=INK, alpha=0.15, linewidth=0.6, axis="y")
         axes.set_axisbelow(True)
-        return _svg(figure, name, f"{ylabel} by {xlabel}: from {min(values):.3g} to {max(values):.3g}")
+        return as_svg(figure, name, f"{ylabel} by {xlabel}: from {min(values):.3g} to {max(values):.3g}")
 
 
 def scatter(name: str, x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str) -> str:
     """One dot per pair of values."""
-    with _style(name):
-        figure, (axes,) = _figure(1, 1, 3.0)
+    with styled(name):
+        figure, (axes,) = new_figure(1, 1, 3.0)
         axes.scatter(x, y, s=9, color=_colour(1), alpha=0.5, linewidths=0)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        axes.grid(color=_INK, alpha=0.15, linewidth=0.6)
-        return _svg(figure, name, f"{ylabel} against {xlabel}, {len(x)} dots")
+        axes.grid(color=INK, alpha=0.15, linewidth=0.6)
+        return as_svg(figure, name, f"{ylabel} against {xlabel}, {len(x)} dots")
 
 
 def _colour(style: int) -> str:
-    return _INK if style == TEACHER else _RUN.format(style % NUM_COLOURS)
+    return INK if style == TEACHER else RUN.format(style % NUM_COLOURS)
 
 
 def _legend(figure, axes) -> None:
@@ -156,8 +158,8 @@ def maps(name: str, panels: Sequence[tuple[str, NDArray[np.floating]]], ylabel: 
     rows = math.ceil(len(panels) / columns)
     values = np.concatenate([panel.ravel() for _, panel in panels])
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    with _style(name):
-        figure, all_axes = _figure(rows, columns, 0.6 + 1.75 * rows)
+    with styled(name):
+        figure, all_axes = new_figure(rows, columns, 0.6 + 1.75 * rows)
         for axes, (title, panel) in zip(all_axes, panels, strict=False):
             axes.imshow(panel, vmin=low, vmax=high, cmap="cividis", interpolation="none")
             axes.set_title(title if len(title) <= 18 else f"{title[:17]}…", fontsize=9)
@@ -168,38 +170,42 @@ def maps(name: str, panels: Sequence[tuple[str, NDArray[np.floating]]], ylabel: 
         )
         bar.outline.set_visible(False)
         means = "; ".join(f"{title}: mean {np.nanmean(panel):.3g}" for title, panel in panels)
-        return _svg(figure, name, f"{ylabel} over the image grid: {means}")
+        return as_svg(figure, name, f"{ylabel} over the image grid: {means}")
 
 
-def _style(name: str):
-    """matplotlib's settings while one figure is made: text stays text, and a `$` in a name is no formula."""
+def styled(name: str):
+    """matplotlib's settings while one figure is made: text stays text, and a `$` in a name is no formula.
+
+    One font is named, for measuring: the page sets its own, and a whole list would be repeated with every text.
+    """
     import matplotlib
 
     return matplotlib.rc_context({
-        "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 10,
-        "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK,
-        "ytick.color": _INK, "xtick.labelsize": 9, "ytick.labelsize": 9,
+        "svg.fonttype": "none", "svg.hashsalt": name, "font.sans-serif": ["DejaVu Sans"],
+        "text.parse_math": False, "font.size": 10, "text.color": INK,
+        "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
+        "ytick.color": INK, "xtick.labelsize": 9, "ytick.labelsize": 9,
     })  # fmt: skip
 
 
-def _figure(rows: int, columns: int, height: float):
-    """A figure 5 inches wide, so that on a phone one point is about one pixel."""
+def new_figure(rows: int, columns: int, height: float, width: float = 5.0):
+    """A figure that is by default 5 inches wide, so that on a phone one point is about one pixel."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.0, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in all_axes:
         axes.spines[["top", "right"]].set_visible(False)
     return figure, all_axes
 
 
-def _svg(figure, name: str, label: str) -> str:
+def as_svg(figure, name: str, label: str) -> str:
     buffer = io.StringIO()
     no_stamp = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=no_stamp, bbox_inches="tight", pad_inches=0.04)
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = svg.replace(_INK, "currentColor")
+    svg = svg.replace(INK, "currentColor")
     svg = re.sub(r"#fe01([0-9a-f]{2})", lambda match: f"var(--run-{int(match[1], 16)})", svg)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", svg)

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from varkd.files import atomic_file
+from varkd.files import write_text
 from varkd.report import sections
 from varkd.report.images import Picture, pictures_of
 from varkd.report.protocol import differences, statement
@@ -30,23 +30,33 @@ def write_report(runs: Sequence[Path], out: Path, *, title: str = "varkd report"
     """
     page = render(read_runs(runs), title)
     path = out / "index.html"
-    with atomic_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 
 def render(runs: Sequence[RunFolder], title: str) -> str:
     """The page as text. Whatever comes from disk is escaped, and no script but the page's own may run."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
+    return render_template("report.html.j2", title=title, **_content(runs))
 
-    source = files("varkd.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    script = re.search(r"<script>(.*?)</script>", source, re.DOTALL)
-    assert script is not None, "the template holds one script"
+
+def render_template(name: str, **content: Any) -> str:
+    """A template of this package as text: strict, escaped, and trusting the one script of base.html.j2."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    script = re.search(r"<script>(.*?)</script>", _source("base.html.j2"), re.DOTALL)
+    assert script is not None, "the base holds one script"
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FunctionLoader(_source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["svg"] = Markup
-    return environment.from_string(source).render(title=title, script_hash=digest, **_content(runs))
+    environment.filters["breakable"] = lambda name: escape(name).replace("_", Markup("_<wbr>"))
+    return environment.get_template(name).render(script_hash=digest, **content)
+
+
+def _source(name: str) -> str:
+    return files("varkd.report").joinpath(name).read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

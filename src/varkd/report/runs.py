@@ -66,7 +66,7 @@ def read_run(folder: Path) -> RunFolder:
         label=metrics["name"] if metrics else folder.resolve().name,
         recipe=_text(folder / "run.yaml"),
         metrics=metrics,
-        log=_read_log(folder / "log.jsonl"),
+        log=read_log(folder / "log.jsonl"),
         status=_optional_object(folder / "status.json"),
         environment=_optional_object(folder / "environment.json"),
         samples=samples if samples.is_file() else None,
@@ -96,7 +96,7 @@ def _optional_object(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of log.jsonl; an unfinished last line (a run that is still writing) is left out."""
     if not path.is_file():
         return []

@@ -13,14 +13,17 @@ from typing import Any, Literal
 
 Mark = Literal["", "best", "tied"]
 Role = Literal["teacher", "student", "model"]
-_TERMINAL_WIDTH = 110
+TERMINAL_WIDTH = 110
 _NARROWEST = 8
 MISSING = "–"
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: `scale` turns the stored number into the printed unit, `better` says which way is good."""
+    """One column: `scale` turns the stored number into the printed unit, `better` says which way is good.
+
+    A "text" column holds words; its cells are sorted by their text.
+    """
 
     key: str
     title: str
@@ -28,7 +31,7 @@ class Column:
     meaning: str
     better: Literal["lower", "higher"] | None = None
     scale: float = 1.0
-    kind: Literal["real", "whole", "compact"] = "real"
+    kind: Literal["real", "whole", "compact", "text"] = "real"
 
     @property
     def arrow(self) -> str:
@@ -194,10 +197,14 @@ def format_text_table(rows: Sequence[Row]) -> str:
     numbers = [[_terminal_text(row.cells[column.key], column) for column in used] for row in rows]
     table = [["run", "method", *(f"{column.short}{column.arrow}" for column in used)]]
     table += [[row.name, row.method, *cells] for row, cells in zip(rows, numbers, strict=True)]
+    return "\n".join([*aligned(table), *_legend(rows, counts)])
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a terminal table: two columns of text on the left, numbers on the right, a rule below the header."""
     widths = _fit([max(len(line[index]) for line in table) for index in range(len(table[0]))])
     lines = [_line(line, widths) for line in table]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, *_legend(rows, counts)])
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def _terminal_text(cell: Cell, column: Column) -> str:
@@ -208,12 +215,12 @@ def _terminal_text(cell: Cell, column: Column) -> str:
 def _fit(widths: list[int]) -> list[int]:
     """Take the characters that are too many from the two text columns, the wider one first."""
     widths = list(widths)
-    while sum(widths) + len(widths) - 1 > _TERMINAL_WIDTH and max(widths[:2]) > _NARROWEST:
+    while sum(widths) + len(widths) - 1 > TERMINAL_WIDTH and max(widths[:2]) > _NARROWEST:
         widths[0 if widths[0] >= widths[1] else 1] -= 1
     return widths
 
 
-def _line(cells: list[str], widths: list[int]) -> str:
+def _line(cells: Sequence[str], widths: list[int]) -> str:
     texts = [
         cell if len(cell) <= width else f"{cell[: width - 1]}…"
         for cell, width in zip(cells[:2], widths[:2], strict=True)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from varkd import pictures
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import load_backbone
 from varkd.config import Evaluation, Run
 from varkd.data.loader import ordered_batches
+from varkd.distill.method import Method
 from varkd.distill.spaces import Clusters
 from varkd.evaluate.agreement import agreement, cross_entropy, student_batches
-from varkd.evaluate.features import FeatureNet, FitFeatures, fit_features, load_features, save_features
+from varkd.evaluate.features import FeatureNet, FitFeatures, features_of, fit_features, load_features, save_features
+from varkd.evaluate.fid import frechet_distance, gaussian
 from varkd.evaluate.samples import ReferenceSet, floors, reference_set, sample_metrics
 from varkd.evaluate.speed import samples_per_second
 from varkd.files import read_json, write_json
 from varkd.progress import console
+from varkd.rollout import Sampler
 from varkd.run.data import Codes, pick_device
 from varkd.run.environment import versions
 from varkd.run.models import load_trained
@@ -43,32 +48,106 @@ def evaluate_run(
     """
     run, codes, model = load_trained(folder, device)
     settings = settings or run.evaluation
-    net, record = feature_network(codes, features or codes.folder / "features", device, quiet)
-    reference = reference_for(codes, net, quiet)
-    label_B = balanced_labels(settings.num_samples, model.num_classes)
-    images, _ = generate(model, codes.tokenizer, label_B, settings.sampler, settings.seed, settings.batch_size,
-                         f"sample {folder.name}", quiet)  # fmt: skip
-    found = sample_metrics(images, label_B, reference, net, resamples=settings.resamples, seed=settings.seed)
-    columns = min(model.num_classes, 10)
-    shown = images[: columns * _GRID_ROWS].permute(0, 2, 3, 1).numpy()
-    pictures.save_png(folder / "evaluation" / "samples.png", pictures.grid(shown, columns))
-
+    judge = Judge.of(codes, device, features, quiet)
     teacher_path = teacher or (Path(run.teacher) if run.teacher else None)
-    means, curves = _agreement(run, codes, model, teacher_path, settings)
+    loaded = load_backbone(teacher_path, str(pick_device(device)))[0] if teacher_path else None
+    seen = judge.see(model, settings, f"sample {folder.name}", quiet)
+    seen.save_grid(folder / "evaluation" / "samples.png")
+    means, curves = judge.agreement(model, loaded, run.method, settings.seed) if loaded else (None, None)
     status, info = read_json(folder / "status.json"), read_json(folder / "environment.json")
-    held_out = ordered_batches(codes.split("validation"), 256)
     metrics = {
         "name": run.name or folder.name, "method": run.preset, "updates": status["step"], "seconds": status["seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "samples_per_second": samples_per_second(model, settings.sampler),
-        "num_samples": settings.num_samples, "metrics": found, "floors": _floors(codes, reference, net),
-        "validation_ce": cross_entropy(model, held_out, model.head.weight.device),
+        "num_samples": settings.num_samples, "metrics": seen.metrics, "floors": judge.floors(),
+        "validation_ce": judge.cross_entropy(model),
         "agreement": means, "agreement_by_position": curves, "grid": codes.manifest["grid"],
-        "protocol": _protocol(run, codes, settings, reference, record, teacher_path, info, folder),
+        "protocol": _protocol(run, codes, settings, judge, teacher_path, info, folder),
         "samples": "evaluation/samples.png",
     }  # fmt: skip
     write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Samples of a model (uint8 (N, C, H, W)) and what they are worth."""
+
+    images_BCHW: Tensor
+    num_classes: int
+    metrics: dict[str, dict[str, Any]]
+
+    def save_grid(self, path: Path) -> None:
+        """The first samples as a picture: one column per class."""
+        columns = min(self.num_classes, 10)
+        shown = self.images_BCHW[: columns * _GRID_ROWS].permute(0, 2, 3, 1).numpy()
+        pictures.save_png(path, pictures.grid(shown, columns))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What all runs on the same codes are measured with: one feature network and one reference."""
+
+    codes: Codes
+    net: FeatureNet
+    record: dict[str, Any]
+    reference: ReferenceSet
+
+    @classmethod
+    def of(cls, codes: Codes, device: str = "auto", features: Path | None = None, quiet: bool = False) -> Judge:
+        """Read from beside the codes, or fitted there on first use."""
+        net, record = feature_network(codes, features or codes.folder / "features", device, quiet)
+        return cls(codes, net, record, reference_for(codes, net, quiet))
+
+    def see(self, model: Backbone, settings: Evaluation, label: str = "sample", quiet: bool = False) -> Seen:
+        """Sample as the settings say, and measure."""
+        images, label_B = self._samples(model, settings.num_samples, settings.sampler, settings, label, quiet)
+        found = sample_metrics(images, label_B, self.reference, self.net, resamples=settings.resamples,
+                               seed=settings.seed)  # fmt: skip
+        return Seen(images, model.num_classes, found)
+
+    def distance(self, model: Backbone, num: int, sampler: Sampler, settings: Evaluation) -> float:
+        """The Fréchet distance alone, of `num` samples by `sampler`: for choosing settings."""
+        images, _ = self._samples(model, num, sampler, settings, "sample", quiet=True)
+        return frechet_distance(*gaussian(features_of(self.net, images)[0]), *self.reference.gaussian)
+
+    def _samples(
+        self, model: Backbone, num: int, sampler: Sampler, settings: Evaluation, label: str, quiet: bool
+    ) -> tuple[Tensor, Tensor]:
+        label_B = balanced_labels(num, model.num_classes)
+        images, _ = generate(model, self.codes.tokenizer, label_B, sampler, settings.seed, settings.batch_size, label,
+                             quiet)  # fmt: skip
+        return images, label_B
+
+    def cross_entropy(self, model: Backbone) -> float:
+        """-log q of the held-out images' codes, nats per code."""
+        return cross_entropy(model, ordered_batches(self.codes.split("validation"), 256), model.head.weight.device)
+
+    def agreement(
+        self, model: Backbone, teacher: Backbone, method: Method, seed: int
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """With the teacher, on data and on the model's own samples: means, and by position."""
+        device = model.head.weight.device
+        space = next((term.space for term in method.terms if isinstance(term.space, Clusters)), Clusters())
+        cluster_V = space.prepare(self.codes.tokenizer.codebook_VE.cpu())[space.key]
+        own = student_batches(model, balanced_labels(_AGREEMENT_SEQUENCES, model.num_classes), seed, 128)
+        contexts: dict[str, list[Batch]] = {"data": _data_batches(self.codes), "student": own}
+        means, curves = {}, {}
+        for name, batches in contexts.items():
+            means[name], curves[name] = agreement(model, teacher, batches, cluster_V, device)
+            means[name]["num"] = sum(len(batch) for batch in batches)
+        return means, curves
+
+    def floors(self) -> dict[str, float | None]:
+        """What real held-out images, and the tokenizer's reconstructions of them, reach."""
+        images = self.codes.images("validation")
+        tokenizer = self.codes.tokenizer.to(self.net.device).eval()
+        lossless = self.codes.manifest["reconstruction"]["psnr"] >= 99
+        with torch.no_grad():
+            batches = [] if lossless else ordered_batches(self.codes.split("validation"), 256)
+            rebuilt = [tokenizer.to_uint8(tokenizer.decode(b.codes_BL.to(self.net.device))).cpu() for b in batches]
+        reconstructed = torch.cat(rebuilt) if rebuilt else None
+        return {"num": len(images), **floors(images, reconstructed, self.reference, self.net)}
 
 
 def feature_network(codes: Codes, folder: Path, device: str, quiet: bool = False) -> tuple[FeatureNet, dict[str, Any]]:
@@ -92,39 +171,6 @@ def reference_for(codes: Codes, net: FeatureNet, quiet: bool = False) -> Referen
     return reference_set(codes.images("train"), codes.images("validation"), net, flips=flips, cache=cache, quiet=quiet)
 
 
-def _floors(codes: Codes, reference: ReferenceSet, net: FeatureNet) -> dict[str, float | None]:
-    """What real held-out images, and the tokenizer's reconstructions of them, reach."""
-    images = codes.images("validation")
-    device = net.device
-    tokenizer = codes.tokenizer.to(device).eval()
-    with torch.no_grad():
-        batches = ordered_batches(codes.split("validation"), 256)
-        reconstructed = torch.cat(
-            [tokenizer.to_uint8(tokenizer.decode(batch.codes_BL.to(device))).cpu() for batch in batches]
-        )
-    num = len(images)
-    lossless = codes.manifest["reconstruction"]["psnr"] >= 99
-    return {"num": num, **floors(images, None if lossless else reconstructed, reference, net)}
-
-
-def _agreement(
-    run: Run, codes: Codes, model: Backbone, teacher_path: Path | None, settings: Evaluation
-) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    if teacher_path is None:
-        return None, None
-    device = model.head.weight.device
-    teacher, _ = load_backbone(teacher_path, str(device))
-    space = next((t.space for t in run.method.terms if isinstance(t.space, Clusters)), Clusters())
-    cluster_V = space.prepare(codes.tokenizer.codebook_VE.cpu())[space.key]
-    own = student_batches(model, balanced_labels(_AGREEMENT_SEQUENCES, model.num_classes), settings.seed, 128)
-    contexts: dict[str, list[Batch]] = {"data": _data_batches(codes), "student": own}
-    means, curves = {}, {}
-    for name, batches in contexts.items():
-        means[name], curves[name] = agreement(model, teacher, batches, cluster_V, device)
-        means[name]["num"] = sum(len(batch) for batch in batches)
-    return means, curves
-
-
 def _data_batches(codes: Codes) -> list[Batch]:
     batches, seen = [], 0
     for batch in ordered_batches(codes.split("validation"), 128):
@@ -136,12 +182,13 @@ def _data_batches(codes: Codes) -> list[Batch]:
 
 
 def _protocol(
-    run: Run, codes: Codes, settings: Evaluation, reference: ReferenceSet, record: dict[str, Any],
-    teacher: Path | None, info: dict[str, Any], folder: Path,
+    run: Run, codes: Codes, settings: Evaluation, judge: Judge, teacher: Path | None, info: dict[str, Any],
+    folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     selected = read_json(folder / "checkpoints" / "selected.json")
     return {
-        "reference": reference.describe(), "features": record, "tokenizer": codes.manifest["tokenizer"]["hash"],
+        "reference": judge.reference.describe(), "features": judge.record,
+        "tokenizer": codes.manifest["tokenizer"]["hash"],
         "data": codes.manifest["source"]["name"], "sampler": vars(settings.sampler), "seed": settings.seed,
         "training_seed": run.seed, "labels": "balanced", "versions": versions(),
         "weights": selected["weights"], "checkpoint": selected["checkpoint"],

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
+from varkd.backbones.store import checkpoint_path
 from varkd.distill.scene import State
 from varkd.errors import VarkdError
 from varkd.files import atomic_folder, read_json, write_json
@@ -103,7 +104,7 @@ class Checkpoints:
         return _own_rows(method, rows), Progress(**read_json(folder / "state.json"))
 
     def path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        return checkpoint_path(self.folder.parent, step)
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""

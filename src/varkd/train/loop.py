@@ -93,6 +93,10 @@ class Job:
     quiet: bool = False
 
 
+class Diverged(VarkdError):
+    """A loss or gradient that is not finite: the settings are at fault, not the machine."""
+
+
 class Stopped(Exception):
     """SIGTERM or Ctrl-C: the run saved a checkpoint and can be resumed by the same command."""
 
@@ -105,7 +109,8 @@ def train(job: Job) -> Progress:
     """Train until `job.train.updates`, resuming from the newest checkpoint of the run folder.
 
     Raises:
-        VarkdError: a loss or gradient that is not finite (the last good checkpoint stays), or a disk that is full.
+        Diverged: a loss or gradient that is not finite (the last good checkpoint stays).
+        VarkdError: a disk that is full.
         Stopped: a signal arrived; a checkpoint was saved.
     """
     session = Session(job)
@@ -211,7 +216,7 @@ class Session:
     def _fail(self, what: str) -> NoReturn:
         kept = f"update {self.saved_step}" if self.saved_step else "none yet"
         self.close("failed")
-        raise VarkdError(f"{what}; last good checkpoint: {kept}. Lower train.optim.lr or raise train.optim.warmup")
+        raise Diverged(f"{what}; last good checkpoint: {kept}. Lower train.optim.lr or raise train.optim.warmup")
 
     def report(self, values: dict[str, float], progress_bar: Bar) -> None:
         """Log this update when it is due, and move the bar."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from varkd.errors import VarkdError
 from varkd.evaluate.fid import frechet_distance, frechet_estimate, gaussian
-from varkd.evaluate.intervals import centred_bootstrap
+from varkd.evaluate.intervals import bootstrap
 
 
 def normal(num, width, seed=0, scale=1.0):
@@ -104,14 +104,14 @@ def test_resampled_distances_are_those_of_the_resampled_features():
     samples, real = normal(40, 5, seed=1) + 1, normal(300, 5, seed=2)
     seen = []
 
-    def spy(statistic, num, resamples, seed, *, bounds):
+    def spy(statistic, num, resamples, seed):
         drawn = torch.randint(num, (3, num), generator=torch.Generator().manual_seed(0))
         counts = torch.stack([row.bincount(minlength=num) for row in drawn]).double()
         seen.extend(zip(counts, statistic(counts), strict=True))
-        return centred_bootstrap(statistic, num, resamples, seed, bounds=bounds)
+        return bootstrap(statistic, num, resamples, seed)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("varkd.evaluate.fid.centred_bootstrap", spy)
+        patch.setattr("varkd.evaluate.fid.bootstrap", spy)
         patch.setattr("varkd.evaluate.fid._ROWS", 7)
         frechet_estimate(samples, *gaussian(real))
     for counts, measured in seen:

@@ -41,8 +41,11 @@ def real_metrics(real, metrics_of):
 def test_the_object_is_the_one_of_the_architecture(real_metrics):
     assert list(real_metrics) == NAMES
     for name, estimate in real_metrics.items():
-        assert list(estimate) == ["value", "low", "high"], name
+        assert list(estimate)[:3] == ["value", "low", "high"], name
         assert estimate["low"] <= estimate["value"] <= estimate["high"], name
+    draws = torch.tensor(real_metrics["fd"]["draws"], dtype=torch.float64)
+    assert draws.quantile(0.5).item() == pytest.approx(real_metrics["fd"]["value"], rel=1e-4)
+    assert draws.quantile(0.975).item() == pytest.approx(real_metrics["fd"]["high"], rel=1e-4)
 
 
 def test_unseen_real_images_score_as_real_ones_should(real_metrics, fitted):

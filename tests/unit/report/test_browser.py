@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 from run_folders import metrics, study, write_run
+from study_folder import results, write_folder
 
 from varkd.report import write_report
+from varkd.report.study import write_study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 REQUIRED = os.environ.get("VARKD_REQUIRE_BROWSER") == "1"
@@ -41,18 +44,41 @@ def report(tmp_path_factory) -> Path:
     return write_report([*study(root), write_run(root / "long", values, seed=4)], root / "out")
 
 
+@pytest.fixture(scope="module")
+def study_report(tmp_path_factory) -> Path:
+    made = results(6, ("llamagen", "var"))
+    long_name = "a_method_whose_name_" + "does_not_end_" * 6
+    text = json.dumps(made).replace('"gkd"', json.dumps(long_name))
+    made = json.loads(text)
+    made["finished"] = False
+    made["summary"][0]["fd"] = {"value": None, "low": None, "high": None}
+    return write_study(write_folder(tmp_path_factory.mktemp("browser-study"), made))
+
+
 @pytest.fixture(params=[(1280, "light"), (390, "light"), (390, "dark")], ids=["desk", "phone", "phone-dark"])
-def page(request, browser, report):
+def window(request, browser):
+    """Opens a page at one width in one theme, and asks in the end that nothing complained."""
     width, scheme = request.param
     page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda asked: asked.url.startswith("http") and complaints.append(f"network: {asked.url}"))
-    page.goto(report.as_uri())
     yield page
     page.close()
     assert complaints == []
+
+
+@pytest.fixture
+def page(window, report):
+    window.goto(report.as_uri())
+    return window
+
+
+@pytest.fixture
+def study_page(window, study_report):
+    window.goto(study_report.as_uri())
+    return window
 
 
 def fits(page) -> bool:
@@ -118,8 +144,65 @@ def table_left(page) -> float:
     return page.locator("#comparison-table tbody th").first.bounding_box()["x"]
 
 
-def test_text_is_large_enough_for_a_phone(page):
+def smallest_text(page) -> float:
     selector = "p, td, th, li, dd, summary, button, figcaption"
     size = "(element) => parseFloat(getComputedStyle(element).fontSize)"
-    smallest = page.evaluate(f"Math.min(...[...document.querySelectorAll('{selector}')].map({size}))")
-    assert smallest >= 14
+    return page.evaluate(f"Math.min(...[...document.querySelectorAll('{selector}')].map({size}))")
+
+
+def test_text_is_large_enough_for_a_phone(page):
+    assert smallest_text(page) >= 14
+
+
+def use(scope, headers: str) -> None:
+    """Open what can be opened in `scope`, then sort by those `headers` of every table there."""
+    for summary in scope.locator("summary").all():
+        summary.click()
+        assert summary.evaluate("(element) => element.parentElement.open")
+    for header in scope.locator(headers).all():
+        header.click()
+        assert header.locator("xpath=..").get_attribute("aria-sort") in ("ascending", "descending")
+
+
+def test_every_control_of_a_study_works_and_nothing_overflows(study_page):
+    assert fits(study_page)
+    for link in study_page.locator("nav a").all():
+        link.click()
+        assert study_page.locator(link.get_attribute("href")).bounding_box()["y"] < 844, "it is in sight"
+    tabs = study_page.get_by_role("tab").all()
+    assert len(tabs) == 4, "two budgets of two families"
+    for number, tab in enumerate(tabs):
+        tab.click()
+        assert tab.get_attribute("aria-selected") == "true"
+        panels = tab.locator("xpath=../..").locator("[role=tabpanel]:visible")
+        assert panels.count() == 1 and panels.get_attribute("id") == tab.get_attribute("aria-controls")
+        use(panels, "thead button" if number == 0 else "thead th:nth-child(3) button")
+    for summary in study_page.locator("section > details > summary").all():
+        summary.click()
+        assert summary.evaluate("(element) => element.parentElement.open")
+    assert fits(study_page), "also with everything opened"
+    assert smallest_text(study_page) >= 14
+
+
+def test_a_study_sorts_with_missing_numbers_last(study_page):
+    table = study_page.locator("#family-0-updates")
+    headers = table.locator("thead th")
+    titles = [headers.nth(index).inner_text() for index in range(headers.count())]
+    for start in ("FD ", "Recall", "Training"):
+        index = next(index for index, title in enumerate(titles) if title.replace("\u00a0", " ").startswith(start))
+        for _ in range(2):
+            headers.nth(index).locator("button").click()
+            values = table.evaluate(f"(table) => ({COLUMN})(table, {index})")
+            known = [float(value) for value in values if value]
+            falling = headers.nth(index).get_attribute("aria-sort") == "descending"
+            assert len(values) == 8 and known == sorted(known, reverse=falling)
+            assert values[len(known) :] == [""] * (8 - len(known))
+
+
+def test_drawings_of_a_study_follow_the_theme_and_are_in_view(study_page):
+    for drawing in study_page.locator(".plot svg:visible").all():
+        box = drawing.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= study_page.viewport_size["width"]
+    ink = "(element) => getComputedStyle(element).fill"
+    page_ink = study_page.evaluate("getComputedStyle(document.body).color")
+    assert study_page.locator(".plot svg text:visible").first.evaluate(ink) == page_ink
