@@ -77,7 +77,9 @@ def _score(
     if name == "code_prob":
         return _of_code(_given(teacher, name), code_N).exp()
     if name.startswith("top_k_agrees:"):
-        return top_k_agrees(_given(teacher, name), _given(student, name), int(name.removeprefix("top_k_agrees:")))
+        teacher, likeliest_N = _given(teacher, name), _given(student, name).argmax(1)
+        above_N = (teacher > _of_code(teacher, likeliest_N).unsqueeze(1)).sum(1)
+        return (above_N < int(name.removeprefix("top_k_agrees:"))).float()
     if name == "accepted":
         return _accepted(_given(teacher, name), _given(student, name), _given(uniform_N2, name))
     return _confidence(name, products)(_given(teacher, name))
@@ -91,12 +93,6 @@ def _given(value: Tensor | None, name: str) -> Tensor:
 
 def _of_code(logp_NV: Tensor, code_N: Tensor) -> Tensor:
     return logp_NV.gather(1, code_N.unsqueeze(1)).squeeze(1)
-
-
-def top_k_agrees(teacher: Tensor, student: Tensor, top_k: int) -> Tensor:
-    """1 where the student's likeliest code is among the teacher's `top_k` likeliest."""
-    above_N = (teacher > _of_code(teacher, student.argmax(1)).unsqueeze(1)).sum(1)
-    return (above_N < top_k).float()
 
 
 def _accepted(teacher: Tensor, student: Tensor, uniform_N2: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
 from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL, ReverseKL, Rows, TotalVariation
-from varkd.distill.scores import chunks, top_k_agrees
+from varkd.distill.scores import Sides, chunks, position_scores
 from varkd.distill.spaces import Clusters, cluster_logp, log_softmax
 from varkd.rollout import Sampler, evaluating, rollout
 from varkd.types import Condition, Plan
@@ -160,6 +160,12 @@ def _typicality(pair: Pair) -> Tensor:
     return torch.where(sd_N > 1e-6, (pair.surprise_N - pair.teacher_entropy_N) / sd_N.clamp_min(1e-6), 0.0)
 
 
+def _score(pair: Pair, name: str) -> Tensor:
+    """A score that selections read too."""
+    sides = Sides(pair.code_N, lambda rows: pair.teacher_NV[rows], lambda rows: pair.student_NV[rows])
+    return position_scores([name], sides, {}, max(1, len(pair.code_N)))[name]
+
+
 def _mean_gap(pair: Pair) -> Tensor:
     return (pair.means[0] - pair.means[1]).square().sum(1)
 
@@ -183,7 +189,7 @@ QUANTITIES: dict[str, Callable[[Pair], Tensor]] = {
     "acceptance": lambda pair: 1 - TotalVariation()(pair.student_NV, pair.teacher_NV, pair.rows),
     "acceptance_neighbours": neighbour_acceptance,
     "top1": lambda pair: (pair.student_top_N == pair.top_N).float(),
-    "top5": lambda pair: top_k_agrees(pair.teacher_NV, pair.student_NV, TOP),
+    "top5": lambda pair: _score(pair, f"top_k_agrees:{TOP}"),
     "top1_cluster": lambda pair: (pair.space.cluster_V[pair.student_top_N] == pair.space.cluster_V[pair.top_N]).float(),
     "mean_gap": _mean_gap,
     "embedding_distance": lambda pair: (
