@@ -73,7 +73,8 @@ def prefix_swap(subject: Subject, contexts: Mapping[str, Sequences], reference: 
             images = decode(subject.codes.tokenizer, whole.codes_BL, subject.device)
             found = sample_metrics(images, label_B, reference, net, resamples=subject.resamples, seed=subject.seed)
             for name in SWAP_METRICS:
-                rows.append((source, share, name, *found[name].values(), len(given)))
+                numbers = (found[name][end] for end in ("value", "low", "high"))
+                rows.append((source, share, name, *numbers, len(given)))
     return Table(("source", "share", "metric", "value", "low", "high", "num"), tuple(rows))
 
 
