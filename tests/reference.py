@@ -190,7 +190,7 @@ def plain_loss(inputs: LossInputs, context: Context, denominators: Mapping[str, 
             hidden_ND = inputs.student(part.codes_BL, part.condition, part.plan).flatten(0, 1)
         rows = loss_module._term_rows(inputs, group, teacher, hidden_ND, Stats())
         for term in inputs.method.terms:
-            about = Rows(part.supervision_BL.flatten(), rows[term.name].alpha_N)
+            about = Rows(part.supervision_BL.flatten(), rows[term.name].alpha_N, inputs.products.get("codebook"))
             value_N = loss_module._term_value(term, student_NV, teacher_NV, about, inputs.products)
             total = total + (rows[term.name].weight_N * value_N).sum() * number(term.weight) / denominators[term.name]
     return total

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,17 @@ FROM_THE_START = (
     "method=varkd", "method.contexts.contexts.shares.0.fraction=0.5", "method.contexts.contexts.shares.1.fraction=0.5",
     "method.contexts.contexts.shares.1.contexts.every=2", "method.contexts.contexts.shares.1.contexts.capacity=2",
     "method.terms.student.selection.quantile=0.5", "method.contexts.kappa=30",
+)  # fmt: skip
+# What VarKD could be made of instead: position weights, the best of two samples against the student at its start, ...
+BEST_OF_TWO = "{kind: replay, every: 2, capacity: 2, rollout: {kind: best_of, count: 2}}"
+OTHER_PARTS = (
+    "method=varkd",
+    "method.contexts={kind: prefix_reweighted, kappa: 0.02, contexts: {kind: mixture, shares: "
+    "[{contexts: {kind: data}, fraction: 0.5}, {contexts: " + BEST_OF_TWO + ", fraction: 0.5}]}}",
+    "method.terms.student.selection={kind: drift, window: 4, sigmas: 3}",
+    "method.terms.student.space={kind: neighbours, count: 4}", "method.terms.student.credit=discrepancy_decay",
+    "method.terms.anchor.selection={kind: accepted, rule: neighbours, neighbours: 3}",
+    "method.terms.anchor.divergence=embedding_moments", "train.log_every=2",
 )  # fmt: skip
 TIMING = ("seconds", "sequences_per_second")
 
@@ -100,6 +112,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.
             signal.raise_signal(number)
 
     monkeypatch.setattr(Session, "report", report_and_stop)
+
+
+def quicken(patch: pytest.MonkeyPatch) -> None:
+    """A judge that looks for a moment: a feature network of 25 updates, agreement on a few sequences."""
+    from varkd.evaluate.features import FitFeatures
+    from varkd.run import evaluation
+
+    patch.setattr(evaluation, "FitFeatures", partial(FitFeatures, updates=25))
+    patch.setattr(evaluation, "_AGREEMENT_SEQUENCES", 16)
 
 
 @pytest.fixture(scope="session")

@@ -119,9 +119,10 @@ class Part:
     """Sequences of one source inside a context, with everything that a loss needs to know of them.
 
     `codes_BL` is the prefix that the models see, `supervision_BL` the target code of each position (they differ in
-    scheduled sampling). `weight_B` weighs whole sequences (mean 1 over the optimiser step), `age_B` counts optimiser
-    steps since a sequence was sampled, `behaviour_logp_BL` is the log-probability under which each code was drawn,
-    `accept_BL` says which of the student's proposals a verifier accepted.
+    scheduled sampling). `weight_B` weighs whole sequences (mean 1 over the optimiser step), `position_weight_BL` their
+    positions besides (mean 1 over the step at every generation rank; None: all 1), `age_B` counts optimiser steps since
+    a sequence was sampled, `behaviour_logp_BL` is the log-probability under which each code was drawn, `accept_BL` says
+    which of the student's proposals a verifier accepted.
     """
 
     source: Source
@@ -134,6 +135,7 @@ class Part:
     age_B: Tensor
     behaviour_logp_BL: Tensor | None = None
     accept_BL: Tensor | None = None
+    position_weight_BL: Tensor | None = None
 
     @classmethod
     def of(cls, source: Source, codes_BL: Tensor, condition: Condition, plan: Plan, row_B: Tensor) -> Part:
@@ -143,6 +145,14 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.row_B)
+
+    @property
+    def weight_BL(self) -> Tensor:
+        """What every position counts by its sequence and its prefix: `weight_B` times `position_weight_BL`."""
+        weight_B1 = self.weight_B.unsqueeze(1)
+        if self.position_weight_BL is None:
+            return weight_B1.expand(self.codes_BL.shape)
+        return weight_B1 * self.position_weight_BL
 
     def select(self, index: Tensor | slice) -> Part:
         """The rows of a mask, an index tensor or a slice."""

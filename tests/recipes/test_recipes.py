@@ -17,12 +17,15 @@ from varkd.backbones.protocol import Layout
 from varkd.backbones.store import build, family_class, load_backbone
 from varkd.cli import main
 from varkd.config import load_run
+from varkd.study.spec import load_study
 from varkd.tokenizers.multiscale import MultiScale, MultiScaleConfig
 from varkd.tokenizers.protocol import Tokenizer
 from varkd.tokenizers.store import save_tokenizer
 from varkd.tokenizers.vq import VQ, VQConfig
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = [path for path in SHIPPED if not path.stem.startswith("study-")]
+STUDIES = [path for path in SHIPPED if path.stem.startswith("study-")]
 SHORT = ("train.updates=2", "train.batch_size=8", "train.validate_every=2", "train.checkpoint_every=2",
          "train.grid_every=2", "train.log_every=1", "device=cpu")  # fmt: skip
 
@@ -110,6 +113,14 @@ def test_the_recipes_of_a_family_are_a_pair(family: str):
     assert runs["teacher"].evaluation == runs["student"].evaluation == load_run("cifar10-student").evaluation
 
 
+@pytest.mark.parametrize("recipe", STUDIES, ids=lambda path: path.stem)
+def test_a_study_resolves(recipe: Path):
+    """Every run of it is one that `varkd train` would take; tests/unit/study runs small ones."""
+    study = load_study(recipe.stem)
+    assert study.pairs and study.methods and study.seeds
+
+
 def test_recipes_say_how_to_use_them():
-    for recipe in RECIPES:
-        assert "# varkd train " + recipe.stem in recipe.read_text(), recipe.name
+    for recipe in SHIPPED:
+        verb = "study" if recipe in STUDIES else "train"
+        assert f"# varkd {verb} {recipe.stem}" in recipe.read_text(), recipe.name

@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from varkd.config import Run, check, differences, dump, load_run, read_recipe, read_run, resolve
-from varkd.distill.divergences import JSD, ReverseKL
+from varkd.distill.bestof import BestOf
+from varkd.distill.credit import DiscrepancyDecay
+from varkd.distill.divergences import JSD, EmbeddingMoments, ReverseKL
 from varkd.distill.mixture import Mixture
-from varkd.distill.prefixes import Rollout
+from varkd.distill.prefixes import Rollout, TokenMix
 from varkd.distill.replay import Replay
-from varkd.distill.reweighted import Reweighted
+from varkd.distill.reweighted import PrefixReweighted, Reweighted
 from varkd.distill.schedule import Ramp
-from varkd.distill.selection import Confidence
-from varkd.distill.spaces import Clusters
+from varkd.distill.selection import Accepted, Confidence, Drift, EntropyRatio, Horizon, Threshold
+from varkd.distill.spaces import Clusters, Neighbours
 from varkd.errors import VarkdError
 from varkd.methods import METHODS
 
@@ -93,6 +95,56 @@ def test_overrides_reach_into_terms(override: str, read):
     assert isinstance(run.method.terms[2].selection, Confidence)
     place = override.split("=")[0].replace("terms.2", "terms.student").rpartition(".")[0]
     assert all(line.startswith(place) for line in differences(before, run)), "nothing else changed"
+
+
+_BEST = "{kind: best_of, count: 2, rollout: {kind: token_mix, alpha: 0.3}}"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("method.terms.student.selection={kind: threshold, threshold: 0.4, softness: 2}", Threshold(0.4, softness=2)),
+        ("method.terms.student.selection={kind: threshold, threshold: {start: 0, end: 0.5}}", Threshold(Ramp(0, 0.5))),
+        ("method.terms.student.selection={kind: accepted, rule: neighbours}", Accepted("neighbours")),
+        ("method.terms.student.selection=entropy_ratio", EntropyRatio()),
+        ("method.terms.student.selection={kind: horizon, share: {start: 0.2, end: 1}}", Horizon(Ramp(0.2, 1))),
+        ("method.terms.student.selection=drift", Drift()),
+        ("method.terms.anchor.space={kind: neighbours, bandwidth: auto, sides: teacher}", Neighbours(sides="teacher")),
+        ("method.terms.anchor.space={kind: neighbours, bandwidth: 0.25}", Neighbours(bandwidth=0.25)),
+        ("method.terms.student.credit={kind: discrepancy_decay, gamma: -0.5}", DiscrepancyDecay(-0.5)),
+        ("method.terms.anchor.divergence={kind: embedding_moments, second: 0}", EmbeddingMoments(0)),
+        ("method.terms.student.space.assignment=agglomerative", Clusters(within=0.3, assignment="agglomerative")),
+        ("method.contexts={kind: prefix_reweighted, contexts: {kind: best_of}}", PrefixReweighted(BestOf())),
+        (f"method.contexts.contexts.shares.1.contexts={_BEST}", BestOf(TokenMix(alpha=0.3), 2)),
+        (f"method.contexts.contexts.shares.1.contexts.rollout={_BEST}", BestOf(TokenMix(alpha=0.3), 2)),
+    ],
+)  # fmt: skip
+def test_the_parts_of_varkd_can_be_exchanged(override: str, value: Any, tmp_path: Path):
+    run = resolve({}, ["method=varkd", override])
+    found: Any = run.method
+    for name in override.split("=")[0].split(".")[1:]:
+        found = next(t for t in found if t.name == name) if name in ("student", "anchor") else (
+            found[int(name)] if name.isdigit() else getattr(found, name))  # fmt: skip
+    assert found == value or getattr(value, "assignment", None) == found
+    (tmp_path / "run.yaml").write_text(dump(run))
+    assert read_run(tmp_path) == run
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("method.terms.student.selection=threshold", "threshold"),
+        ("method.terms.student.selection={kind: treshold, threshold: 1}", "unknown kind 'treshold'.*threshold"),
+        ("method.terms.student.divergence=embedding_moments", "embedding_moments compares the vectors of codes"),
+        ("method.terms.student.space={kind: neighbours, bandwidth: 0}", "bandwidth must be above 0"),
+        ("method.terms.student.space={kind: neighbours, bandwidth: wide}", "bandwidth"),
+        ("method.terms.student.credit=reward", "sampled rewards"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(override: str, complaint: str):
+    best = "method.contexts.contexts.shares.1.contexts={kind: best_of}"
+    with pytest.raises(VarkdError, match=complaint):
+        resolve({}, ["method=varkd", best, override])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from varkd.distill.mixture import Mixture, Single
-from varkd.distill.reweighted import Reweighted
+from varkd.distill.reweighted import PrefixReweighted, Reweighted
 
-Contexts = Single | Mixture | Reweighted
+Contexts = Single | Mixture | Reweighted | PrefixReweighted

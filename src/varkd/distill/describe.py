@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from varkd.backbones.store import FAMILIES
+from varkd.distill.bestof import BestOf
 from varkd.distill.contexts import Contexts
 from varkd.distill.credit import NoCredit
 from varkd.distill.filtering import AllImages
@@ -25,10 +26,10 @@ from varkd.distill.method import Method, Term
 from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import Completions, Interleaved, ParallelSampling, Rollout, TokenMix
 from varkd.distill.replay import Replay
-from varkd.distill.reweighted import Reweighted
+from varkd.distill.reweighted import PrefixReweighted, Reweighted
 from varkd.distill.schedule import SCHEDULES, Adaptive, Decay, Ramp, adaptives, number
 from varkd.distill.scores import of_student
-from varkd.distill.selection import All, Confidence
+from varkd.distill.selection import Accepted, All, Confidence
 from varkd.distill.spaces import Full
 from varkd.distill.target import Guided, Plain
 from varkd.rollout import Sampler
@@ -139,7 +140,9 @@ def phrase(value: Any) -> str:
         case Replay():
             skip = ("rollout", "every" if value.fresh is not None else "fresh")
             return _with_settings(value, skip, f"{phrase(value.rollout)}, replayed")
-        case Reweighted():
+        case BestOf():
+            return _with_settings(value, ("rollout", "count"), f"{phrase(value.rollout)}, best of {value.count}")
+        case Reweighted() | PrefixReweighted():
             return f"{phrase(value.contexts)}; student rows {_with_settings(value, ('contexts',))}"
     return _with_settings(value) if is_dataclass(value) else str(value)
 
@@ -163,6 +166,12 @@ def sentence(value: Any) -> str:
             often = f"every {value.every} steps" if value.fresh is None else f"at a rate of {phrase(value.fresh)}"
             return (f"{sentence(value.rollout)}; each row keeps its last {value.capacity} and draws one at most "
                     f"{value.max_age} steps old, or samples anew {often}")  # fmt: skip
+        case BestOf():
+            best = "log p - log r, r the student at its start" if value.score == "difference" else "log p"
+            return f"{sentence(value.rollout)}; of {value.count} for each label, the one with the largest {best}"
+        case Accepted():
+            asks = {"top_k": "top_k", "top_p": "nucleus", "neighbours": "neighbours"}
+            text, told = first_sentence(value), tuple(name for name, rule in asks.items() if rule != value.rule)
         case Confidence():
             where = f"at or {'above' if value.side == 'high' else 'below'} its quantile"
             text = f"Weight 1 where the teacher's score is {where} (a moving average of former steps), floor elsewhere"
@@ -227,7 +236,7 @@ def _rows(term: Term, method: Method) -> list[str]:
 
 
 def _prefixes(contexts: Contexts) -> list[str]:
-    if isinstance(contexts, Reweighted):
+    if isinstance(contexts, Reweighted | PrefixReweighted):
         return [*_prefixes(contexts.contexts), f"weights: {sentence(contexts)}"]
     if isinstance(contexts, Mixture):
         return [f"share {_fraction(share)}: {text}" for share in contexts.shares for text in _prefixes(share.contexts)]
@@ -342,7 +351,12 @@ def _making(contexts: Contexts) -> dict[str, float]:
             makings = [_making(share.contexts) for share in contexts.shares]
             parts = list(zip(shares, makings, strict=True))
             return {name: sum(share / total * making[name] for share, making in parts) for name in cost}
-        case Reweighted():
+        case BestOf():
+            # The reference reads like a student, for it has the student's size.
+            reads = {"teacher_read": 1.0, "student_read": float(contexts.needs_reference)}
+            made = _making(contexts.rollout)
+            return cost | {name: contexts.count * (made[name] + reads.get(name, 0)) for name in made if "_" in name}
+        case Reweighted() | PrefixReweighted():
             cost = _making(contexts.contexts)
             return cost | {name: cost[name] + cost["student"] for name in ("student_read", "teacher_read")}
         case Replay():

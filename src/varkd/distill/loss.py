@@ -8,7 +8,7 @@ Value and gradient equal the plain computation for every combination of parts an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import cast
 
@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkd.backbones.protocol import Backbone
+from varkd.distill.audit import Stats, kept_divergence, sequence_stats, teacher_drift
 from varkd.distill.divergences import Rows
 from varkd.distill.method import Method, Term, skew_key, threshold_key
 from varkd.distill.scene import merge
 from varkd.distill.schedule import number
 from varkd.distill.scores import Scores, Sides, chunks, of_student, position_scores
-from varkd.distill.selection import Confidence
-from varkd.distill.spaces import Products
+from varkd.distill.selection import All, Confidence, kept_share
+from varkd.distill.spaces import CODEBOOK, Products
 from varkd.distill.target import Guided, Target
 from varkd.errors import VarkdError
 from varkd.rollout import double, evaluating
@@ -31,52 +32,6 @@ from varkd.types import Context, Part
 from varkd.world import Rng, World
 
 DEFAULT_CHUNK_ROWS = 2048
-
-
-@dataclass
-class Stats:
-    """Sums over micro-batches: `sums[name]` is (numerator, denominator); `observed[key]` holds numbers per sequence.
-
-    Keys of `observed` are those of the method's state (`Term.observed`).
-    """
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    observed: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def add(self, name: str, numerator: Tensor | float, denominator: Tensor | float) -> None:
-        pair = torch.stack([torch.as_tensor(value, dtype=torch.float64).cpu() for value in (numerator, denominator)])
-        self.sums[name] = self.sums.get(name, torch.zeros(2, dtype=torch.float64)) + pair
-
-    def declare(self, terms: tuple[Term, ...], part: Part) -> None:
-        """Enter every name with nothing: a rank without rows of some source must still join the collectives."""
-        for name in ("ess/student", "age/student", "accepted/student"):
-            self.add(name, 0.0, 0.0)
-        for term in terms:
-            for name in ("kept", "reward", "skew"):
-                self.add(f"{name}/{term.name}", 0.0, 0.0)
-            for key, width in term.observed(part.codes_BL.shape[1]).items():
-                self.observe(key, torch.zeros(0, width, device=part.codes_BL.device))
-
-    def observe(self, key: str, value_BX: Tensor) -> None:
-        self.observed.setdefault(key, []).append(value_BX)
-
-    def merge(self, other: Stats) -> None:
-        for name, pair in other.sums.items():
-            self.add(name, pair[0], pair[1])
-        for name, parts in other.observed.items():
-            self.observed.setdefault(name, []).extend(parts)
-
-    def means(self, world: World) -> dict[str, float]:
-        """Each name's numerator over its denominator, summed over ranks (names are the same on every rank)."""
-        names = sorted(self.sums)
-        if not names:
-            return {}
-        total = world.sum(torch.stack([self.sums[name] for name in names]))
-        return {name: float(top / bottom) for name, (top, bottom) in zip(names, total, strict=True) if bottom > 0}
-
-    def gathered(self, world: World) -> dict[str, Tensor]:
-        """What was observed in this step on all ranks, by key."""
-        return {key: world.gather_varied(torch.cat(parts)) for key, parts in sorted(self.observed.items())}
 
 
 @dataclass(frozen=True)
@@ -102,7 +57,10 @@ class Group:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Everything of a step that the loss reads beside the micro-batch."""
+    """Everything of a step that the loss reads beside the micro-batch.
+
+    With `audit` the statistics hold numbers that cost another pass of the heads; the loss is the same, bit by bit.
+    """
 
     method: Method
     student: Backbone
@@ -111,6 +69,7 @@ class LossInputs:
     products: Products
     rng: Rng
     chunk_rows: int = DEFAULT_CHUNK_ROWS
+    audit: bool = False
 
 
 def distill_loss(
@@ -132,6 +91,8 @@ def distill_loss(
         hidden_BLD = inputs.student(group.stacked.codes_BL, group.stacked.condition, group.stacked.plan)
         teacher = _teacher_rows(inputs, group.stacked)
         rows = _term_rows(inputs, group, teacher, hidden_BLD.detach().flatten(0, 1), stats)
+        if inputs.audit:
+            _audit(inputs, group, hidden_BLD.detach().flatten(0, 1), teacher, rows, stats)
         total = total + _group_loss(inputs, group, hidden_BLD, teacher, rows, denominators, stats)
     return total * gradient_scale, stats
 
@@ -150,7 +111,7 @@ def denominators(inputs: LossInputs, context: Context, world: World) -> dict[str
 
 
 def _selected_mass(inputs: LossInputs, context: Context, term: Term) -> float:
-    alone = replace(inputs, method=replace(inputs.method, terms=(term,)))
+    alone = replace(inputs, method=replace(inputs.method, terms=(term,)), audit=False)
     mass = 0.0
     for group in Group.all_of(context):
         student_hidden_ND = None
@@ -180,6 +141,11 @@ class TeacherRows:
         scale_N = None if self.scale_N is None else self.scale_N[rows]
         return self.target(self.head(self.hidden_ND[rows]), null_NV, scale_N)
 
+    @torch.no_grad()
+    def plain_logits(self, rows: slice) -> Tensor:
+        """The teacher's own logits, whatever the target makes of them."""
+        return self.head(self.hidden_ND[rows])
+
 
 @torch.no_grad()
 def _teacher_rows(inputs: LossInputs, part: Part) -> TeacherRows | None:
@@ -199,14 +165,16 @@ def _teacher_rows(inputs: LossInputs, part: Part) -> TeacherRows | None:
 
 @dataclass(frozen=True)
 class TermRows:
-    """What a term makes of every row of a group: its weight (source, sequence, selection, credit; not normalised), and
-    the skew of its sequence where there is one."""
+    """What a term makes of every row of a group: its weight (source, sequence, selection, credit; not normalised), the
+    skew of its sequence where there is one, and for an audit its `kept_share` (-1 on rows of other sources)."""
 
     weight_N: Tensor
     alpha_N: Tensor | None = None
+    kept_N: Tensor | None = None
 
-    def select(self, row_N: Tensor) -> TermRows:
-        return TermRows(self.weight_N[row_N], None if self.alpha_N is None else self.alpha_N[row_N])
+    def select(self, row_N: Tensor | slice) -> TermRows:
+        others = (None if value_N is None else value_N[row_N] for value_N in (self.alpha_N, self.kept_N))
+        return TermRows(self.weight_N[row_N], *others)
 
 
 @torch.no_grad()
@@ -217,19 +185,25 @@ def _term_rows(
     terms, shape = inputs.method.terms, group.stacked.codes_BL.shape
     scores = _scores(inputs, group.stacked, teacher, student_hidden_ND)
     found = {}
-    stats.declare(terms, group.stacked)
+    stats.declare(terms, group.stacked, inputs.audit)
     for part in group.parts:
-        _sequence_stats(part, stats)
+        sequence_stats(part, stats)
     for term in terms:
         weight_BL = torch.zeros(shape, device=group.stacked.codes_BL.device)
         alpha_BL = torch.ones_like(weight_BL) if term.skew else None
+        audited = inputs.audit and not isinstance(term.selection, All)
+        kept_BL = torch.full_like(weight_BL, -1.0) if audited else None
         for part, (begin, end) in zip(group.parts, group.bounds, strict=True):
             if part.source in term.on:
                 mine = {name: score_BL[begin:end] for name, score_BL in scores.items()}
-                weight_BL[begin:end] = _part_weight(inputs, term, part, mine, stats)
+                selected_BL = _part_selection(inputs, term, part, mine, stats)
+                weight_BL[begin:end] = selected_BL * part.weight_BL * term.credit(mine, part)
                 if alpha_BL is not None:
                     alpha_BL[begin:end] = _part_skew(inputs, term, mine, stats)
-        found[term.name] = TermRows(weight_BL.flatten(), None if alpha_BL is None else alpha_BL.flatten())
+                if kept_BL is not None:
+                    kept_BL[begin:end] = kept_share(term.selection, selected_BL)
+        others = (None if value_BL is None else value_BL.flatten() for value_BL in (alpha_BL, kept_BL))
+        found[term.name] = TermRows(weight_BL.flatten(), *others)
     return found
 
 
@@ -247,32 +221,23 @@ def _scores(
     if student_hidden_ND is not None:
         head, hidden_ND = inputs.student.head, student_hidden_ND
         student = lambda rows: head(hidden_ND[rows])
-    sides = Sides(part.supervision_BL.flatten(), teacher.logits if teacher else None, student, uniform_N2)
+    codes = part.supervision_BL.flatten(), part.codes_BL.flatten()
+    sides = Sides(codes[0], teacher.logits if teacher else None, student, uniform_N2, seen_N=codes[1])
     found = position_scores(names, sides, inputs.products, inputs.chunk_rows)
     return {name: score_N.view(shape) for name, score_N in found.items()}
 
 
-def _sequence_stats(part: Part, stats: Stats) -> None:
-    if part.source != "student":
-        return
-    # (sum w)^2 / (B sum w^2) over the whole step, where the weights have mean 1
-    stats.add("ess/student", len(part), part.weight_B.double().square().sum())
-    stats.add("age/student", part.age_B.sum(), len(part))
-    if part.accept_BL is not None:
-        stats.add("accepted/student", part.accept_BL.double().sum(), part.accept_BL.numel())
-
-
-def _part_weight(inputs: LossInputs, term: Term, part: Part, scores: Scores, stats: Stats) -> Tensor:
+def _part_selection(inputs: LossInputs, term: Term, part: Part, scores: Scores, stats: Stats) -> Tensor:
     key = threshold_key(term)
     selected_BL = term.selection(scores, part, term.space, inputs.state.get(key), inputs.rng)
     if isinstance(term.selection, Confidence):
         score_BL = scores[term.selection.score_name(term.space)]
         stats.observe(key, score_BL.gather(1, part.plan.order_BL))
     stats.add(f"kept/{term.name}", (selected_BL == 1).double().sum(), selected_BL.numel())
-    if "teacher_logp" in term.credit.score_names:
+    if term.credit.sampled and "teacher_logp" in term.credit.score_names:
         reward_BL = scores["teacher_logp"] - scores["student_logp"]
         stats.add(f"reward/{term.name}", reward_BL.double().sum(), reward_BL.numel())
-    return selected_BL * part.weight_B.unsqueeze(1) * term.credit(scores, part)
+    return selected_BL
 
 
 def _part_skew(inputs: LossInputs, term: Term, scores: Scores, stats: Stats) -> Tensor:
@@ -302,8 +267,8 @@ def _group_loss(
         teacher_NV = None if teacher is None else teacher.logits(row_N[rows])
         total = student_NV.new_zeros((), dtype=torch.float64)
         for index, term in enumerate(terms):
-            weight_N, alpha_N = scaled_TN[index, rows], chosen[term.name].alpha_N
-            about = Rows(code_N[rows], None if alpha_N is None else alpha_N[rows])
+            weight_N = scaled_TN[index, rows]
+            about = _about(inputs, term, code_N[rows], chosen[term.name].select(rows))
             value_N = _term_value(term, student_NV, teacher_NV, about, inputs.products)
             # A row of weight 0 may hold anything, also a non-finite value, without reaching the sum.
             weighed = torch.where(weight_N != 0, value_N, 0.0).double() * weight_N
@@ -317,6 +282,38 @@ def _group_loss(
         positions = sum(part.codes_BL.numel() for part in group.parts if part.source in term.on)
         stats.add(f"terms/{term.name}", value, positions)
     return loss
+
+
+@torch.no_grad()
+def _audit(
+    inputs: LossInputs, group: Group, hidden_ND: Tensor, teacher: TeacherRows | None, rows_of: Mapping[str, TermRows],
+    stats: Stats,
+) -> None:  # fmt: skip
+    """Numbers for the log only: the student's drift, and how much divergence each selection keeps."""
+    length = group.stacked.codes_BL.shape[1]
+    for part, (begin, _) in zip(group.parts, group.bounds, strict=True):
+        if teacher is not None:
+            logits = lambda rows, at=begin * length: teacher.plain_logits(slice(at + rows.start, at + rows.stop))
+            teacher_drift(part, logits, inputs.chunk_rows, stats)
+    audited = [(t, kept_N) for t in inputs.method.terms if (kept_N := rows_of[t.name].kept_N) is not None]
+    if not audited:
+        return
+    code_N = group.stacked.supervision_BL.flatten()
+    row_N = (torch.stack([kept_N for _, kept_N in audited]) >= 0).any(0).nonzero().squeeze(1)
+    for chunk in chunks(len(row_N), inputs.chunk_rows):
+        rows = row_N[chunk]
+        student_NV = inputs.student.head(hidden_ND[rows])
+        teacher_NV = None if teacher is None else teacher.logits(rows)
+        with torch.autocast(hidden_ND.device.type, enabled=False):  # as in the loss
+            for term, kept_N in audited:
+                about = _about(inputs, term, code_N[rows], rows_of[term.name].select(rows))
+                value_N = _term_value(term, student_NV, teacher_NV, about, inputs.products)
+                kept_divergence(term, value_N, kept_N[rows], stats)
+
+
+def _about(inputs: LossInputs, term: Term, code_N: Tensor, rows: TermRows) -> Rows:
+    """What the divergence of `term` may know of some rows."""
+    return Rows(code_N, rows.alpha_N, inputs.products.get(CODEBOOK) if term.needs_codebook else None)
 
 
 def _term_value(term: Term, student_NV: Tensor, teacher_NV: Tensor | None, rows: Rows, products: Products) -> Tensor:

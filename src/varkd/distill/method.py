@@ -18,7 +18,7 @@ from varkd.distill.scene import State
 from varkd.distill.schedule import Scalar, adaptives, check_range, resolve
 from varkd.distill.scores import of_teacher
 from varkd.distill.selection import All, Confidence, Selection
-from varkd.distill.spaces import Full, Products, Space
+from varkd.distill.spaces import CODEBOOK, Clusters, Full, Neighbours, Products, Space
 from varkd.distill.target import Guided, Plain, Target, Truncated
 from varkd.errors import VarkdError
 from varkd.types import Context, Source
@@ -29,7 +29,7 @@ from varkd.world import Rng
 class Term:
     """One summand of the loss: on the parts of the sources `on`, D over `space` at the positions of `selection`.
 
-    `credit` multiplies D at each position by a number from sampled rewards (policy gradients).
+    `credit` multiplies D at each position: by a sampled reward (policy gradients) or by a weight of its prefix.
     `normaliser` is the denominator over the whole optimiser step and all ranks: `total` counts every position of those
     parts, `selected` the selection weights (which needs the scores of the whole step before the first gradient).
     """
@@ -46,6 +46,9 @@ class Term:
     def __post_init__(self) -> None:
         check_range(f"term '{self.name}'", "weight", self.weight, 0, float("inf"))
         self.selection.score_names(self.space)  # refuses a score that this space does not have
+        if self.needs_codebook and not isinstance(self.space, Full | Neighbours):
+            raise VarkdError(f"term '{self.name}': {self.divergence.kind} compares the vectors of codes, and the space "
+                             f"{self.space.kind} merges codes: use full or neighbours")  # fmt: skip
 
     @property
     def score_names(self) -> tuple[str, ...]:
@@ -58,6 +61,11 @@ class Term:
         """The skew that differs between sequences, where the divergence has one."""
         alpha = getattr(self.divergence, "alpha", None)
         return alpha if isinstance(alpha, SequenceSkew) else None
+
+    @property
+    def needs_codebook(self) -> bool:
+        """Whether the divergence compares codebook vectors. One of the user's own need not know of it."""
+        return getattr(self.divergence, "needs_codebook", False)
 
     @property
     def needs_teacher(self) -> bool:
@@ -91,14 +99,14 @@ class Method:
             self._check_support(term)
 
     def _check_rewards(self, term: Term) -> None:
-        for source in self.contexts.sources if term.credit.score_names else ():
+        for source in self.contexts.sources if term.credit.sampled else ():
             reason = self.contexts.no_reward(source) if source in term.on else None
             if reason:
                 raise VarkdError(f"term '{term.name}': sampled rewards ({term.credit.kind}) cannot be had on {source} "
                                  f"sequences here: {reason}")  # fmt: skip
 
     def _check_support(self, term: Term) -> None:
-        rewarded = "teacher_logp" in term.credit.score_names
+        rewarded = term.credit.sampled and "teacher_logp" in term.credit.score_names
         if isinstance(self.target, Truncated) and (term.divergence.needs_support or rewarded):
             what = "sampled rewards are" if rewarded else f"{term.divergence.kind} is"
             raise VarkdError(f"term '{term.name}': {what} infinite wherever a truncated target excludes a code that "
@@ -109,6 +117,16 @@ class Method:
         """Whether any part of the method looks at a teacher."""
         parts = (*self.terms, self.contexts, self.images)
         return any(part.needs_teacher for part in parts)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether prefixes are compared with the student as it was at the start of the run."""
+        return self.contexts.needs_reference
+
+    @property
+    def cluster_keys(self) -> tuple[str, ...]:
+        """Where the products keep the cluster map of every space that has one."""
+        return tuple(dict.fromkeys(term.space.key for term in self.terms if isinstance(term.space, Clusters)))
 
     def check(self, student: Backbone, teacher: Backbone | None) -> None:
         """Raise `VarkdError` with the reason when these models cannot be trained by this method."""
@@ -130,10 +148,13 @@ class Method:
         return resolve(self, progress, state)
 
     def prepare(self, codebook_VE: Tensor) -> Products:
-        """Everything that is made once before training (cluster maps, a copy of the codebook)."""
+        """Everything that is made once before training (cluster maps, kernels, a copy of the codebook)."""
         products = self.contexts.prepare(codebook_VE)
         for term in self.terms:
             products.update(term.space.prepare(codebook_VE))
+            products.update(term.selection.prepare(codebook_VE))
+            if term.needs_codebook:
+                products[CODEBOOK] = codebook_VE.detach().float()
         return products
 
     def update(self, state: State, context: Context, observed: Mapping[str, Tensor], rng: Rng) -> State:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from varkd.distill.bestof import BestOf
 from varkd.distill.prefixes import (
     Completions,
     Data,
@@ -38,6 +39,7 @@ Single = (
     | ParallelSampling
     | Completions
     | Replay
+    | BestOf
 )
 
 
@@ -77,6 +79,10 @@ class Mixture(Prefixes):
     @property
     def needs_teacher(self) -> bool:
         return any(share.contexts.needs_teacher for share in self.shares)
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(share.contexts.needs_reference for share in self.shares)
 
     @property
     def sources(self) -> tuple[Source, ...]:

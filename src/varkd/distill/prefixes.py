@@ -24,7 +24,7 @@ from varkd.distill.divergences import log_mixture
 from varkd.distill.scene import Prefixes, Scene, filtered
 from varkd.distill.schedule import Scalar, check_range, number
 from varkd.distill.scores import chunks
-from varkd.distill.spaces import Products, log_softmax
+from varkd.distill.spaces import CODEBOOK, Products, log_softmax
 from varkd.errors import VarkdError
 from varkd.rollout import Companion, Sampler, evaluating, filter_logits, pick, rollout
 from varkd.types import Batch, Condition, Context, Part, Plan, Source
@@ -316,7 +316,7 @@ class Completions(Prefixes):
         return (self.sampler,)
 
     def prepare(self, codebook_VE: Tensor) -> Products:
-        return {"codebook": codebook_VE.detach().float()}
+        return {CODEBOOK: codebook_VE.detach().float()}
 
     def __call__(self, batch: Batch, scene: Scene) -> Context:
         plan, length = self.sampler.plan(scene.student, scene.rng, batch.row_B), batch.codes_BL.shape[1]
@@ -328,7 +328,7 @@ class Completions(Prefixes):
         gold, kept = batch.codes_BL.repeat(self.count, 1), kept_BL.repeat(self.count, 1)
         model = scene.model("teacher")
         samples = rollout(model, condition, plans, self.sampler, torch.cat(uniforms), gold, kept)
-        codebook_VE = scene.products["codebook"]
+        codebook_VE = scene.products[CODEBOOK]
         distance_M = (codebook_VE[samples.codes_BL] - codebook_VE[gold]).square().sum((1, 2))
         nearest_B = distance_M.view(self.count, -1).argmin(0)
         codes_BL = samples.codes_BL.view(self.count, len(batch), -1)[nearest_B, torch.arange(len(batch))]

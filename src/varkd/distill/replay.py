@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from varkd.distill.bestof import BestOf
 from varkd.distill.prefixes import Interleaved, PrefixRestart, Rollout, TokenMix
 from varkd.distill.scene import Prefixes, Scene, State, in_row_order, merge
 from varkd.distill.schedule import Scalar, check_range, number
@@ -27,7 +28,7 @@ class Replay(Prefixes):
     With `fresh`, each row is instead sampled anew with that probability in every step (DistiLLM lets it fall to 0).
     """
 
-    rollout: Rollout | PrefixRestart | TokenMix | Interleaved = Rollout()
+    rollout: Rollout | PrefixRestart | TokenMix | Interleaved | BestOf = Rollout()
     every: int = 4
     fresh: Scalar | None = None
     capacity: int = 4
@@ -43,6 +44,10 @@ class Replay(Prefixes):
     @property
     def needs_teacher(self) -> bool:
         return self.rollout.needs_teacher
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.rollout.needs_reference
 
     @property
     def sources(self) -> tuple[Source, ...]:

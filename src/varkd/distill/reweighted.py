@@ -1,49 +1,33 @@
-"""Sequence weights on student samples, by how plausible the teacher finds them."""
+"""Weights on student samples by how plausible the teacher finds them: sequences, or positions by their prefix."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from varkd.distill.bestof import BestOf
 from varkd.distill.mixture import Mixture
 from varkd.distill.prefixes import Rollout
 from varkd.distill.replay import Replay
 from varkd.distill.scene import Prefixes, Scene, State
 from varkd.distill.schedule import check_range
-from varkd.distill.scores import code_logp
 from varkd.distill.spaces import Products
 from varkd.errors import VarkdError
-from varkd.rollout import Sampler, evaluating
+from varkd.rollout import Sampler
 from varkd.types import Batch, Context, Part, Source
 from varkd.world import Rng
 
 
 @dataclass(frozen=True)
-class Reweighted(Prefixes):
-    """Sequence weights on student contexts by how plausible the teacher finds them.
+class _Weighed(Prefixes):
+    """Other contexts whose student rows get weights, from the log ratios of the whole step on all ranks."""
 
-    w(x) = clip(B softmax(kappa r(x)), 1/clip, clip) with r(x) the mean over positions of log p - log q, renormalised to
-    mean 1. kappa = 0 is uniform; the number of codes L would be self-normalised importance weighting, which collapses
-    on one sequence. So kappa is lowered, by bisection, until the effective sample size (sum w)^2 / sum w^2 is at least
-    `ess_floor` of the batch. `shuffle=True` is the control: the same weights on the wrong sequences.
-    An independent reading of "student samples with a reweighted distillation signal" (arXiv 2606.06078).
-    """
-
-    contexts: Mixture | Rollout | Replay
-    kappa: float = 4.0
-    clip: float = 4.0
-    ess_floor: float = 0.5
-    shuffle: bool = False
-    kind: Literal["reweighted"] = "reweighted"
-
-    def __post_init__(self) -> None:
-        check_range("reweighted", "ess_floor", self.ess_floor, 0, 1)
-        if self.kappa < 0 or self.clip < 1:
-            raise VarkdError(f"reweighted: need kappa >= 0 and clip >= 1, got {self.kappa} and {self.clip}")
+    contexts: Mixture | Rollout | Replay | BestOf
 
     @property
     def splices(self) -> bool:
@@ -52,6 +36,10 @@ class Reweighted(Prefixes):
     @property
     def needs_teacher(self) -> bool:
         return True
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.contexts.needs_reference
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -67,40 +55,127 @@ class Reweighted(Prefixes):
     def prepare(self, codebook_VE: Tensor) -> Products:
         return self.contexts.prepare(codebook_VE)
 
-    def __call__(self, batch: Batch, scene: Scene) -> Context:
-        context = self.contexts(batch, scene)
-        student = [part for part in context.parts if part.source == "student"]
-        none = batch.codes_BL.new_zeros(0)
-        ratio_B = torch.cat([none.float(), *(log_ratio(part, scene) for part in student)])
-        row_B = torch.cat([none, *(part.row_B for part in student)])
-        # Every rank takes part in both gathers, also one that holds no student row in this step.
-        weight_of_row = self._weights(scene.world.gather_varied(ratio_B), scene.world.gather_varied(row_B), scene.rng)
-        weighed = [replace(p, weight_B=weight_of_row(p.row_B)) if p.source == "student" else p for p in context.parts]
-        return Context(tuple(weighed))
-
     def update(self, context: Context, state: State, rng: Rng) -> State:
         return self.contexts.update(context, state, rng)
 
-    def _weights(self, ratio_B: Tensor, row_B: Tensor, rng: Rng) -> Callable[[Tensor], Tensor]:
-        """A function from global rows to their weights, from the whole step's log ratios."""
-        order = torch.argsort(row_B)
-        row_B, ratio_B = row_B[order], ratio_B[order]  # so that the shuffle does not depend on the number of ranks
-        weight_B = sequence_weights(ratio_B, self.kappa, self.clip, self.ess_floor) if len(ratio_B) else ratio_B
+    def __call__(self, batch: Batch, scene: Scene) -> Context:
+        context = self.contexts(batch, scene)
+        student = [part for part in context.parts if part.source == "student"]
+        none = batch.row_B[:0]
+        empty_0X = none.float().view(0, 1).expand(0, self._width(batch.codes_BL.shape[1]))
+        ratio_BX = torch.cat([empty_0X, *(self._measure(part, scene) for part in student)])
+        row_B = torch.cat([none, *(part.row_B for part in student)])
+        # Every rank takes part in both gathers, also one that holds no student row in this step.
+        ratio_BX, row_B = scene.world.gather_varied(ratio_BX), scene.world.gather_varied(row_B)
+        order = torch.argsort(row_B)  # so that nothing depends on the number of ranks
+        row_B, weight_BX = row_B[order], self._weights(ratio_BX[order], scene.rng)
+        weigh = lambda part: self._weighed(part, weight_BX[torch.searchsorted(row_B, part.row_B)])
+        return Context(tuple(weigh(part) if part.source == "student" else part for part in context.parts))
+
+    @abstractmethod
+    def _width(self, length: int) -> int:
+        """How many numbers `_measure` takes of a sequence."""
+
+    @abstractmethod
+    def _measure(self, part: Part, scene: Scene) -> Tensor:
+        """The log ratios that the weights of some sequences hang on, (B, X)."""
+
+    @abstractmethod
+    def _weights(self, ratio_BX: Tensor, rng: Rng) -> Tensor:
+        """Weights, (B, X), from the log ratios of all sequences of the step, in the order of their rows."""
+
+    @abstractmethod
+    def _weighed(self, part: Part, weight_BX: Tensor) -> Part:
+        """`part` with its weights."""
+
+
+@dataclass(frozen=True)
+class Reweighted(_Weighed):
+    """Sequence weights on student contexts by how plausible the teacher finds them.
+
+    w(x) = clip(B softmax(kappa r(x)), 1/clip, clip) with r(x) the mean over positions of log p - log q, renormalised to
+    mean 1. kappa = 0 is uniform; the number of codes L would be self-normalised importance weighting, which collapses
+    on one sequence. So kappa is lowered, by bisection, until the effective sample size (sum w)^2 / sum w^2 is at least
+    `ess_floor` of the batch. `shuffle=True` is the control: the same weights on the wrong sequences.
+    An independent reading of "student samples with a reweighted distillation signal" (arXiv 2606.06078).
+    """
+
+    kappa: float = 4.0
+    clip: float = 4.0
+    ess_floor: float = 0.5
+    shuffle: bool = False
+    kind: Literal["reweighted"] = "reweighted"
+
+    def __post_init__(self) -> None:
+        check_range("reweighted", "ess_floor", self.ess_floor, 0, 1)
+        if self.kappa < 0 or self.clip < 1:
+            raise VarkdError(f"reweighted: need kappa >= 0 and clip >= 1, got {self.kappa} and {self.clip}")
+
+    def _width(self, length: int) -> int:
+        del length
+        return 1
+
+    def _measure(self, part: Part, scene: Scene) -> Tensor:
+        return log_ratio(part, scene).unsqueeze(1)
+
+    def _weights(self, ratio_BX: Tensor, rng: Rng) -> Tensor:
+        if not len(ratio_BX):
+            return ratio_BX
+        weight_B = sequence_weights(ratio_BX.squeeze(1), self.kappa, self.clip, self.ess_floor)
         if self.shuffle:
             shuffled = torch.randperm(len(weight_B), generator=rng.generator("shuffle-weights"))
             weight_B = weight_B[shuffled.to(weight_B.device)]
-        return lambda rows: weight_B[torch.searchsorted(row_B, rows)]
+        return weight_B.unsqueeze(1)
+
+    def _weighed(self, part: Part, weight_BX: Tensor) -> Part:
+        return replace(part, weight_B=weight_BX.squeeze(1))
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class PrefixReweighted(_Weighed):
+    """Position weights on student contexts by how plausible the teacher finds the prefix, and only the prefix.
+
+    w_t = clip(exp(kappa S), 0, clip) with S the sum of log p - log q over the codes of strictly earlier steps,
+    renormalised over the batch to mean 1 at every generation rank. kappa = 1 is the importance weight that turns the
+    student's prefixes into the teacher's (before clipping); 1 / L is mild. Late codes of drifted samples count less,
+    early ones as before. Nothing keeps the effective sample size up: watch `ess/student`.
+    """
+
+    kappa: float = 0.05
+    clip: float = 4.0
+    kind: Literal["prefix_reweighted"] = "prefix_reweighted"
+
+    def __post_init__(self) -> None:
+        if self.kappa < 0 or not self.clip > 0:
+            raise VarkdError(f"prefix_reweighted: need kappa >= 0 and clip > 0, got {self.kappa} and {self.clip}")
+
+    def _width(self, length: int) -> int:
+        return length
+
+    def _measure(self, part: Part, scene: Scene) -> Tensor:
+        return part.plan.before(code_log_ratios(part, scene)).gather(1, part.plan.order_BL)
+
+    def _weights(self, ratio_BX: Tensor, rng: Rng) -> Tensor:
+        del rng
+        return prefix_weights(ratio_BX, self.kappa, self.clip)
+
+    def _weighed(self, part: Part, weight_BX: Tensor) -> Part:
+        return replace(part, position_weight_BL=weight_BX.gather(1, part.plan.rank_BL))
+
+
+def code_log_ratios(part: Part, scene: Scene) -> Tensor:
+    """log p(code) - log q(code) at every position, in nats, float32 (B, L)."""
+    return scene.logp("teacher", part) - scene.logp("student", part)
+
+
 def log_ratio(part: Part, scene: Scene) -> Tensor:
     """r(x) = mean over positions of log p(code) - log q(code), in nats, float32 (B,)."""
-    logp = []
-    for model in (scene.model("teacher"), scene.student):
-        with evaluating(model):
-            hidden_BLD = model(part.codes_BL, part.condition, part.plan)
-        logp.append(code_logp(model.head, hidden_BLD, part.codes_BL, scene.chunk_rows))
-    return (logp[0] - logp[1]).mean(1)
+    return code_log_ratios(part, scene).mean(1)
+
+
+def prefix_weights(sum_BL: Tensor, kappa: float, clip: float) -> Tensor:
+    """The weights of `PrefixReweighted` from prefix sums of log ratios: mean exactly 1 in every column."""
+    return (kappa * sum_BL).clamp_max(math.log(clip)).softmax(0) * len(sum_BL)  # exp(...) alone may all underflow
 
 
 def sequence_weights(ratio_B: Tensor, kappa: float, clip: float, ess_floor: float) -> Tensor:

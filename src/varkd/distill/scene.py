@@ -16,19 +16,24 @@ import torch
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
+from varkd.distill.scores import code_logp
 from varkd.distill.spaces import Products
 from varkd.errors import VarkdError
-from varkd.rollout import Sampler
+from varkd.rollout import Sampler, evaluating
 from varkd.types import Batch, Condition, Context, Part, Source
 from varkd.world import Rng, World
 
+Role = Literal["student", "teacher", "reference"]
 State = dict[str, Tensor]
 """What a method remembers between steps; every entry is checkpointed. Keys under "rows/" are split over ranks."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a context may look at: the models (handed down, never changed), the method's state, and chance."""
+    """What a context may look at: the models (handed down, never changed), the method's state, and chance.
+
+    `reference` is the student as it was at the start of the run, for contexts that ask for it (`needs_reference`).
+    """
 
     student: Backbone
     teacher: Backbone | None
@@ -37,13 +42,26 @@ class Scene:
     world: World = field(default_factory=World)
     chunk_rows: int = 2048
     products: Mapping[str, Tensor] = field(default_factory=dict)
+    reference: Backbone | None = None
 
-    def model(self, name: Literal["student", "teacher"]) -> Backbone:
+    def model(self, name: Role) -> Backbone:
         if name == "student":
             return self.student
+        if name == "reference":
+            if self.reference is None:
+                raise VarkdError("this method compares with the student at its start: give the scene a reference")
+            return self.reference
         if self.teacher is None:
             raise VarkdError("this method samples from a teacher: give teacher=RUN")
         return self.teacher
+
+    @torch.no_grad()
+    def logp(self, name: Role, part: Part) -> Tensor:
+        """The log-probability (nats, float32 (B, L)) that a model gives to the codes of `part`."""
+        model = self.model(name)
+        with evaluating(model):
+            hidden_BLD = model(part.codes_BL, part.condition, part.plan)
+        return code_logp(model.head, hidden_BLD, part.codes_BL, self.chunk_rows)
 
 
 class Prefixes(ABC):
@@ -55,6 +73,11 @@ class Prefixes(ABC):
 
     @property
     def needs_teacher(self) -> bool:
+        return False
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it compares with the student as it was at the start of the run."""
         return False
 
     @property
@@ -111,6 +134,10 @@ def merge(parts: list[Part]) -> Part:
     logp = [part.behaviour_logp_BL for part in parts]
     accept = [part.accept_BL for part in parts]
     scales = [part.condition.scale_B for part in parts]
+    weighed = any(part.position_weight_BL is not None for part in parts)
+    ones = [torch.ones(part.codes_BL.shape, device=part.codes_BL.device) for part in parts] if weighed else []
+    position = [one if part.position_weight_BL is None else part.position_weight_BL
+                for one, part in zip(ones, parts, strict=False)]  # fmt: skip
     return Part(
         source=first.source,
         codes_BL=torch.cat([part.codes_BL for part in parts]),
@@ -122,6 +149,7 @@ def merge(parts: list[Part]) -> Part:
         age_B=torch.cat([part.age_B for part in parts]),
         behaviour_logp_BL=_cat_if_all(logp),
         accept_BL=_cat_if_all(accept),
+        position_weight_BL=torch.cat(position) if weighed else None,
     )
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from varkd.distill.divergences import log_mass
 from varkd.distill.spaces import Clusters, cluster_logp, log_softmax
-from varkd.rollout import pick
+from varkd.rollout import filter_logits, pick
 
 Scores = dict[str, Tensor]
 
@@ -23,8 +24,9 @@ def chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Sides:
-    """What scores are made of: the logits of both models chunk by chunk, the target codes, and chance.
+    """What scores are made of: the logits of both models chunk by chunk, the codes, and chance.
 
+    `code_N` are the targets, `seen_N` the codes that stand in the sequence (the same unless data were spliced).
     `uniform_N2` holds two numbers per row, for the score that proposes and verifies.
     """
 
@@ -32,11 +34,16 @@ class Sides:
     teacher: Callable[[slice], Tensor] | None = None
     student: Callable[[slice], Tensor] | None = None
     uniform_N2: Tensor | None = None
+    seen_N: Tensor | None = None
+
+
+_OF_BOTH = ("top_k_agrees", "accepted", "code_gap", "code_ratio", "near_ratio", "entropy_ratio")
+_LEAST_SPREAD = 1e-3  # nats: below it a standard deviation of log p is rounding
 
 
 def of_student(name: str) -> bool:
     """Whether a score looks at the student."""
-    return name.split(":")[0] in ("student_logp", "top_k_agrees", "accepted")
+    return name.split(":")[0] in ("student_logp", *_OF_BOTH)
 
 
 def of_teacher(name: str) -> bool:
@@ -50,9 +57,13 @@ def position_scores(names: Iterable[str], sides: Sides, products: Mapping[str, T
 
     The teacher's confidence, higher = surer: `max_prob`: max p; `entropy`: -H(p) / ln V, in [-1, 0]; `margin`:
     p_(1) - p_(2); `cluster_mass:<key>`: the mass of the likeliest cluster, which is robust to mass split among
-    near-duplicates. What it thinks of a code: `code_prob`, and `teacher_logp` (nats). The student: `student_logp`.
+    near-duplicates. What it thinks of the target code: `code_prob`, and `teacher_logp` (nats); of the code that stands
+    in the sequence: `surprise`, (-log p - H(p)) / sd_p(log p), which has mean 0 and variance 1 under p itself, and
+    `in_nucleus:<mass>`, 1 where it lies in the nucleus of that mass. The student: `student_logp` of the target code.
     Of both: `top_k_agrees:<k>`, 1 where the student's likeliest code is among the teacher's k likeliest; `accepted`, 1
-    where a proposal y ~ q passes with probability min(1, p(y) / q(y)).
+    where a proposal y ~ q passes with probability min(1, p(y) / q(y)); of the code in the sequence `code_gap`,
+    |log p - log q|, `code_ratio`, min(1, p / q), and `near_ratio:<key>`, the same with the teacher's mass over its
+    nearest codes; `entropy_ratio`, H(p) / H(q).
     """
     names = sorted(set(names))
     found: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -60,29 +71,60 @@ def position_scores(names: Iterable[str], sides: Sides, products: Mapping[str, T
         teacher = log_softmax(sides.teacher(rows)) if sides.teacher and any(map(of_teacher, names)) else None
         student = log_softmax(sides.student(rows)) if sides.student and any(map(of_student, names)) else None
         uniform_N2 = None if sides.uniform_N2 is None else sides.uniform_N2[rows]
+        seen_N = sides.code_N if sides.seen_N is None else sides.seen_N
+        chunk = _Chunk(teacher, student, sides.code_N[rows], seen_N[rows], uniform_N2)
         for name in names:
-            found[name].append(_score(name, teacher, student, sides.code_N[rows], uniform_N2, products).float())
+            found[name].append(_score(name, chunk, products).float())
     empty = torch.zeros(0, device=sides.code_N.device)
     return {name: torch.cat(parts) if parts else empty for name, parts in found.items()}
 
 
-def _score(
-    name: str, teacher: Tensor | None, student: Tensor | None, code_N: Tensor, uniform_N2: Tensor | None,
-    products: Mapping[str, Tensor],
-) -> Tensor:  # fmt: skip
-    if name == "student_logp":
-        return _of_code(_given(student, name), code_N)
-    if name == "teacher_logp":
-        return _of_code(_given(teacher, name), code_N)
-    if name == "code_prob":
-        return _of_code(_given(teacher, name), code_N).exp()
-    if name.startswith("top_k_agrees:"):
-        teacher, likeliest_N = _given(teacher, name), _given(student, name).argmax(1)
-        above_N = (teacher > _of_code(teacher, likeliest_N).unsqueeze(1)).sum(1)
-        return (above_N < int(name.removeprefix("top_k_agrees:"))).float()
-    if name == "accepted":
-        return _accepted(_given(teacher, name), _given(student, name), _given(uniform_N2, name))
-    return _confidence(name, products)(_given(teacher, name))
+@dataclass(frozen=True)
+class _Chunk:
+    """`Sides` of some rows, as log-probabilities."""
+
+    teacher_NV: Tensor | None
+    student_NV: Tensor | None
+    code_N: Tensor
+    seen_N: Tensor
+    uniform_N2: Tensor | None
+
+
+def _score(name: str, rows: _Chunk, products: Mapping[str, Tensor]) -> Tensor:
+    kind, _, setting = name.partition(":")
+    if kind == "student_logp":
+        return _of_code(_given(rows.student_NV, name), rows.code_N)
+    teacher = _given(rows.teacher_NV, name)
+    match kind:
+        case "teacher_logp":
+            return _of_code(teacher, rows.code_N)
+        case "code_prob":
+            return _of_code(teacher, rows.code_N).exp()
+        case "surprise":
+            return _surprise(teacher, rows.seen_N)
+        case "in_nucleus":
+            allowed = ~torch.isneginf(filter_logits(teacher, top_p=float(setting)))
+            return _of_code(allowed, rows.seen_N).float()
+    return _of_both(name, teacher, rows, products) if kind in _OF_BOTH else _confidence(name, products)(teacher)
+
+
+def _of_both(name: str, teacher: Tensor, rows: _Chunk, products: Mapping[str, Tensor]) -> Tensor:
+    kind, _, setting = name.partition(":")
+    student = _given(rows.student_NV, name)
+    match kind:
+        case "top_k_agrees":
+            return top_k_agrees(teacher, student, int(setting))
+        case "accepted":
+            return _accepted(teacher, student, _given(rows.uniform_N2, name))
+        case "code_gap":
+            return (_of_code(teacher, rows.seen_N) - _of_code(student, rows.seen_N)).abs()
+        case "code_ratio":
+            return (_of_code(teacher, rows.seen_N) - _of_code(student, rows.seen_N)).exp().clamp_max(1)
+        case "near_ratio":
+            near_N = log_mass(teacher.gather(1, products[setting][rows.seen_N])).squeeze(1)
+            return (near_N - _of_code(student, rows.seen_N)).exp().clamp_max(1)
+    tiny = torch.finfo(student.dtype).tiny  # a student that is certain: whatever the teacher does not know counts
+    return _entropy(teacher) / _entropy(student).clamp_min(tiny)
 
 
 def _given(value: Tensor | None, name: str) -> Tensor:
@@ -93,6 +135,26 @@ def _given(value: Tensor | None, name: str) -> Tensor:
 
 def _of_code(logp_NV: Tensor, code_N: Tensor) -> Tensor:
     return logp_NV.gather(1, code_N.unsqueeze(1)).squeeze(1)
+
+
+def top_k_agrees(teacher: Tensor, student: Tensor, top_k: int) -> Tensor:
+    """1 where the student's likeliest code is among the teacher's `top_k` likeliest."""
+    above_N = (teacher > _of_code(teacher, student.argmax(1)).unsqueeze(1)).sum(1)
+    return (above_N < top_k).float()
+
+
+def _entropy(logp_NV: Tensor) -> Tensor:
+    """H of every row, in nats."""
+    return torch.special.entr(logp_NV.exp()).sum(-1)
+
+
+def _surprise(teacher: Tensor, code_N: Tensor) -> Tensor:
+    """How many standard deviations the code is less likely than the teacher expects of its own samples."""
+    entropy_N1 = _entropy(teacher).unsqueeze(1)
+    finite_NV = torch.where(torch.isneginf(teacher), 0.0, teacher)
+    variance_N = (teacher.exp() * (finite_NV + entropy_N1).square()).sum(1)
+    spread_N = variance_N.sqrt().clamp_min(_LEAST_SPREAD)
+    return (-_of_code(teacher, code_N) - entropy_N1.squeeze(1)) / spread_N
 
 
 def _accepted(teacher: Tensor, student: Tensor, uniform_N2: Tensor) -> Tensor:
@@ -122,7 +184,7 @@ def _confidence(name: str, products: Mapping[str, Tensor]) -> Callable[[Tensor],
     if name == "max_prob":
         return lambda logp: logp.max(-1).values.exp()
     if name == "entropy":
-        return lambda logp: -torch.special.entr(logp.exp()).sum(-1) / math.log(logp.shape[-1])
+        return lambda logp: -_entropy(logp) / math.log(logp.shape[-1])
     if name == "margin":
         return lambda logp: -logp.exp().topk(2).values.diff(dim=-1).squeeze(-1)
     if name.startswith("cluster_mass:"):

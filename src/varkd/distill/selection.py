@@ -12,23 +12,38 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from varkd.distill.neighbours import nearest_codes
 from varkd.distill.schedule import Scalar, check_range, number
 from varkd.distill.scores import Scores, cluster_mass_name
-from varkd.distill.spaces import Clusters, Space
+from varkd.distill.spaces import Clusters, Products, Space
 from varkd.errors import VarkdError
 from varkd.types import Part
 from varkd.world import Rng
 
+ScoreName = Literal["max_prob", "entropy", "margin", "cluster_mass", "code_prob"]
+
+
+class SelectionRule:
+    """Base of all selections. Most read no score, need nothing of the codebook, and keep `floor` of what they drop."""
+
+    floor: float = 0.0
+
+    def score_names(self, space: Space) -> tuple[str, ...]:
+        """The scores that it reads; raises `VarkdError` where `space` does not have one of them."""
+        del space
+        return ()
+
+    def prepare(self, codebook_VE: Tensor) -> Products:
+        """What it needs of the tokenizer, made once before training."""
+        del codebook_VE
+        return {}
+
 
 @dataclass(frozen=True)
-class All:
+class All(SelectionRule):
     """Every position, fully."""
 
     kind: Literal["all"] = "all"
-
-    def score_names(self, space: Space) -> tuple[str, ...]:
-        del space
-        return ()
 
     def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
         del scores, space, threshold_L, rng
@@ -36,7 +51,7 @@ class All:
 
 
 @dataclass(frozen=True)
-class Confidence:
+class Confidence(SelectionRule):
     """Trust the teacher where it is confident: weight 1 at and above the `quantile` of its score, `floor` below.
 
     The quantile is taken per position (generation rank), as a moving average over batches, so that no part of the image
@@ -46,7 +61,7 @@ class Confidence:
     """
 
     quantile: Scalar = 0.5
-    score: Literal["max_prob", "entropy", "margin", "cluster_mass", "code_prob"] = "max_prob"
+    score: ScoreName = "max_prob"
     floor: float = 0.1
     decay: float = 0.9
     side: Literal["high", "low"] = "high"
@@ -63,11 +78,7 @@ class Confidence:
 
     def score_name(self, space: Space) -> str:
         """The score that is compared with its quantile."""
-        if self.score != "cluster_mass":
-            return self.score
-        if not isinstance(space, Clusters):
-            raise VarkdError("confidence: score 'cluster_mass' needs a term whose space is 'clusters'")
-        return cluster_mass_name(space)
+        return _full_name("confidence", self.score, space)
 
     def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
         del rng
@@ -86,7 +97,7 @@ class Confidence:
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(SelectionRule):
     """The control of `Confidence`: the same kept fraction (1 - quantile), chosen by chance."""
 
     quantile: Scalar = 0.5
@@ -97,10 +108,6 @@ class Random:
         check_range("random", "quantile", self.quantile, 0, 1)
         check_range("random", "floor", self.floor, 0, 1)
 
-    def score_names(self, space: Space) -> tuple[str, ...]:
-        del space
-        return ()
-
     def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
         del scores, space, threshold_L
         uniform_BL = rng.uniform("select", part.row_B, part.codes_BL.shape[1])
@@ -108,31 +115,180 @@ class Random:
 
 
 @dataclass(frozen=True)
-class Accepted:
-    """SelecTKD, 2510.24021: weight 1 where the teacher accepts what the student proposes, `floor` elsewhere.
+class Threshold(SelectionRule):
+    """Trust the teacher where its score reaches a fixed `threshold`: weight 1 there, `floor` below.
 
-    `top_k`: the student's likeliest code is among the teacher's `top_k` likeliest. `speculative`: y ~ q passes with
-    probability min(1, p(y) / q(y)) (our reading of "non-greedy propose-and-verify").
+    With `softness` h the weight rises smoothly instead, from `floor` to 1 as sigmoid((score - threshold) / h). Unlike
+    `Confidence` it keeps as much as teacher and tokenizer make it keep: see `kept/<term>` in the log.
     """
 
-    rule: Literal["top_k", "speculative"] = "top_k"
-    top_k: int = 5
+    threshold: Scalar
+    score: ScoreName = "max_prob"
     floor: float = 0.1
-    kind: Literal["accepted"] = "accepted"
+    softness: float = 0.0
+    kind: Literal["threshold"] = "threshold"
 
     def __post_init__(self) -> None:
-        check_range("accepted", "floor", self.floor, 0, 1)
-        if self.top_k < 1:
-            raise VarkdError(f"accepted: top_k must be at least 1, got {self.top_k}")
+        check_range("threshold", "threshold", self.threshold, -1, 1)
+        check_range("threshold", "floor", self.floor, 0, 1)
+        check_range("threshold", "softness", self.softness, 0, float("inf"))
 
     def score_names(self, space: Space) -> tuple[str, ...]:
-        del space
-        return (f"top_k_agrees:{self.top_k}",) if self.rule == "top_k" else ("accepted",)
+        return (_full_name("threshold", self.score, space),)
 
     def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
         del part, threshold_L, rng
         (name,) = self.score_names(space)
+        above_BL = scores[name] - number(self.threshold)
+        if self.softness == 0:
+            return torch.where(above_BL >= 0, 1.0, self.floor)
+        return self.floor + (1 - self.floor) * torch.sigmoid(above_BL / self.softness)
+
+
+@dataclass(frozen=True)
+class Accepted(SelectionRule):
+    """SelecTKD, 2510.24021: weight 1 where the teacher accepts what the student proposes, `floor` elsewhere.
+
+    `top_k`: the student's likeliest code is among the teacher's `top_k` likeliest. `speculative`: y ~ q passes with
+    probability min(1, p(y) / q(y)) (our reading of "non-greedy propose-and-verify"). The others judge the code that
+    stands in the sequence, so they ask whether the prefix goes on plausibly: `nucleus`, it lies in the teacher's
+    nucleus of mass `top_p`; `code`, the weight rises from `floor` to 1 with min(1, p / q); `neighbours`, the same with
+    the teacher's mass over the codes nearest to it (`neighbours` of them, itself included: LANTERN, 2410.03355).
+    """
+
+    rule: Literal["top_k", "speculative", "code", "nucleus", "neighbours"] = "top_k"
+    top_k: int = 5
+    floor: float = 0.1
+    top_p: float = 0.9
+    neighbours: int = 8
+    kind: Literal["accepted"] = "accepted"
+
+    def __post_init__(self) -> None:
+        check_range("accepted", "floor", self.floor, 0, 1)
+        check_range("accepted", "top_p", self.top_p, 0, 1)
+        for name in ("top_k", "neighbours"):
+            if getattr(self, name) < 1:
+                raise VarkdError(f"accepted: {name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def nearest_key(self) -> str:
+        """Where the products keep the nearest codes."""
+        return f"nearest/{self.neighbours}"
+
+    def prepare(self, codebook_VE: Tensor) -> Products:
+        if self.rule != "neighbours":
+            return {}
+        return {self.nearest_key: nearest_codes(codebook_VE, self.neighbours)[0]}
+
+    def score_names(self, space: Space) -> tuple[str, ...]:
+        del space
+        names = {
+            "top_k": f"top_k_agrees:{self.top_k}", "speculative": "accepted", "code": "code_ratio",
+            "nucleus": f"in_nucleus:{self.top_p}", "neighbours": f"near_ratio:{self.nearest_key}",
+        }  # fmt: skip
+        return (names[self.rule],)
+
+    def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
+        del part, threshold_L, rng
+        (name,) = self.score_names(space)
+        if self.rule in ("code", "neighbours"):
+            return self.floor + (1 - self.floor) * scores[name]
         return torch.where(scores[name] > 0, 1.0, self.floor)
 
 
-Selection = All | Confidence | Random | Accepted
+@dataclass(frozen=True)
+class EntropyRatio(SelectionRule):
+    """Weight 1 where H(p) is at most `ratio` times H(q): the teacher is surer than the student, so it can teach."""
+
+    ratio: Scalar = 1.0
+    floor: float = 0.1
+    kind: Literal["entropy_ratio"] = "entropy_ratio"
+
+    def __post_init__(self) -> None:
+        check_range("entropy_ratio", "ratio", self.ratio, 0, float("inf"))
+        check_range("entropy_ratio", "floor", self.floor, 0, 1)
+
+    def score_names(self, space: Space) -> tuple[str, ...]:
+        del space
+        return ("entropy_ratio",)
+
+    def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
+        del part, space, threshold_L, rng
+        return torch.where(scores["entropy_ratio"] <= number(self.ratio), 1.0, self.floor)
+
+
+@dataclass(frozen=True)
+class Horizon(SelectionRule):
+    """Weight 1 where fewer than a `share` of the sequence's codes come in earlier steps, `floor` after that.
+
+    A `Ramp` lets the horizon grow. A step counts as a whole.
+    """
+
+    share: Scalar = 0.5
+    floor: float = 0.0
+    kind: Literal["horizon"] = "horizon"
+
+    def __post_init__(self) -> None:
+        check_range("horizon", "share", self.share, 0, 1)
+        check_range("horizon", "floor", self.floor, 0, 1)
+
+    def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
+        del scores, space, threshold_L, rng
+        before_BL = part.plan.before(torch.ones(part.codes_BL.shape, device=part.codes_BL.device))
+        edge = number(self.share) * part.codes_BL.shape[1] - 1e-6  # 0.07 * 100 is a hair above 7
+        return torch.where(before_BL < edge, 1.0, self.floor)
+
+
+@dataclass(frozen=True)
+class Drift(SelectionRule):
+    """Weight 1 until the sequence has left the teacher's law, `floor` from that position on (our reading).
+
+    The codes' surprise z = (-log p(x) - H(p)) / sd_p(log p) has mean 0 and variance 1 at every position of a sequence
+    that the teacher itself samples, and is uncorrelated along it. So its moving average m = (1 - a) m + a z, with
+    a = 2 / (`window` + 1) and m = 0 before the first code, has the variance a / (2 - a) (1 - (1 - a)^2n) after n codes.
+    A sequence has drifted at the first position, in generation order, where m exceeds `sigmas` times its root.
+    """
+
+    window: int = 16
+    sigmas: float = 2.0
+    floor: float = 0.0
+    kind: Literal["drift"] = "drift"
+
+    def __post_init__(self) -> None:
+        check_range("drift", "floor", self.floor, 0, 1)
+        if self.window < 1 or not self.sigmas > 0:
+            raise VarkdError(f"drift: need window >= 1 and sigmas > 0, got {self.window} and {self.sigmas}")
+
+    def score_names(self, space: Space) -> tuple[str, ...]:
+        del space
+        return ("surprise",)
+
+    def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
+        del space, threshold_L, rng
+        rate = 2 / (self.window + 1)
+        by_rank_BL = scores["surprise"].gather(1, part.plan.order_BL)
+        mean_B, drifted_B = torch.zeros_like(by_rank_BL[:, 0]), torch.zeros_like(part.row_B, dtype=torch.bool)
+        drifted = []
+        for rank, surprise_B in enumerate(by_rank_BL.unbind(1), 1):
+            mean_B = (1 - rate) * mean_B + rate * surprise_B
+            spread = (rate / (2 - rate) * (1 - (1 - rate) ** (2 * rank))) ** 0.5
+            drifted_B = drifted_B | (mean_B > self.sigmas * spread)
+            drifted.append(drifted_B)
+        return torch.where(torch.stack(drifted, 1).gather(1, part.plan.rank_BL), self.floor, 1.0)
+
+
+Selection = All | Confidence | Random | Threshold | Accepted | EntropyRatio | Horizon | Drift
+
+
+def kept_share(selection: Selection, weight_BL: Tensor) -> Tensor:
+    """How far each weight stands above the floor: 1 where a position counts fully, 0 where it has the floor only."""
+    return torch.where(weight_BL == 1, 1.0, (weight_BL - selection.floor) / max(1 - selection.floor, 1e-12))
+
+
+def _full_name(owner: str, score: ScoreName, space: Space) -> str:
+    """The name of a score, by the clusters of the term where it needs some."""
+    if score != "cluster_mass":
+        return score
+    if not isinstance(space, Clusters):
+        raise VarkdError(f"{owner}: score 'cluster_mass' needs a term whose space is 'clusters'")
+    return cluster_mass_name(space)

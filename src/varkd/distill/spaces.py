@@ -2,7 +2,7 @@
 
 A view is one weighted comparison. `Full` gives one view of all codes; `Clusters` compresses the code space: near-equal
 codes count as one outcome, so the student is not asked to copy the teacher's arbitrary split of mass between them.
-`TopK` keeps the likeliest codes apart and counts all others as one outcome.
+`TopK` keeps the likeliest codes apart and counts all others as one outcome. `Neighbours` blurs codes that look alike.
 The loss of a space is sum over views of weight * D(view), for any divergence D.
 """
 
@@ -15,13 +15,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from varkd.distill.clustering import Assignment, assign_clusters
 from varkd.distill.divergences import Rows, log_mass, renormalised
+from varkd.distill.neighbours import half_way_bandwidth, log_kernel, nearest_codes, smoothed
 from varkd.distill.schedule import Scalar, check_range, number
 from varkd.errors import VarkdError
-from varkd.world import Rng
 
 Products = dict[str, Tensor]
 """What a method makes once, before training, from the tokenizer: cluster maps by the key of the space."""
+CODEBOOK = "codebook"
+"""The key of the codebook itself, among the products of a method that compares vectors."""
 
 
 class View(NamedTuple):
@@ -59,14 +62,15 @@ class Clusters:
     """Groups of near-equal codes: `within` D(all codes) + (1 - within) D(cluster masses).
 
     For KL, `within` is the weight of the within-cluster term of the chain rule KL = KL_cluster + sum_k P_k KL(.|k):
-    1 is the full divergence and 0 leaves the split inside a cluster free. `assignment="random"` keeps the sizes
-    and forgets the geometry (the control: it must not help). `count=None` is the square root of V, rounded up
-    (128 for 16,384 codes).
+    1 is the full divergence and 0 leaves the split inside a cluster free. `kmeans` clusters have equal sizes, those of
+    `plain` k-means and of `agglomerative` clustering (Ward) the sizes that the codebook gives them. `random` keeps the
+    sizes of `kmeans` and forgets the geometry (the control: it must not help). `count=None` is the square root of V,
+    rounded up (128 for 16,384 codes).
     """
 
     count: int | None = None
     within: Scalar = 0.3
-    assignment: Literal["kmeans", "random"] = "kmeans"
+    assignment: Assignment = "kmeans"
     seed: int = 0
     kind: Literal["clusters"] = "clusters"
 
@@ -95,7 +99,7 @@ class Clusters:
         if within > 0:
             views.append(View(within, student, teacher, rows))
         if within < 1:
-            coarse = replace(rows, code_N=cluster_V[rows.target_N])
+            coarse = replace(rows, code_N=cluster_V[rows.target_N], codebook_VE=None)
             coarse_teacher = None if teacher is None else cluster_logp(teacher, members)
             views.append(View(1 - within, cluster_logp(student, members), coarse_teacher, coarse))
         return views
@@ -149,12 +153,56 @@ class TopK:
     def _places(self, rows: Rows, code_NK: Tensor) -> Rows:
         """The rows in this space's numbering: the place of the target code among `code_NK`, or the tail, K."""
         if not self.tail:
-            return replace(rows, code_N=None)
+            return replace(rows, code_N=None, codebook_VE=None)
         hit_NK = code_NK == rows.target_N.unsqueeze(1)
-        return replace(rows, code_N=torch.where(hit_NK.any(1), hit_NK.int().argmax(1), code_NK.shape[1]))
+        place_N = torch.where(hit_NK.any(1), hit_NK.int().argmax(1), code_NK.shape[1])
+        return replace(rows, code_N=place_N, codebook_VE=None)
 
 
-Space = Full | Clusters | TopK
+@dataclass(frozen=True)
+class Neighbours:
+    """Codes blurred over their `count` nearest: D(K p, K q), K_uv falling with the distance of u and v as a Gaussian.
+
+    K gives each code's mass to the codes nearest to it (itself included), shares exp(-|e_u - e_v|^2 / 2 h^2) that sum
+    to 1. With both sides blurred a divergence can only shrink, and p stays a minimiser (others with the same K p may
+    exist). `sides="teacher"` blurs the target alone: then the student converges to K p, which has more entropy, so
+    sample it at a lower temperature. h is `bandwidth`, in distances of the codebook; "auto" moves mass as far, in the
+    mean square, as half the distance to the nearest other code, where quantisation cells meet (`half_way_bandwidth`).
+    Codes of a residual (next-scale) tokenizer mean other things at other scales, and here they share one kernel.
+    """
+
+    count: int = 16
+    bandwidth: float | Literal["auto"] = "auto"
+    sides: Literal["both", "teacher"] = "both"
+    kind: Literal["neighbours"] = "neighbours"
+
+    def __post_init__(self) -> None:
+        if self.count < 2:
+            raise VarkdError(f"neighbours: count must be at least 2 (a code and one more), got {self.count}")
+        if self.bandwidth != "auto" and not self.bandwidth > 0:
+            raise VarkdError(f"neighbours: bandwidth must be above 0 (or auto), got {self.bandwidth}")
+
+    @property
+    def key(self) -> str:
+        return f"neighbours/{self.count}-{self.bandwidth}"
+
+    def prepare(self, codebook_VE: Tensor) -> Products:
+        """The neighbours of each code, int64 (V, n), and the log-shares that they get of its mass."""
+        index_Vn, squared_Vn = nearest_codes(codebook_VE, self.count)
+        width = half_way_bandwidth(squared_Vn) if self.bandwidth == "auto" else self.bandwidth
+        return {self.key: index_Vn, f"{self.key}/log_weight": log_kernel(squared_Vn, width).float()}
+
+    def __call__(self, student_NV: Tensor, teacher_NV: Tensor | None, rows: Rows, products: Products) -> list[View]:
+        if self.key not in products:
+            raise VarkdError(f"no kernel '{self.key}': call method.prepare(codebook) before training")
+        kernel = products[self.key], products[f"{self.key}/log_weight"]
+        student, teacher = log_softmax(student_NV), None
+        if teacher_NV is not None:
+            teacher = smoothed(log_softmax(teacher_NV), *kernel)
+        return [View(1.0, smoothed(student, *kernel) if self.sides == "both" else student, teacher, rows)]
+
+
+Space = Full | Clusters | TopK | Neighbours
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -181,73 +229,20 @@ def cluster_members(cluster_V: Tensor) -> Tensor:
 
 def cluster_logp(logp_NV: Tensor, members_KM: Tensor) -> Tensor:
     """Log-mass of every cluster (N, K): a segment-wise logsumexp, which does not underflow."""
+    if members_KM.numel() > 4 * logp_NV.shape[1]:  # sizes so unequal that padding would cost more than it saves
+        return _scattered_logp(logp_NV, members_KM)
     padded = torch.cat([logp_NV, logp_NV.new_full((len(logp_NV), 1), -torch.inf)], dim=1)
     return log_mass(padded[:, members_KM]).squeeze(-1)
 
 
-def assign_clusters(codebook_VE: Tensor, count: int, assignment: Literal["kmeans", "random"], seed: int) -> Tensor:
-    """Assign V codes to `count` clusters whose sizes differ by at most one.
-
-    `kmeans` is Lloyd's algorithm with balanced assignment (every cluster has a capacity, codes propose to their nearest
-    cluster with room, the nearest proposals win). Deterministic in `seed`.
-
-    Raises:
-        VarkdError: more clusters than codes.
-    """
-    vocab_size = len(codebook_VE)
-    if count > vocab_size:
-        raise VarkdError(f"clusters: {count} clusters but the tokenizer has only {vocab_size} codes; lower count")
-    generator = Rng(seed).generator("clusters")
-    capacity_K = torch.full((count,), vocab_size // count)
-    capacity_K[: vocab_size % count] += 1
-    shuffled_V = torch.randperm(vocab_size, generator=generator)
-    if assignment == "random":
-        cluster_V = torch.empty(vocab_size, dtype=torch.long)
-        cluster_V[shuffled_V] = torch.repeat_interleave(torch.arange(count), capacity_K)
-        return cluster_V
-    points = codebook_VE.detach().double().cpu()
-    centres = _spread_centres(points, count, generator)
-    cluster_V, spread = torch.empty(0), float("inf")
-    for _ in range(50):
-        distance_VK = torch.cdist(points, centres)
-        updated = _assign_with_capacity(distance_VK, capacity_K)
-        former, spread = spread, float(distance_VK.gather(1, updated.unsqueeze(1)).square().sum())
-        if spread >= 0.999 * former:  # with capacities it may never come to rest: leave the last tenth of a percent
-            break
-        cluster_V = updated
-        sums = torch.zeros_like(centres).index_add(0, cluster_V, points)
-        centres = sums / torch.bincount(cluster_V, minlength=count).unsqueeze(1)
-    return cluster_V
-
-
-def _spread_centres(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """k-means++ seeding: each next centre is drawn with probability proportional to its squared distance."""
-    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
-    nearest = torch.cdist(points, points[chosen]).square().squeeze(1)
-    for _ in range(count - 1):
-        nearest[chosen] = 0
-        # Duplicated codes have distance 0 everywhere; any unused one will do then.
-        odds = nearest if nearest.sum() > 0 else torch.ones_like(nearest).index_fill(0, torch.tensor(chosen), 0)
-        chosen.append(int(torch.multinomial(odds, 1, generator=generator)))
-        nearest = torch.minimum(nearest, torch.cdist(points, points[chosen[-1:]]).square().squeeze(1))
-    return points[chosen].clone()
-
-
-def _assign_with_capacity(distance_VK: Tensor, capacity_K: Tensor) -> Tensor:
-    """Deferred acceptance: unassigned points propose to the nearest cluster that has not turned them down."""
-    vocab_size, count = distance_VK.shape
-    preference = distance_VK.argsort(dim=1)
-    tried_V = torch.zeros(vocab_size, dtype=torch.long)
-    cluster_V = preference[:, 0].clone()
-    while True:
-        crowded_K = torch.bincount(cluster_V, minlength=count) > capacity_K
-        order = crowded_K[cluster_V].nonzero().squeeze(1)
-        if not len(order):
-            return cluster_V
-        order = order[torch.argsort(distance_VK[order, cluster_V[order]], stable=True)]
-        order = order[torch.argsort(cluster_V[order], stable=True)]  # by cluster, nearest first
-        size_K = torch.bincount(cluster_V[order], minlength=count)
-        place = torch.arange(len(order)) - (size_K.cumsum(0) - size_K)[cluster_V[order]]
-        rejected = order[place >= capacity_K[cluster_V[order]]]
-        tried_V[rejected] += 1
-        cluster_V[rejected] = preference[rejected, tried_V[rejected]]
+def _scattered_logp(logp_NV: Tensor, members_KM: Tensor) -> Tensor:
+    """`cluster_logp` without padding: every code adds its mass to its cluster, relative to the largest one there."""
+    count, vocab_size = len(members_KM), logp_NV.shape[1]
+    cluster_V = torch.arange(count, device=members_KM.device).unsqueeze(1).expand_as(members_KM).flatten()
+    cluster_V = cluster_V.new_zeros(vocab_size + 1).scatter(0, members_KM.flatten(), cluster_V)[:-1]
+    blank_NK = logp_NV.new_full((len(logp_NV), count), -torch.inf)
+    peak_NK = blank_NK.scatter_reduce(1, cluster_V.expand_as(logp_NV), logp_NV.detach(), "amax")
+    empty_NK = torch.isneginf(peak_NK)
+    peak_NK = torch.where(empty_NK, 0.0, peak_NK)
+    mass_NK = torch.zeros_like(peak_NK).index_add(1, cluster_V, (logp_NV - peak_NK[:, cluster_V]).exp())
+    return torch.where(empty_NK, -torch.inf, torch.where(empty_NK, 1.0, mass_NK).log() + peak_NK)

@@ -229,6 +229,8 @@ def _logged(run: RunFolder) -> list[tuple[str, str]]:
     for entry in run.log:
         if entry.get("split") == "train":
             found.append(("train", "loss"))
+        elif entry.get("split") == "warning":
+            continue  # text, not a curve: see `facts`
         elif isinstance(entry.get("split"), str):
             found += [(entry["split"], key) for key in entry if key not in ("split", "step", "seconds", "num")]
     return found
@@ -281,6 +283,8 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
         result.append(("Feature network", _network(network)))
     result += [(key.replace("_", " ").capitalize(), as_text(value)) for key, value in protocol.items()]
     result += [(f"Status: {key}", as_text(value)) for key, value in (run.status or {}).items()]
+    result += [(f"Warning at update {entry.get('step')}", as_text(entry.get("text")))
+               for entry in run.log if entry.get("split") == "warning"]  # fmt: skip
     result += [(f"Environment: {key}", as_text(value)) for key, value in (run.environment or {}).items()]
     return result
 

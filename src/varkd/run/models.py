@@ -22,12 +22,16 @@ from varkd.world import Rng, World
 
 @dataclass(frozen=True)
 class Objects:
-    """The models of a run and what a method makes of the tokenizer."""
+    """The models of a run and what a method makes of the tokenizer.
+
+    `reference` is a second student that stays as it was at the start, where the method compares with it.
+    """
 
     student: Backbone
     teacher: Backbone | None
     products: Products
     teacher_hash: str | None
+    reference: Backbone | None = None
 
 
 def build_objects(run: Run, codes: Codes, world: World, device: torch.device) -> Objects:
@@ -52,7 +56,10 @@ def build_objects(run: Run, codes: Codes, world: World, device: torch.device) ->
     student = distribute(student.to(device), world, run.train.replicas)
     if teacher is not None:
         teacher = distribute(teacher.to(device).requires_grad_(False), world, run.train.replicas)
-    return Objects(student, teacher, products, teacher_hash)
+    reference = None
+    if run.method.needs_reference:
+        reference = distribute(new_student(run, codes).to(device).requires_grad_(False), world, run.train.replicas)
+    return Objects(student, teacher, products, teacher_hash, reference)
 
 
 def new_student(run: Run, codes: Codes) -> Backbone:

@@ -16,6 +16,7 @@ from varkd.backbones.store import describe, load_backbone, weights_hash
 from varkd.config import Run, differences, dump, read_run
 from varkd.data.codes import CodeSet
 from varkd.data.loader import Loader, ordered_batches
+from varkd.distill.clustering import cluster_statistics
 from varkd.distill.filtering import DifferenceSampling, difference_scores
 from varkd.errors import VarkdError
 from varkd.evaluate.agreement import cross_entropy
@@ -56,6 +57,8 @@ def train_run(run: Run, *, overwrite: bool = False, quiet: bool = False) -> Prog
     job = _job(run, codes, folder, objects, world, device, quiet)
     claim_folder(run, folder, overwrite, world)  # only now: bad input leaves no trace, and deletes nothing
     _record(run, codes, folder, objects, world)
+    if objects.reference is not None:
+        _note_start(run, "best_of", world, quiet)
     images = chosen_images(run, codes, objects.teacher, folder, world, device, quiet)
     job.batches = Loader(codes.split("train"), run.train.batch_size, run.seed, world, images)
     return train(job)
@@ -71,8 +74,7 @@ def chosen_images(
     missing = world.sum(torch.tensor(float(world.is_main and not path.is_file())))
     if missing:  # every rank scores every image: a sharded teacher needs all of them
         train_codes = codes.split("train")
-        if not run.init and world.is_main and not quiet:
-            console.print("note: without init= the reference of difference sampling is an untrained student")
+        _note_start(run, "difference sampling", world, quiet)
         batches = ordered_batches(train_codes, 256)
         shown = track(batches, "score images", -(-len(train_codes) // 256), quiet or not world.is_main)
         with gathered(teacher):
@@ -83,6 +85,11 @@ def chosen_images(
                 np.save(file, kept.numpy())
         world.barrier()
     return np.load(path, allow_pickle=False)
+
+
+def _note_start(run: Run, what: str, world: World, quiet: bool) -> None:
+    if not run.init and world.is_main and not quiet:
+        console.print(f"note: without init= the reference of {what} is an untrained student")
 
 
 def check_folder(run: Run, folder: Path, overwrite: bool, world: World) -> None:
@@ -150,7 +157,9 @@ def _record(run: Run, codes: Codes, folder: Path, objects: Objects, world: World
                 raise VarkdError(f"{folder} was begun with another {what} ({old}, now {new}): --overwrite starts anew")
     plain = objects.student if world.size == 1 else new_student(run, codes)
     write_json(folder / "config.json", describe(plain, recorded["tokenizer_hash"]))
-    write_json(path, {**recorded, **environment(world)})
+    codebook_VE = codes.tokenizer.codebook_VE
+    clusters = {key: cluster_statistics(codebook_VE, objects.products[key]) for key in run.method.cluster_keys}
+    write_json(path, {**recorded, **({"clusters": clusters} if clusters else {}), **environment(world)})
 
 
 def _job(
@@ -174,7 +183,7 @@ def _job(
     return Job(
         objects.student, objects.teacher, run.method, objects.products,
         Loader(codes.split("train"), run.train.batch_size, run.seed, world), run.train, run.seed, folder, world, device,
-        plain_copy, validate, draw_grid, label=run.name or folder.name, quiet=quiet,
+        plain_copy, validate, draw_grid, label=run.name or folder.name, quiet=quiet, reference=objects.reference,
     )  # fmt: skip
 
 

@@ -64,13 +64,12 @@ def teacher_folder(study: Study, pair: str) -> Path:
 def model(study: Study, pair: str, name: str, seed: int) -> None:
     """Train and judge the teacher or a start (`name` is its folder), at the sampler that is best for it."""
     home = Path(study.out) / pair / name
+    if (home / "judged.json").is_file():
+        return
     folder = teacher_folder(study, pair) if name == "teacher" else home
     if folder == home:
         run = recipe_run(study, pair, "teacher" if name == "teacher" else "student", seed, str(folder))
-        run = replace(run, data=str(codes_folder(study, pair)))
-        train_run(run, quiet=True)
-    if (home / "judged.json").is_file():
-        return
+        train_run(replace(run, data=str(codes_folder(study, pair))), quiet=True)
     judge = Judge.of(Codes(codes_folder(study, pair)), study.device, quiet=True)
     loaded, info = load_backbone(folder, str(pick_device(study.device)))
     check_pair(loaded, loaded, info.get("tokenizer_hash"), judge.codes)

@@ -22,6 +22,7 @@ class Log:
         self.path = folder / "log.jsonl"
         self.writer: Any = None
         self.enabled = world.is_main
+        self.warned: set[str] = set()
         if self.enabled:
             self._cut(resume_step)
             if tensorboard:
@@ -34,15 +35,26 @@ class Log:
         if not self.enabled:
             return
         clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with write_errors(self.path), self.path.open("a") as file:
-            file.write(json.dumps({"split": split, "step": step, **clean}, allow_nan=False) + "\n")
+        self._append({"split": split, "step": step, **clean})
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(f"{split}/{name}", value, step)
 
+    def warn(self, step: int, rule: str, text: str) -> bool:
+        """Append a warning, unless its rule has spoken before in this run, also before a resume; whether it is new."""
+        if not self.enabled or rule in self.warned:
+            return False
+        self.warned.add(rule)
+        self._append({"split": "warning", "step": step, "rule": rule, "text": text})
+        return True
+
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        with write_errors(self.path), self.path.open("a") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
 
     def _cut(self, resume_step: int) -> None:
         if not self.path.exists():
@@ -50,8 +62,11 @@ class Log:
         kept = []
         for line in self.path.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= resume_step:
+                entry = json.loads(line)
+                if entry["step"] <= resume_step:
                     kept.append(line)
+                    if entry.get("split") == "warning":
+                        self.warned.add(entry["rule"])
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue  # the last line of a killed run may be cut short
         with write_errors(self.path):

@@ -15,7 +15,8 @@ from typing import Literal, NoReturn, Protocol
 import torch
 
 from varkd.backbones.protocol import Backbone
-from varkd.distill.loss import LossInputs, Stats, denominators, distill_loss
+from varkd.distill.audit import Stats, guard_rails
+from varkd.distill.loss import LossInputs, denominators, distill_loss
 from varkd.distill.method import Method
 from varkd.distill.prefixes import Data
 from varkd.distill.scene import Scene, State
@@ -24,7 +25,7 @@ from varkd.distill.spaces import Products
 from varkd.distill.target import Guided
 from varkd.errors import VarkdError
 from varkd.files import write_json
-from varkd.progress import Bar, bar
+from varkd.progress import Bar, bar, console
 from varkd.train.checkpoint import Checkpoints, Progress
 from varkd.train.log import Log
 from varkd.train.optim import Ema, Optim
@@ -74,7 +75,11 @@ class Batches(Protocol):
 
 @dataclass
 class Job:
-    """The objects of one run. `student` may be sharded; the callbacks receive a plain copy with the EMA weights."""
+    """The objects of one run. `student` may be sharded; the callbacks receive a plain copy with the EMA weights.
+
+    `reference` is the student as it was at the start, where the method compares with it. It never changes and is a
+    function of the run's settings, so no checkpoint holds it.
+    """
 
     student: Backbone
     teacher: Backbone | None
@@ -91,6 +96,7 @@ class Job:
     draw_grid: Callable[[Backbone, Path], None] | None = None
     label: str = "train"
     quiet: bool = False
+    reference: Backbone | None = None
 
 
 class Diverged(VarkdError):
@@ -155,12 +161,17 @@ class Session:
         job, settings, step = self.job, self.job.train, self.progress.step
         method, rng = job.method.at(step / settings.updates, self.state), Rng(job.seed, step)
         batch = self._scaled(method, _to(job.batches.batch(step), job.device), rng)
-        scene = Scene(job.student, job.teacher, self.state, rng, job.world, settings.chunk_rows, job.products)
-        inputs = LossInputs(method, job.student, job.teacher, self.state, job.products, rng, settings.chunk_rows)
+        scene = Scene(
+            job.student, job.teacher, self.state, rng, job.world, settings.chunk_rows, job.products, job.reference
+        )  # fmt: skip
+        inputs = LossInputs(
+            method, job.student, job.teacher, self.state, job.products, rng, settings.chunk_rows,
+            audit=self._is_logged(step + 1),
+        )  # fmt: skip
 
         with self._autocast():
             sampling = not isinstance(method.contexts, Data)
-            with gathered(*(model for model in (job.student, job.teacher) if sampling)):
+            with gathered(*(model for model in (job.student, job.teacher, job.reference) if sampling)):
                 context = method.contexts(batch, scene)
             fed = self._drop_labels(context, rng)
             totals = denominators(inputs, fed, job.world)
@@ -222,12 +233,23 @@ class Session:
         """Log this update when it is due, and move the bar."""
         step, settings = self.progress.step, self.job.train
         progress_bar.update(step, f"loss {values['loss']:.4f}")
-        if step % settings.log_every == 0 or step == settings.updates:
+        if self._is_logged(step):
             elapsed = max(time.perf_counter() - self.window_begun, 1e-9)
             speed = (step - self.window_step) * settings.batch_size / elapsed
             timing = {"seconds": self.progress.seconds, "sequences_per_second": speed}
             self.log.write("train", step, {**values, **timing})
+            self._warn(values)
             self.window_begun, self.window_step = time.perf_counter(), step
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.job.train.log_every == 0 or step == self.job.train.updates
+
+    def _warn(self, values: dict[str, float]) -> None:
+        """Say what is out of bounds: each rule at most once a run."""
+        step = self.progress.step
+        for rule, text in guard_rails(values, warm=step > self.job.train.optim.warmup).items():
+            if self.log.warn(step, rule, text) and not self.job.quiet:
+                console.print(f"warning at update {step}: {text}", markup=False)
 
     def validate_at_start(self) -> None:
         """Step 0 is logged too: curves begin at the shared initialisation."""

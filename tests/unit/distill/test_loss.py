@@ -18,16 +18,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reference import plain_loss
 from varkd.backbones.protocol import Backbone
 from varkd.distill import loss as module
-from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL, ReverseKL
+from varkd.distill.bestof import BestOf
+from varkd.distill.credit import DiscrepancyDecay
+from varkd.distill.divergences import JSD, CrossEntropy, EmbeddingMoments, ForwardKL, ReverseKL
 from varkd.distill.loss import LossInputs, Stats, chunked_head_loss, denominators, distill_loss
 from varkd.distill.method import Method, Term, skew_key, threshold_key
 from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import Data, Rollout
-from varkd.distill.reweighted import Reweighted
+from varkd.distill.replay import Replay
+from varkd.distill.reweighted import PrefixReweighted, Reweighted
 from varkd.distill.scene import Scene, State
 from varkd.distill.schedule import TaidTime, adaptives
-from varkd.distill.selection import Confidence, Random
-from varkd.distill.spaces import Clusters
+from varkd.distill.selection import Accepted, Confidence, Drift, EntropyRatio, Horizon, Random, Threshold
+from varkd.distill.spaces import Clusters, Neighbours
 from varkd.errors import VarkdError
 from varkd.methods import METHODS
 from varkd.types import Batch, Context
@@ -42,7 +45,28 @@ SELECTED = Method(
     ),
     Reweighted(Mixture((Share(Data(), 0.5), Share(Rollout(), 0.5)))),
 )
-ALL = {**{name: preset.method for name, preset in METHODS.items()}, "selected": SELECTED}
+PREFIXES = Method(
+    (
+        Term("student", ForwardKL(), ("student",), Drift(4, 0.2, 0.1), Neighbours(4), credit=DiscrepancyDecay(0.7)),
+        Term("moments", EmbeddingMoments(), selection=Accepted("neighbours", neighbours=3), weight=0.5),
+        Term("ce", CrossEntropy(), ("data",), Horizon(0.7), weight=0.5, normaliser="selected"),
+    ),
+    PrefixReweighted(Mixture((Share(Data(), 0.5), Share(Replay(BestOf(count=2)), 0.5))), kappa=0.5),
+)
+SURE = Method(
+    (
+        Term("kd", JSD(0.3), selection=EntropyRatio(1.0), normaliser="selected"),
+        Term(
+            "soft", ReverseKL(), ("student",), Threshold(0.4, "cluster_mass", softness=0.1), Clusters(3, 0.2, "plain")
+        ),
+        Term("code", ForwardKL(), ("student",), Accepted("code", floor=0.0), Neighbours(3, sides="teacher")),
+    ),
+    Reweighted(Mixture((Share(Data(), 0.5), Share(BestOf(count=3, score="teacher"), 0.5)))),
+)
+ALL = {
+    **{name: preset.method for name, preset in METHODS.items()},
+    "selected": SELECTED, "prefixes": PREFIXES, "sure": SURE,
+}  # fmt: skip
 every = pytest.mark.parametrize("name", ALL)
 CODEBOOK_VE = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
 
@@ -79,7 +103,9 @@ def case(method: Method, student: Backbone, teacher: Backbone, batch: Batch, wor
     state, world, rng = memory(method), world or World(), Rng(0, STEP)
     method, products = method.at(PROGRESS, state), method.prepare(CODEBOOK_VE)
     inputs = LossInputs(method, student, teacher, state, products, rng, chunk_rows=7)
-    return Case(inputs, method.contexts(batch, Scene(student, teacher, state, rng, world, 7, products)), world)
+    reference = copy.deepcopy(student) if method.needs_reference else None
+    scene = Scene(student, teacher, state, rng, world, 7, products, reference)
+    return Case(inputs, method.contexts(batch, scene), world)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -91,9 +117,12 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def run(case: Case, chunk_rows: int = 7, micro_batches: int = 1) -> tuple[Tensor, dict[str, Tensor], Stats]:
+def run(
+    case: Case, chunk_rows: int = 7, micro_batches: int = 1, audit: bool = False
+) -> tuple[Tensor, dict[str, Tensor], Stats]:
     """The loss, the gradients and the statistics of one step."""
-    inputs, stats, total = replace(case.inputs, chunk_rows=chunk_rows), Stats(), torch.zeros((), dtype=torch.float64)
+    inputs = replace(case.inputs, chunk_rows=chunk_rows, audit=audit)
+    stats, total = Stats(), torch.zeros((), dtype=torch.float64)
     totals = case.totals
     for micro in case.context.micro_batches(micro_batches):
         value, micro_stats = distill_loss(inputs, micro, totals)
@@ -125,9 +154,9 @@ def test_chunked_equals_plain_for_every_chunk_size(name, student, teacher, batch
 @every
 def test_the_split_into_micro_batches_changes_nothing(name, student, teacher, batch):
     subject = case(ALL[name], student, teacher, batch)
-    value, gradient, stats = run(subject)
+    value, gradient, stats = run(subject, audit=True)
     for count in (2, 4, 8):
-        split_value, split_gradient, split_stats = run(subject, micro_batches=count)
+        split_value, split_gradient, split_stats = run(subject, micro_batches=count, audit=True)
         assert_same((split_value, split_gradient), (value, gradient))
         means, split_means = stats.means(World()), split_stats.means(World())
         assert set(means) == set(split_means)
@@ -197,7 +226,8 @@ def step_on(world: World, method: Method, student: Backbone, teacher: Backbone, 
     per_rank = len(batch) // world.size
     mine = batch.select(torch.arange(world.rank * per_rank, (world.rank + 1) * per_rank))
     subject = case(method, copy.deepcopy(student), copy.deepcopy(teacher), mine, world)
-    value, stats = distill_loss(subject.inputs, subject.context, subject.totals, gradient_scale=world.size)
+    inputs = replace(subject.inputs, audit=True)
+    value, stats = distill_loss(inputs, subject.context, subject.totals, gradient_scale=world.size)
     value.backward()
     scores = stats.gathered(world)
     state = subject.inputs.method.update({**subject.inputs.state}, subject.context, scores, subject.inputs.rng)

@@ -1,17 +1,14 @@
-"""Codes and a teacher for tiny studies, and a feature network that is fitted for a moment only."""
+"""Codes and a teacher for tiny studies; the judge looks for a moment only."""
 
-from functools import partial
+from __future__ import annotations
 
 import pytest
 
-from tiny_runs import codes, teacher
+from tiny_runs import codes, quicken, teacher
 
 __all__ = ["codes", "teacher"]
 
 
-@pytest.fixture(autouse=True)
-def quick_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    from varkd.evaluate.features import FitFeatures
-    from varkd.run import evaluation
-
-    monkeypatch.setattr(evaluation, "FitFeatures", partial(FitFeatures, updates=25))
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quicken(monkeypatch)

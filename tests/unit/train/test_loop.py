@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
@@ -14,6 +15,7 @@ from PIL import Image
 
 from tiny_runs import (
     FROM_THE_START,
+    OTHER_PARTS,
     arguments,
     assert_same_state,
     checkpoint,
@@ -65,6 +67,67 @@ def test_resuming_is_as_if_never_stopped(
     assert main(command) == 0
     assert_same_state(tmp_path / "run", never_stopped, 6)
     assert log(tmp_path / "run") == log(never_stopped)
+
+
+@pytest.fixture(scope="module")
+def other_parts(tmp_path_factory: pytest.TempPathFactory, codes: Path, teacher: Path) -> Path:
+    """Six updates with the other parts of VarKD, two of which are not logged."""
+    return train(tmp_path_factory.mktemp("parts") / "whole", codes, *OTHER_PARTS, f"teacher={teacher}")
+
+
+def test_the_other_parts_are_at_work(other_parts: Path):
+    lines = [line for line in log(other_parts) if line["split"] == "train"]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:
+        assert {"kept_kl/student", "kept_kl/anchor", "teacher_nll/student", "teacher_surprise/student"} <= set(line)
+        assert 0 < line["kept/student"] < 1 and 0 < line["kept_kl/student"] < 1
+        assert 0 < line["ess/student"] < 0.999 and line["terms/anchor"] > 0 and "kept_kl/anchor_ce" not in line
+
+
+def test_resuming_the_other_parts_is_as_if_never_stopped(
+    other_parts: Path, tmp_path: Path, codes: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The reference is made again from the settings, and updates that are audited are the same ones."""
+    command = arguments(tmp_path / "run", codes, *OTHER_PARTS, f"teacher={teacher}")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert main(command) == 143
+    assert not [name for name in checkpoint(tmp_path / "run", 3) if "reference" in name]
+    assert main(command) == 0
+    assert_same_state(tmp_path / "run", other_parts, 6)
+    assert log(tmp_path / "run") == log(other_parts)
+
+
+def test_logging_more_often_changes_no_weight(other_parts: Path, tmp_path: Path, codes: Path, teacher: Path):
+    often = train(tmp_path / "run", codes, *OTHER_PARTS, f"teacher={teacher}", "train.log_every=1")
+    assert_same_state(often, other_parts, 6)
+
+
+def test_a_guard_rail_speaks_once_a_run(
+    tmp_path: Path, codes: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """On the terminal and in the log, after the warm-up, and not again after a resume."""
+    none = "method.terms.student.selection={kind: threshold, threshold: 1, floor: 0}"
+    hopeless = (*FROM_THE_START[:5], none, f"teacher={teacher}")
+    command = arguments(tmp_path / "run", codes, *hopeless)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert main(command) == 143
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("warning at update 3: the selection of term 'student' keeps") == 1
+    assert main(command) == 0
+    assert "warning" not in capsys.readouterr().err
+    warnings = [line for line in log(tmp_path / "run") if line["split"] == "warning"]
+    assert [(line["step"], line["rule"]) for line in warnings] == [(3, "kept_kl/student")]
+    assert "keeps 0.0% of its divergence" in warnings[0]["text"]
+
+
+def test_clusters_are_recorded_once_a_run(never_stopped: Path, other_parts: Path):
+    about = json.loads((never_stopped / "environment.json").read_text())["clusters"]
+    assert list(about) == ["clusters/kmeans-sqrt-seed0"]
+    found = about["clusters/kmeans-sqrt-seed0"]
+    assert (found["count"], found["smallest"], found["largest"]) == (5, 3, 4) and 0 < found["within_variance"] < 0.1
+    assert "clusters" not in json.loads((other_parts / "environment.json").read_text())
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, codes: Path):
