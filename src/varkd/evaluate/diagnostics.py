@@ -18,6 +18,7 @@ from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
 from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL, ReverseKL, Rows, TotalVariation
+from varkd.distill.neighbours import nearest_codes
 from varkd.distill.scores import Sides, chunks, position_scores
 from varkd.distill.spaces import Clusters, cluster_logp, log_softmax
 from varkd.rollout import Sampler, evaluating, rollout
@@ -53,17 +54,11 @@ class CodeSpace:
         codebook_VE = codebook_VE.detach().float().cpu()
         products = clusters.prepare(codebook_VE)
         count = max(1, min(MOST_NEIGHBOURS, math.isqrt(len(codebook_VE)), len(codebook_VE) - 1))
-        neighbours, reach = [], []
-        for rows in chunks(len(codebook_VE), CHUNK_ROWS):
-            distance_NV = torch.cdist(codebook_VE[rows], codebook_VE, compute_mode="donot_use_mm_for_euclid_dist")
-            distance_NV[torch.arange(len(distance_NV)), torch.arange(rows.start, rows.stop)] = torch.inf
-            nearest = distance_NV.sort(dim=1, stable=True)
-            neighbours.append(nearest.indices[:, :count])
-            reach.append(nearest.values[:, count - 1])
+        index_Vn, squared_Vn = nearest_codes(codebook_VE, count + 1)  # each code is its own nearest
         members = products[f"{clusters.key}/members"]
         return cls(
             products[clusters.key].to(device), members.to(device), codebook_VE.to(device),
-            torch.cat(neighbours).to(device), float(torch.cat(reach).mean()),
+            index_Vn[:, 1:].to(device), float(squared_Vn[:, -1].sqrt().mean()),
         )  # fmt: skip
 
 
@@ -152,14 +147,6 @@ def neighbour_acceptance(pair: Pair, slack: float = SLACK) -> Tensor:
     return torch.minimum(pair.q_NV, pair.p_NV + extra_NV).sum(1)
 
 
-def _typicality(pair: Pair) -> Tensor:
-    """(-log p(x) - H(p)) / sd of -log p under p; 0 where the teacher has no doubt at all."""
-    entropy_N1 = pair.teacher_entropy_N.unsqueeze(1)
-    deviation_NV = torch.where(pair.p_NV > 0, -pair.teacher_NV - entropy_N1, 0.0)
-    sd_N = (pair.p_NV * deviation_NV.square()).sum(1).sqrt()
-    return torch.where(sd_N > 1e-6, (pair.surprise_N - pair.teacher_entropy_N) / sd_N.clamp_min(1e-6), 0.0)
-
-
 def _score(pair: Pair, name: str) -> Tensor:
     """A score that selections read too."""
     sides = Sides(pair.code_N, lambda rows: pair.teacher_NV[rows], lambda rows: pair.student_NV[rows])
@@ -179,7 +166,7 @@ def _known(value: Tensor | None) -> Tensor:
 QUANTITIES: dict[str, Callable[[Pair], Tensor]] = {
     "ce": lambda pair: CrossEntropy()(pair.student_NV, None, pair.rows),
     "ce_teacher": lambda pair: pair.surprise_N,
-    "typicality": _typicality,
+    "typicality": lambda pair: _score(pair, "surprise"),
     "teacher_entropy": lambda pair: pair.teacher_entropy_N,
     "student_entropy": lambda pair: torch.special.entr(pair.q_NV).sum(1),
     "forward_kl": lambda pair: ForwardKL()(pair.student_NV, pair.teacher_NV, pair.rows),

