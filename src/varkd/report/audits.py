@@ -232,9 +232,7 @@ def weights(found: Analysis) -> Section:
     given = [float(row["weight"]) for row in rows if row["weight"]]
     links = {name: Number(**value) for name, value in about["correlations"].items()}
     whose = (
-        "the method's own"
-        if about["own"]
-        else "those that reweighted contexts would give, for this method has no sequence weights"
+        "the method's own" if about["own"] else "those of reweighted contexts, for this method has no sequence weights"
     )
     parts = "; ".join(f"{name.replace('_', ' ')} {told(link)}" for name, link in links.items() if "weight" in name)
     near = links["weight and distance"]
