@@ -49,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
     _train(_verb(verbs, "train", _run_train, "train a teacher, or distil a student (the same command resumes)"))
     _sample(_verb(verbs, "sample", _run_sample, "draw images from a run"))
     _evaluate(_verb(verbs, "evaluate", _run_evaluate, "measure a run: samples, agreement with the teacher, speed"))
+    _analyze(
+        _verb(verbs, "analyze", _run_analyze, "diagnose a student and its teacher, position by position, as a page")
+    )
     _study(_verb(verbs, "study", _run_study, "methods x backbones x seeds under one budget (the same command resumes)"))
     _report(_verb(verbs, "report", _run_report, "one self-contained HTML page that compares runs"))
     _show(_verb(verbs, "show", _run_show, "print a resolved run, its method in words"))
@@ -261,6 +264,29 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
     )
     print(format_text_table(comparison_table([metrics])))
     print(arguments.run_folder / "metrics.json")
+
+
+def _analyze(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run_folder", type=Path, metavar="RUN", help="a student's run folder, or a model folder")
+    verb.add_argument("--out", type=Path, required=True, help="folder of the page and of the CSV files")
+    verb.add_argument("--teacher", type=Path, default=None, help="teacher's run or model folder (default: the run's)")
+    verb.add_argument("--second", type=Path, default=None, help="a second teacher: do teachers agree with each other?")
+    verb.add_argument("--data", type=Path, default=None, help="codes folder (default: the run's own)")
+    verb.add_argument("--num", type=int, default=1000, help="sequences in each context (default: %(default)s)")
+    verb.add_argument("--split", choices=("validation", "train"), default="validation", help="where data come from")
+    verb.add_argument("--language", action="store_true", help="train a small language pair (a minute or two) beside")
+    verb.add_argument("--language-updates", type=int, default=900, metavar="N", help="of each of its two models")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def _run_analyze(arguments: argparse.Namespace) -> None:
+    from varkd.run.analysis import analyze_run
+    from varkd.run.language import Language
+
+    language = Language.of(arguments.language_updates) if arguments.language else None
+    names = ("teacher", "second", "data", "num", "split", "seed", "device")
+    print(analyze_run(arguments.run_folder, arguments.out, language=language, **_options(arguments, *names)))
 
 
 def _study(verb: argparse.ArgumentParser) -> None:

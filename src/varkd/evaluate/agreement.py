@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
-from varkd.distill.divergences import CrossEntropy, ForwardKL, ReverseKL, Rows, TotalVariation
+from varkd.distill.divergences import CrossEntropy, Rows
 from varkd.distill.scores import chunks
 from varkd.distill.spaces import log_softmax
+from varkd.evaluate.diagnostics import CHUNK_ROWS, CodeSpace, Sequences, measure
 from varkd.rollout import Sampler, evaluating, rollout
 from varkd.types import Batch, Condition, Plan
 from varkd.world import Rng
 
-CHUNK_ROWS = 2048
+QUANTITIES = ("ce", "ce_teacher", "forward_kl", "reverse_kl", "acceptance", "top1", "top1_cluster", "teacher_entropy")
 Curves = dict[str, list[float]]
 
 
@@ -53,7 +54,7 @@ def agreement(
     sums, count = {}, 0
     for batch in batches:
         for name, value_BL in _compare(student, teacher, batch, cluster_V.to(device), device).items():
-            sums[name] = sums.get(name, 0.0) + value_BL.double().sum(0).cpu()
+            sums[name] = sums.get(name, 0.0) + value_BL.double().sum(0)
         count += len(batch)
     curves = {name: (total / count).tolist() for name, total in sums.items()}
     return {name: sum(values) / len(values) for name, values in curves.items()}, curves
@@ -73,31 +74,11 @@ def student_batches(student: Backbone, label_B: Tensor, seed: int, batch_size: i
     return batches
 
 
-@torch.no_grad()
 def _compare(
     student: Backbone, teacher: Backbone, batch: Batch, cluster_V: Tensor, device: torch.device
 ) -> dict[str, Tensor]:
-    codes_BL, condition, plan = _inputs(student, batch, device)
-    with evaluating(student), evaluating(teacher):
-        hidden = [model(codes_BL, condition, plan).flatten(0, 1) for model in (student, teacher)]
-    code_N = codes_BL.flatten()
-    found: dict[str, list[Tensor]] = {}
-    for rows in chunks(len(code_N), CHUNK_ROWS):
-        q_NV, p_NV = (log_softmax(m.head(h[rows])) for m, h in zip((student, teacher), hidden, strict=True))
-        own, top_q, top_p = Rows(code_N[rows]), q_NV.argmax(1), p_NV.argmax(1)
-        values = {
-            "ce": CrossEntropy()(q_NV, None, own),
-            "ce_teacher": CrossEntropy()(p_NV, None, own),
-            "forward_kl": ForwardKL()(q_NV, p_NV, own),
-            "reverse_kl": ReverseKL()(q_NV, p_NV, own),
-            "acceptance": 1 - TotalVariation()(q_NV, p_NV, own),
-            "top1": (top_q == top_p).float(),
-            "top1_cluster": (cluster_V[top_q] == cluster_V[top_p]).float(),
-            "teacher_entropy": torch.special.entr(p_NV.exp()).sum(1),
-        }
-        for name, value_N in values.items():
-            found.setdefault(name, []).append(value_N)
-    return {name: torch.cat(parts).view(codes_BL.shape) for name, parts in found.items()}
+    sequences = Sequences(*_inputs(student, batch, device))
+    return measure(student, teacher, sequences, CodeSpace(cluster_V), QUANTITIES, max(1, len(batch)))
 
 
 def _inputs(model: Backbone, batch: Batch, device: torch.device) -> tuple[Tensor, Condition, Plan]:

@@ -31,6 +31,14 @@ class Estimate(NamedTuple):
     high: float
 
 
+class Curve(NamedTuple):
+    """Many numbers of one shape and their pointwise 95 % intervals."""
+
+    value: Tensor
+    low: Tensor
+    high: Tensor
+
+
 def centred_bootstrap(
     statistic: Callable[[Tensor], Tensor],
     num: int,
@@ -58,21 +66,54 @@ def bootstrap(
     Resample r draws the same samples whenever `num` and `seed` are the same: runs that share their noise can be
     compared draw by draw.
     """
-    if num < 2 or resamples < 2:
-        raise VarkdError(f"an interval needs at least 2 samples and 2 resamples, not {num} and {resamples}")
-    value = statistic(torch.ones(1, num, dtype=torch.float64)).double()
-    generator = Rng(seed).generator("bootstrap")
-    rows = max(1, _DRAWS_AT_ONCE // num)
-    blocks = [min(rows, resamples - start) for start in range(0, resamples, rows)]
-    drawn = torch.cat([statistic(_counts(block, num, generator)).double() for block in blocks])
-    return value.item(), drawn - drawn.quantile(0.5) + value
+    value, draw_R = _bootstrap(statistic, num, resamples, seed)
+    return value.item(), draw_R
 
 
 def interval(value: float, draw_R: Tensor, *, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Estimate:
     """`value` with the 95 % interval of what `bootstrap` drew."""
+    return Estimate(*(part.item() for part in _limits(torch.tensor(value, dtype=torch.float64), draw_R, bounds)))
+
+
+def centred_curve(
+    statistic: Callable[[Tensor], Tensor],
+    num: int,
+    resamples: int = 200,
+    seed: int = 0,
+    *,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Curve:
+    """`centred_bootstrap` for a statistic that gives (R, ...) numbers: every one of them gets its own interval.
+
+    Raises:
+        VarkdError: fewer than 2 samples or resamples.
+    """
+    return _limits(*_bootstrap(statistic, num, resamples, seed), bounds)
+
+
+def mean_curve(value_N: Tensor, resamples: int = 200, seed: int = 0) -> Curve:
+    """The mean over the first axis of (N, ...) numbers."""
+    flat_NM = value_N.double().flatten(1)
+    curve = centred_curve(lambda counts_RN: counts_RN @ flat_NM / len(flat_NM), len(flat_NM), resamples, seed)
+    return Curve(*(part.view(value_N.shape[1:]) for part in curve))
+
+
+def _bootstrap(statistic: Callable[[Tensor], Tensor], num: int, resamples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`bootstrap` for numbers of any shape: (...) and (R, ...)."""
+    if num < 2 or resamples < 2:
+        raise VarkdError(f"an interval needs at least 2 samples and 2 resamples, not {num} and {resamples}")
+    value = statistic(torch.ones(1, num, dtype=torch.float64)).double()[0]
+    generator = Rng(seed).generator("bootstrap")
+    rows = max(1, _DRAWS_AT_ONCE // num)
+    blocks = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    drawn = torch.cat([statistic(_counts(block, num, generator)).double() for block in blocks])
+    return value, drawn - drawn.quantile(0.5, dim=0) + value
+
+
+def _limits(value: Tensor, drawn: Tensor, bounds: tuple[float, float]) -> Curve:
     tail = (1 - _CONFIDENCE) / 2
-    low, high = draw_R.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).clamp(*bounds).tolist()
-    return Estimate(value, min(low, value), max(high, value))
+    low, high = drawn.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0).clamp(*bounds)
+    return Curve(value, torch.minimum(low, value), torch.maximum(high, value))
 
 
 def share(successes: int, num: int) -> Estimate:

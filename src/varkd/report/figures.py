@@ -22,16 +22,30 @@ RUN = "#fe01{:02x}"
 NUM_COLOURS = 7
 DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2), (4, 1, 1, 1, 1, 1), (10, 3))
 TEACHER = -1
+_LEGEND_CHARACTERS = 76  # of nine points on five inches, the samples of the lines included
 
 
 @dataclass(frozen=True)
 class Line:
-    """One run's curve; `style` is the run's number among the runs, or TEACHER."""
+    """One curve; `style` is the run's number among the runs, or TEACHER; `low` and `high` are its interval."""
 
     label: str
     style: int
     x: Sequence[float]
     y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One series of bars with intervals, one for every group of the figure; None leaves a group without a bar."""
+
+    label: str
+    style: int
+    value: Sequence[float | None]
+    low: Sequence[float | None]
+    high: Sequence[float | None]
 
 
 def dash(style: int) -> tuple[int, ...]:
@@ -40,25 +54,102 @@ def dash(style: int) -> tuple[int, ...]:
 
 
 def lines(
-    name: str, curves: Sequence[Line], xlabel: str, ylabel: str, ylimits: tuple[float, float] | None = None
-) -> str:
-    """One line per run. `name` must be unique on the page (it prefixes the ids inside the SVG)."""
+    name: str, curves: Sequence[Line], xlabel: str, ylabel: str, ylimits: tuple[float, float] | None = None, *,
+    legend: bool = False, marked: bool = False, reference: float | None = None,
+) -> str:  # fmt: skip
+    """One line per curve, with the band of its interval. `name` must be unique on the page (it prefixes ids).
+
+    `marked` puts a dot on every point; `reference` draws a thin level line.
+    """
     with styled(name):
         figure, (axes,) = new_figure(1, 1, 3.0)
+        if reference is not None:
+            axes.axhline(reference, color=INK, alpha=0.5, linewidth=0.8)
         for curve in curves:
-            colour = INK if curve.style == TEACHER else RUN.format(curve.style % NUM_COLOURS)
             pattern = dash(curve.style)
+            if curve.low is not None and curve.high is not None:
+                axes.fill_between(curve.x, curve.low, curve.high, color=_colour(curve.style), alpha=0.2, linewidth=0)
             axes.plot(
-                curve.x, curve.y, color=colour, linewidth=1.6, linestyle=(0, pattern) if pattern else "-",
-                marker="o" if len(curve.x) == 1 else None, markersize=4,
+                curve.x, curve.y, color=_colour(curve.style), linewidth=1.6, linestyle=(0, pattern) if pattern else "-",
+                marker="o" if len(curve.x) == 1 or marked else None, markersize=4, label=curve.label,
             )  # fmt: skip
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if ylimits:
             axes.set_ylim(*ylimits)
         axes.grid(color=INK, alpha=0.15, linewidth=0.6)
+        if legend:
+            _legend(figure, axes)
         ends = "; ".join(f"{curve.label} from {curve.y[0]:.3g} to {curve.y[-1]:.3g}" for curve in curves)
         return as_svg(figure, name, f"{ylabel} over {xlabel}: {ends}")
+
+
+def bars(name: str, groups: Sequence[str], series: Sequence[Bars], ylabel: str) -> str:
+    """Groups of bars side by side, each with its interval as a thin line."""
+    width = 0.8 / len(series)
+    with styled(name):
+        figure, (axes,) = new_figure(1, 1, 3.0)
+        for index, each in enumerate(series):
+            for group, (value, low, high) in enumerate(zip(each.value, each.low, each.high, strict=True)):
+                if value is None:
+                    continue
+                x = group + (index + 0.5) * width - 0.4
+                first = all(other is None for other in each.value[:group])
+                axes.bar(x, value, 0.92 * width, color=_colour(each.style), alpha=0.75,
+                         label=each.label if first else None)  # fmt: skip
+                if low is not None and high is not None:
+                    axes.plot([x, x], [low, high], color=INK, linewidth=1.0)
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_ylabel(ylabel)
+        axes.grid(color=INK, alpha=0.15, linewidth=0.6, axis="y")
+        axes.set_axisbelow(True)
+        if len(series) > 1:
+            _legend(figure, axes)
+        told = "; ".join(
+            f"{each.label}: "
+            + ", ".join(f"{g} {v:.3g}" for g, v in zip(groups, each.value, strict=True) if v is not None)
+            for each in series
+        )
+        return as_svg(figure, name, f"{ylabel}: {told}".replace("\n", " "))
+
+
+def histogram(name: str, values: Sequence[float], xlabel: str, ylabel: str, reference: float | None = None) -> str:
+    """How often values fall into twenty bins of equal width; `reference` is marked by an upright line."""
+    with styled(name):
+        figure, (axes,) = new_figure(1, 1, 3.0)
+        axes.hist(values, bins=20, color=_colour(1), alpha=0.75)
+        if reference is not None:
+            axes.axvline(reference, color=INK, linewidth=1.0)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.grid(color=INK, alpha=0.15, linewidth=0.6, axis="y")
+        axes.set_axisbelow(True)
+        return as_svg(figure, name, f"{ylabel} by {xlabel}: from {min(values):.3g} to {max(values):.3g}")
+
+
+def scatter(name: str, x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str) -> str:
+    """One dot per pair of values."""
+    with styled(name):
+        figure, (axes,) = new_figure(1, 1, 3.0)
+        axes.scatter(x, y, s=9, color=_colour(1), alpha=0.5, linewidths=0)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.grid(color=INK, alpha=0.15, linewidth=0.6)
+        return as_svg(figure, name, f"{ylabel} against {xlabel}, {len(x)} dots")
+
+
+def _colour(style: int) -> str:
+    return INK if style == TEACHER else RUN.format(style % NUM_COLOURS)
+
+
+def _legend(figure, axes) -> None:
+    """Above the axes, where it covers no curve and takes no width from them."""
+    handles, labels = axes.get_legend_handles_labels()
+    fitting = _LEGEND_CHARACTERS // (max(map(len, labels)) + 7)
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=max(1, min(fitting, len(labels))), frameon=False, fontsize=9,
+        borderaxespad=0.1, columnspacing=1.2, handlelength=2.4,
+    )  # fmt: skip
 
 
 def maps(name: str, panels: Sequence[tuple[str, NDArray[np.floating]]], ylabel: str) -> str:

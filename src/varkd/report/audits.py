@@ -1,0 +1,299 @@
+"""The diagnostics that are not one curve by position, D9 to D18, in the form of `readings`."""
+
+from __future__ import annotations
+
+from math import log
+from typing import Any
+
+from varkd.report import figures
+from varkd.report.analysis import Analysis, Number, number
+from varkd.report.figures import TEACHER, Bars, Line
+from varkd.report.readings import LABEL, STYLE, Section, judged, plain, share, three, told
+
+SOURCE = {"data": "first codes of data", "student": "first codes of the student"}
+
+
+def language(found: Analysis) -> Section:
+    title, question = "Images beside language", "Is an image teacher more ambiguous than one of text?"
+    about = found.info["language"]
+    if about is None:
+        return Section("D9", title, question, missing="Give --language: a small pair of text models is trained (one or "
+                       "two minutes on a CPU) and measured in the same way.")  # fmt: skip
+    sizes = {"positions": found.info["vocab_size"], "language": about["vocab_size"]}
+    names = {"positions": "images", "language": "text"}
+    styles = {"positions": 0, "language": 1}
+
+    def series(quantities: list[str], context: str, per: str) -> list[Bars]:
+        result = []
+        for table, label in names.items():
+            factor = {"entropy": 1 / log(sizes[table]), "codes": 1 / sizes[table], "none": 1.0}[per]
+            means = [found.mean(context, name, table) for name in quantities]
+            result.append(Bars(label, styles[table], *([factor * m[i] for m in means] for i in range(3))))
+        return result
+
+    def ratio(table: str, quantity: str, context: str = "data", by_codes: bool = False) -> float:
+        scale = sizes[table] if by_codes else log(sizes[table])
+        return found.mean(context, quantity, table).value / scale
+
+    entropy = {table: ratio(table, "teacher_entropy") for table in names}
+    fkl = {table: ratio(table, "forward_kl", "student") for table in names}
+    top = {table: found.mean("student", "top1", table).value for table in names}
+    gap = {table: found.mean("student - data", "forward_kl", table) for table in names}
+    n90 = {table: ratio(table, "n90", by_codes=True) for table in names}
+    relative = [found.curve("data", "teacher_entropy", label, styles[table], table=table, relative=True,
+                            factor=1 / log(sizes[table])) for table, label in names.items()]  # fmt: skip
+    by_entropy, by_count = (each["positions"] > each["language"] for each in (entropy, n90))
+    who = (
+        "the image teacher is the more ambiguous of the two" if by_entropy else "the text teacher is the more ambiguous"
+    )
+    if by_entropy != by_count:
+        first, second = ("images", "text") if by_entropy else ("text", "images")
+        who = f"the two measures disagree on which is the more ambiguous: {first} by entropy, {second} by N90"
+    ce = found.mean("data", "ce_teacher", "language").value
+    return Section(
+        "D9", title, question,
+        f"Drawn are D1, D3, D5 and D8 for the image pair (V = {sizes['positions']}) and for a text pair (V = "
+        f"{sizes['language']}), entropies and divergences in units of ln V and N90 in shares of V; the text teacher "
+        f"is a toy ({plain(ce)} nats a code on held-out text after {about['updates']} updates), which shows text as "
+        "a small model sees it.",
+        f"H(p) on data is {plain(entropy['positions'])} ln V for images and {plain(entropy['language'])} for text, "
+        f"N90 {share(n90['positions'])} and {share(n90['language'])} of V, so {who}; KL(p || q) on student samples "
+        f"is {plain(fkl['positions'])} and {plain(fkl['language'])} ln V, the first codes agree at "
+        f"{share(top['positions'])} and {share(top['language'])}, and the exposure gap in nats is "
+        f"{told(gap['positions'])} and {told(gap['language'])}.",
+        [
+            ("Teacher entropy by position, on data.", figures.lines(
+                "d9-entropy", relative, "share of the sequence", "H(p) / ln V", legend=True)),
+            ("In units of ln V, on student samples.", figures.bars(
+                "d9-nats", ["H(p)", "H(q)", "FKL", "RKL"],
+                series(["teacher_entropy", "student_entropy", "forward_kl", "reverse_kl"], "student", "entropy"),
+                "nats / ln V")),
+            ("Agreement, on student samples.", figures.bars(
+                "d9-top", ["same\ncode", "in top 5", "same\ncluster", "TVD"],
+                series(["top1", "top5", "top1_cluster", "total_variation"], "student", "none"), "share")),
+            ("N90 and exp H in shares of V, on data.", figures.bars(
+                "d9-n90", ["N90 / V", "exp H / V"], series(["n90", "perplexity"], "data", "codes"), "share of codes")),
+        ],
+        num=f"N = {found.info['num']:,} images and {about['num']:,} texts.",
+    )  # fmt: skip
+
+
+def swap(found: Analysis) -> Section:
+    def line(source: str, metric: str) -> Line:
+        rows = found.rows("prefix_swap", source=source, metric=metric)
+        value, low, high = zip(*map(number, rows), strict=True)
+        return Line(SOURCE[source], STYLE[source], [float(row["share"]) for row in rows], value, low, high)
+
+    def at(source: str, place: str, metric: str) -> Number:
+        (row,) = found.rows("prefix_swap", source=source, share=place, metric=metric)
+        return number(row)
+
+    classes = all(row["value"] for row in found.rows("prefix_swap", metric="accuracy"))
+    ylabel = {"fd": "Fréchet distance (lower is better)", "precision": "precision", "recall": "recall"}
+    ylabel |= {"accuracy": "class accuracy"} if classes else {}
+    own, half, data = (
+        at(source, place, "fd") for source, place in (("data", "0"), ("student", "0.5"), ("data", "0.5"))
+    )
+    apart = half.low > own.high
+    verdict = ("the teacher does not repair what the student began" if apart
+               else "no harm to the teacher's completion is seen beyond its own interval")  # fmt: skip
+    accuracy = ""
+    if classes:
+        accuracy = (f"; class accuracy is {share(at('student', '0.5', 'accuracy').value)} after a student's half and "
+                    f"{share(at('data', '0.5', 'accuracy').value)} after a half of data")  # fmt: skip
+    return Section(
+        "D10", "Prefix swap", "Can the teacher complete what the student began?",
+        "Drawn is the quality of images whose first k codes come from data or from the student and whose other "
+        "codes the teacher samples, by the share k; at 0 both are the teacher's own images, at 1 nothing is "
+        "completed.",
+        f"After half of the codes from the student the Fréchet distance is {told(half)}, after half from data "
+        f"{told(data)}, and {told(own)} for the teacher alone, so {verdict}{accuracy}.",
+        [(f"{label[0].upper()}{label[1:]} by the share that is given.", figures.lines(
+            f"d10-{metric}", [line(source, metric) for source in SOURCE], "share of codes given", label, legend=True,
+            marked=True)) for metric, label in ylabel.items()],
+    )  # fmt: skip
+
+
+def teachers(found: Analysis) -> Section:
+    title, question = "Two teachers", "Do teachers agree with each other where the student goes?"
+    if not found.has("student", "second_jsd"):
+        return Section("D11", title, question, missing="Give --second MODEL: another teacher on the same codes, of "
+                       "another seed, another size, or after fewer updates.")  # fmt: skip
+    gap, top = found.mean("student - data", "second_jsd"), found.mean("student", "second_top1")
+    verdict = judged(gap, "teachers disagree more where the student goes: less reliable labels",
+                     "teachers disagree less where the student goes",
+                     "no loss of agreement between teachers is seen")  # fmt: skip
+    return Section(
+        "D11", title, question,
+        "Drawn is the Jensen-Shannon divergence between the teacher and a second one, in nats (at most ln 2 = "
+        "0.693), by position, on data, teacher and student samples.",
+        f"It is {plain(found.mean('student', 'second_jsd').value)} on student samples and "
+        f"{plain(found.mean('data', 'second_jsd').value)} on data, a difference of {told(gap)}, so {verdict}; on "
+        f"student samples they rank the same code first at {share(top.value)} of the positions.",
+        [("Jensen-Shannon divergence by position.", figures.lines(
+            "d11", three(found, "second_jsd"), found.xlabel, "JSD, nats", legend=True))],
+    )  # fmt: skip
+
+
+def calibration(found: Analysis) -> Section:
+    labels = {"max_prob": ("one code (max p)", 0), "cluster_mass": ("one cluster", 2)}
+
+    def line(context: str, confidence: str) -> Line:
+        rows = found.rows("calibration", context=context, confidence=confidence)
+        value, low, high = zip(*map(number, rows), strict=True)
+        label, style = labels[confidence]
+        return Line(label, style, [float(row["mean_confidence"]) for row in rows], value, low, high)
+
+    (second,) = {row["quantity"] for row in found.rows("calibration", context="student")}
+    other = second == "second_forward_kl"
+    ylabel = "KL(second || teacher), nats" if other else "-log p(code), nats"
+    rows = found.rows("calibration", context="student", confidence="max_prob")
+    low, high = float(rows[0]["value"]), float(rows[-1]["value"])
+    falls = number(rows[-1]).high < number(rows[0]).low
+    worst = max(rows, key=lambda row: float(row["value"]))
+    peak = f"{plain(float(worst['value']))}, at {plain(float(worst['mean_confidence']))}"
+    uneven = "" if worst is rows[0] else f" (but it is largest, {peak})"
+    must = ", as it must in part: a sure teacher has a low entropy (give --second for a fair test)."
+    after = f"{uneven}{'.' if other else must}"
+    what = "the divergence to the second teacher" if other else "the mean surprise of the teacher"
+    diagonal = Line("calibrated", TEACHER, [0.0, 1.0], [0.0, 1.0])
+    return Section(
+        "D12", "Calibration of confidence", "Does confidence predict reliability?",
+        "Drawn is, by bins of the teacher's confidence in one code or one cluster, how often that code or cluster "
+        f"is the one in the data, and on student samples {what}.",
+        f"On data the mean distance to the diagonal (ECE) is {plain(found.info['ece']['max_prob'])} for codes and "
+        f"{plain(found.info['ece']['cluster_mass'])} for clusters; on student samples {what} goes from {plain(low)} "
+        f"in the least to {plain(high)} in the most confident bin, so confidence "
+        f"{'does' if falls else 'is not seen to'} predict it{after}",
+        [
+            ("Realised accuracy on data; the diagonal is perfect calibration.", figures.lines(
+                "d12-data", [diagonal, *(line("data", name) for name in labels)], "confidence", "realised accuracy",
+                legend=True, marked=True)),
+            (f"{what[0].upper()}{what[1:]} on student samples.", figures.lines(
+                "d12-student", [line("student", name) for name in labels], "confidence", ylabel, legend=True,
+                marked=True)),
+        ],
+    )  # fmt: skip
+
+
+def selection(found: Analysis) -> Section:
+    title, question = "Selection audit", "Which positions does the method keep, and do they teach anything?"
+    about, history = found.info["selection"], _history(found)
+    if "why_not" in about:
+        return Section("D13", title, question, missing=f"Nothing to audit: {about['why_not']}.")
+    rows = found.rows("selection")
+    groups = [(row["term"], row["context"]) for row in rows if row["share_of"] == "positions"]
+    series, kept = [], {}
+    for style, share_of in ((0, "positions"), (1, "kl")):
+        values = [number(row) for row in rows if row["share_of"] == share_of]
+        kept[share_of] = values
+        label = "share of positions" if share_of == "positions" else "share of the KL"
+        series.append(Bars(label, style, *([value[i] for value in values] for i in range(3))))
+    names = [f"{term}\n{LABEL[context]}" for term, context in groups]
+    told_of = "; ".join(
+        f"{term} {LABEL[context]}: {share(positions.value)} of the positions with {share(kl.value)} of KL(p || q)"
+        for (term, context), positions, kl in zip(groups, kept["positions"], kept["kl"], strict=True)
+    )
+    poor = min(kl.value / max(positions.value, 1e-9) for positions, kl in zip(*kept.values(), strict=True))
+    verdict = ("kept positions carry less KL than their number: the selection keeps easy positions" if poor < 0.8
+               else "kept positions carry about their share of the KL or more")  # fmt: skip
+    panels = [(f"{term}: {context}", found.map(context, f"kept/{term}")) for term, context in groups]
+    shown = [(label, panel) for label, panel in panels if panel is not None]
+    return Section(
+        "D13", title, question,
+        "Drawn is the share of positions that the method's selection gives full weight, with the thresholds of its "
+        f"last checkpoint (update {about['checkpoint']}), the share of the forward KL at those positions, where they "
+        "lie, and what training logged.",
+        f"Kept are: {told_of}; so {verdict}.",
+        [
+            ("What is kept now.", figures.bars("d13-kept", names, series, "share kept")),
+            ("Share of sequences in which a position is kept.", figures.maps("d13-map", shown, "share kept")),
+            *([("What training logged.", figures.lines("d13-log", history, "update", "share", legend=True),
+                "One number an update.")]
+              if history else []),
+        ],
+    )  # fmt: skip
+
+
+def _history(found: Analysis) -> list[Line]:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in found.rows("selection_training"):
+        if not row["key"].startswith("ess/"):
+            series.setdefault(row["key"], []).append((float(row["step"]), float(row["value"])))
+    moving = {key: points for key, points in series.items() if any(value != 1 for _, value in points)}
+    return [Line(key, style, *(list(part) for part in zip(*points, strict=True)))
+            for style, (key, points) in enumerate(sorted(moving.items()))]  # fmt: skip
+
+
+def weights(found: Analysis) -> Section:
+    about: dict[str, Any] = found.info["weights"]
+    rows = found.rows("weights")
+    ratio, distance = ([float(row[name]) for row in rows] for name in ("log_ratio", "distance"))
+    given = [float(row["weight"]) for row in rows if row["weight"]]
+    links = {name: Number(**value) for name, value in about["correlations"].items()}
+    whose = (
+        "the method's own" if about["own"] else "those of reweighted contexts, for this method has no sequence weights"
+    )
+    parts = "; ".join(f"{name.replace('_', ' ')} {told(link)}" for name, link in links.items() if "weight" in name)
+    near = links["weight and distance"]
+    verdict = judged(near, "weight goes to samples far from the training images",
+                     "weight goes to samples near the training images",
+                     "no link between weight and nearness to the training images is seen")  # fmt: skip
+    control = "; the method then deals its weights out at random (a control), which breaks these links"
+    shuffled = control if about["shuffled"] else ""
+    return Section(
+        "D14", "Weight audit", "Whom do sequence weights favour?",
+        "Drawn is r(x), the mean of log p - log q over a student's sequence, its histogram and its link to the "
+        f"distance to the nearest training image in the feature network, and the weights ({whose}; kappa "
+        f"{about['kappa']:g}, {about['rows_per_step']} sequences a step).",
+        f"The weights keep {share(about['effective'])} of the effective sample size and lie in {plain(min(given))} "
+        f"to {plain(max(given))}; rank correlations over {about['weighed']} sequences are: {parts}; so "
+        f"{verdict}{shuffled}.",
+        [
+            ("Plausibility of student samples; the line is r = 0.", figures.histogram(
+                "d14-r", ratio, "r(x) = mean of log p - log q, nats a code", "sequences", reference=0.0)),
+            ("Plausibility and nearness to the training images.", figures.scatter(
+                "d14-near", ratio, distance, "r(x), nats a code", "distance to nearest training image")),
+            ("The weights; the line is the uniform weight.", figures.histogram(
+                "d14-w", given, "weight w(x)", "sequences", reference=1.0), f"N = {about['weighed']:,}."),
+        ],
+    )  # fmt: skip
+
+
+def coverage(found: Analysis) -> Section:
+    risk = {row["risk"]: number(row) for row in found.rows("risks")}
+    llh, cvg, floor = risk["likelihood"], risk["coverage"], risk["likelihood_floor"]
+    series = [
+        Bars("student", 1, [llh.value, cvg.value], [llh.low, cvg.low], [llh.high, cvg.high]),
+        Bars("the teacher in its place", TEACHER, [floor.value] * 2, [floor.low] * 2, [floor.high] * 2),
+    ]
+    at = {metric: number(found.rows("prefix_swap", source="student", share="1", metric=metric)[0])
+          for metric in ("precision", "recall")}  # fmt: skip
+    above, missed = llh.value - floor.value, cvg.value - floor.value
+    both = "averages over modes (implausible samples) more than it leaves modes out" if above > missed else \
+        "leaves modes out more than it makes implausible samples"  # fmt: skip
+    return Section(
+        "D15", "Likelihood and coverage", "Does the student average over modes, or leave some out?",
+        "Drawn are R_llh = E[-log p] on student samples and R_cvg = E[-log q] on teacher samples, in nats per code, "
+        "beside the teacher's own E[-log p] on its own samples, which both would reach if the student were the "
+        "teacher.",
+        f"R_llh is {told(llh)} and R_cvg {told(cvg)} over a floor of {told(floor)}: the student {both} (excess "
+        f"{plain(above)} against {plain(missed)}); its samples have precision {told(at['precision'])} and recall "
+        f"{told(at['recall'])} at N = {found.info['num']}.",
+        [("The two risks.", figures.bars("d15", ["likelihood\nE_S[-log p]", "coverage\nE_P[-log q]"], series,
+                                         "nats per code"))],
+    )  # fmt: skip
+
+
+def cost(found: Analysis) -> Section:
+    rows = {row["what"]: (float(row["value"]), row["unit"]) for row in found.rows("cost")}
+    faster = rows["student rollout"][0] / rows["teacher rollout"][0]
+    passes = rows["student forward"][0] / rows["student rollout"][0]
+    return Section(
+        "D18", "Cost", "What does a code cost?",
+        "Listed are codes per second of decoding and of one forward pass (64 sequences at once, on "
+        f"{found.info['device']}), parameters, memory, and what training saw.",
+        f"The student decodes {faster:.1f} times as fast as the teacher; a code that it samples costs {passes:.1f} "
+        "times a code in a forward pass, which is what student contexts add to training.",
+        rows=[(what, f"{value:,.0f} {unit}") for what, (value, unit) in rows.items()],
+    )  # fmt: skip
