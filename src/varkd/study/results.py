@@ -211,7 +211,7 @@ def _verdict(teacher: dict[str, Any], start: dict[str, Any], baseline: str, summ
     reference = next((row["fd"] for row in summary if row["method"] == baseline), None)
     begin = begun if reference is None else reference
     widths = [row["difference"]["high"] - row["difference"]["low"] for row in summary if row["difference"]]
-    who = "the start" if reference is None else f"'{baseline}'"
+    who = "The start" if reference is None else f"Cross-entropy ('{baseline}')"
     gap = begin["value"] - taught["value"]
     told = f"{who} is {gap:.2f} FD from the teacher ({begin['value']:.2f} against {taught['value']:.2f})"
     if gap_is_small(taught, begin):
