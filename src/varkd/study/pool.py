@@ -138,23 +138,25 @@ def execute(tasks: Sequence[Task], pool: Pool, label: str, quiet: bool = False) 
             finished, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in finished:
                 task = running.pop(future)
-                error = future.exception()
+                error = _cause(future.exception())
                 moved += task.weight
                 if error is None:
                     done.add(task.name)
                 elif isinstance(error, VarkdError):
                     failed[task.name] = str(error)
+                elif isinstance(error, BrokenProcessPool):
+                    raise VarkdError("a worker process died (out of memory?): run the same command again to resume, "
+                                     "with a smaller workers= if it happens again") from error  # fmt: skip
                 else:
-                    raise _plain(error)
+                    raise error
                 progress.update(round(moved), task.name if error is None else f"{task.name} failed")
     return failed
 
 
-def _plain(error: BaseException) -> BaseException:
-    if isinstance(error, BrokenProcessPool):
-        return VarkdError("a worker process died (out of memory?): run the same command again to resume, with a "
-                          "smaller workers= if it happens again")  # fmt: skip
-    return error
+def _cause(error: BaseException | None) -> BaseException | None:
+    """What the task itself raised: Ray wraps it into an error whose text is the remote traceback."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, VarkdError) else error
 
 
 def _drop_hopeless(waiting: dict[str, Task], failed: dict[str, str]) -> None:

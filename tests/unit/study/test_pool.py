@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from varkd.errors import VarkdError
+from varkd.files import read_json, write_text
 from varkd.study import pool
 from varkd.study.pool import Inline, Processes, Ray, Task, execute, open_pool
 
@@ -120,14 +121,17 @@ def test_ray_where_it_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPat
 
 
 def test_ray_on_a_local_cluster(tmp_path: Path):
+    """Its workers import functions by name, so these are the library's."""
     pytest.importorskip("ray")
     workers = Ray(None, 1, "cpu")
     try:
-        tasks = [Task("a", write, (str(tmp_path / "a"),)), Task("bad", fail, ("one line",))]
-        assert execute(tasks, workers, "test", quiet=True) == {"bad": "one line"}
+        tasks = [Task("a", write_text, (tmp_path / "a", "done")), Task("bad", read_json, (tmp_path / "none",)),
+                 Task("after", write_text, (tmp_path / "after", "done"), ("a",))]  # fmt: skip
+        failures = execute(tasks, workers, "test", quiet=True)
     finally:
         workers.close()
-    assert (tmp_path / "a").read_text() != str(os.getpid())
+    assert failures == {"bad": f"no such file: {tmp_path / 'none'}"}
+    assert (tmp_path / "a").read_text() == (tmp_path / "after").read_text() == "done"
 
 
 def test_a_dead_worker_is_one_line():
