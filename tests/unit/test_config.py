@@ -25,7 +25,8 @@ from varkd.distill.spaces import Clusters, Neighbours
 from varkd.errors import VarkdError
 from varkd.methods import METHODS
 
-RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("study-"))
 
 
 @pytest.mark.parametrize("name", METHODS)
