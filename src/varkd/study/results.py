@@ -152,7 +152,8 @@ def _against(study: Study, mine: Sequence[Row], other: Sequence[Row], name: str)
 
 def _warnings(row: Row, summary: Sequence[Row]) -> list[str]:
     """What a user should know before believing the row."""
-    reference = next((other for other in summary if other["method"] in ("kd", "ce")), None)
+    known = {other["method"]: other for other in summary}
+    reference = known.get("kd") or known.get("ce")
     found = []
     if reference and row["method"] != reference["method"] and row["recall"]["value"] is not None:
         drop = reference["recall"]["value"] - row["recall"]["value"]
