@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 something that the user can put right (one line on stderr)
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -422,5 +423,16 @@ def _version() -> str:
     return version("varkd")
 
 
+def _leave(code: int) -> None:
+    """End the process. Under torchrun without the interpreter's shutdown: there, on a loaded machine, a thread that a
+    library has not joined aborts a rank now and then whose work is done and on disk, and torchrun calls the run failed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())
