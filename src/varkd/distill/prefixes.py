@@ -14,6 +14,7 @@ Sequences are sampled by whole steps of the plan: codes of one step (a scale, a 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -95,10 +96,11 @@ class _TwoModels(Prefixes):
         del source
         return filtered(self.sampler)
 
+    @abstractmethod
     def choose(
         self, student_BnV: Tensor, teacher_BnV: Tensor, uniform_Bn: Tensor, spare_Bn: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        raise NotImplementedError
+        """Codes (B, n), the log-probability of each under the whole procedure, and which proposals were accepted."""
 
     def __call__(self, batch: Batch, scene: Scene) -> Context:
         plan = self.sampler.plan(scene.student, scene.rng, batch.row_B)

@@ -143,7 +143,7 @@ def without_clocks(found: dict[str, Any]) -> list[dict[str, Any]]:
 def test_a_stop_changes_no_number(
     stop_at: int, recipe: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Killed in the middle of a run, and once more between two tasks; then the same command."""
+    """Killed in the middle of a run; then the same command."""
     calls = {"count": 0}
     whole = work.train_run
 
