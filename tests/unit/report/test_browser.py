@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 from run_folders import metrics, study, write_run
 from study_folder import results, write_folder
 
+from browsing import browser, fits, smallest_text, use, window
 from varkd.report import write_report
 from varkd.report.study import write_study
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-REQUIRED = os.environ.get("VARKD_REQUIRE_BROWSER") == "1"
-OUTSIDE = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+__all__ = ["browser", "window"]
+
 COLUMN = "(table, index) => [...table.tBodies[0].rows].map((row) => row.cells[index].dataset.value)"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        if REQUIRED:
-            pytest.fail("VARKD_REQUIRE_BROWSER=1 but no chromium is installed: apt-get install chromium")
-        pytest.skip("no chromium is installed: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +38,6 @@ def study_report(tmp_path_factory) -> Path:
     return write_study(write_folder(tmp_path_factory.mktemp("browser-study"), made))
 
 
-@pytest.fixture(params=[(1280, "light"), (390, "light"), (390, "dark")], ids=["desk", "phone", "phone-dark"])
-def window(request, browser):
-    """Opens a page at one width in one theme, and asks in the end that nothing complained."""
-    width, scheme = request.param
-    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda asked: asked.url.startswith("http") and complaints.append(f"network: {asked.url}"))
-    yield page
-    page.close()
-    assert complaints == []
-
-
 @pytest.fixture
 def page(window, report):
     window.goto(report.as_uri())
@@ -79,11 +48,6 @@ def page(window, report):
 def study_page(window, study_report):
     window.goto(study_report.as_uri())
     return window
-
-
-def fits(page) -> bool:
-    content, window = page.evaluate(OUTSIDE)
-    return content <= window
 
 
 def test_every_control_works_and_nothing_overflows(page, tmp_path):
@@ -144,24 +108,8 @@ def table_left(page) -> float:
     return page.locator("#comparison-table tbody th").first.bounding_box()["x"]
 
 
-def smallest_text(page) -> float:
-    selector = "p, td, th, li, dd, summary, button, figcaption"
-    size = "(element) => parseFloat(getComputedStyle(element).fontSize)"
-    return page.evaluate(f"Math.min(...[...document.querySelectorAll('{selector}')].map({size}))")
-
-
 def test_text_is_large_enough_for_a_phone(page):
     assert smallest_text(page) >= 14
-
-
-def use(scope, headers: str) -> None:
-    """Open what can be opened in `scope`, then sort by those `headers` of every table there."""
-    for summary in scope.locator("summary").all():
-        summary.click()
-        assert summary.evaluate("(element) => element.parentElement.open")
-    for header in scope.locator(headers).all():
-        header.click()
-        assert header.locator("xpath=..").get_attribute("aria-sort") in ("ascending", "descending")
 
 
 def test_every_control_of_a_study_works_and_nothing_overflows(study_page):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from browsing import browser, fits, smallest_text, use, window
 from tiny_runs import FROM_THE_START, scale_codes, train
 from varkd.cli import main
 from varkd.config import Model
@@ -24,7 +25,7 @@ from varkd.run.language import Language, language_pair
 from varkd.run.subject import open_subject, sequences_of
 from varkd.types import Batch
 
-__all__ = ["scale_codes"]
+__all__ = ["browser", "scale_codes", "window"]
 
 CPU = torch.device("cpu")
 NUM = 24
@@ -233,3 +234,16 @@ def test_names_are_escaped(analysis: Path, tmp_path: Path, monkeypatch: pytest.M
     text = page.write_page(copy).read_text()
     assert "<b>bold" not in text and "&lt;b&gt;bold" in text
     assert (analysis / "index.html").stat().st_size < 2_000_000
+
+
+def test_the_page_in_a_browser(window, analysis: Path):
+    window.goto((analysis / "index.html").as_uri())
+    for link in window.locator("nav a").all():
+        link.click()
+        assert window.locator(link.get_attribute("href")).bounding_box()["y"] < 844, "it is in sight"
+    use(window, "thead button")
+    assert fits(window), "with everything opened"
+    assert smallest_text(window) >= 14
+    for drawing in window.locator("svg:visible").all():
+        box = drawing.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= window.viewport_size["width"]
