@@ -23,11 +23,13 @@ SETTINGS = (
     "train.validate_every=3", "train.checkpoint_every=3", "train.tensorboard=false", "train.optim.warmup=2",
     "train.optim.lr=0.01", "evaluation.num_samples=40", "evaluation.resamples=20", "device=cpu",
 )  # fmt: skip
-# Student samples from the first update on, refreshed every other one: rings, ages and thresholds all matter at once.
+# Student samples that are refreshed every other update, weights that differ, and a gate: rings, ages and thresholds all
+# matter at once.
 FROM_THE_START = (
-    "method=varkd", "method.contexts.contexts.shares.0.fraction=0.5", "method.contexts.contexts.shares.1.fraction=0.5",
-    "method.contexts.contexts.shares.1.contexts.every=2", "method.contexts.contexts.shares.1.contexts.capacity=2",
-    "method.terms.student.selection.quantile=0.5", "method.contexts.kappa=30",
+    "method=varkd",
+    "method.contexts={kind: reweighted, kappa: 30, contexts: {kind: mixture, shares: [{contexts: {kind: data}, "
+    "fraction: 0.5}, {contexts: {kind: replay, every: 2, capacity: 2}, fraction: 0.5}]}}",
+    "method.terms.student.selection={kind: confidence, quantile: 0.5, score: cluster_mass}",
 )  # fmt: skip
 # What VarKD could be made of instead: position weights, the best of two samples against the student at its start, ...
 BEST_OF_TWO = "{kind: replay, every: 2, capacity: 2, rollout: {kind: best_of, count: 2}}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from varkd.distill.bestof import BestOf
 from varkd.distill.credit import FutureReturn, Importance, PrefixDiscrepancy, Reward
 from varkd.distill.divergences import (
     JSD,
@@ -40,10 +41,9 @@ from varkd.distill.prefixes import (
     TokenMix,
 )
 from varkd.distill.replay import Replay
-from varkd.distill.reweighted import Reweighted
 from varkd.distill.schedule import Decay, Plateau, Ramp, TaidTime
-from varkd.distill.selection import Accepted, All, Confidence, Random
-from varkd.distill.spaces import Clusters, Full
+from varkd.distill.selection import Accepted, Confidence, Random
+from varkd.distill.spaces import Clusters
 from varkd.distill.target import Guided
 from varkd.rollout import Sampler
 
@@ -89,17 +89,15 @@ _EASY = replace(_HARD, side="high")
 _UNSURE = Confidence(0.5, score="entropy", floor=0.0, side="low")
 _SKEW = SequenceSkew()
 
-# VarKD's parts (docs/varkd.md). Half of the rows become replayed student samples after a tenth of training on data; the
-# teacher counts fully where its best cluster is above the per-position median, and a tenth below it.
-_VARKD_MIX = Mixture((Share(Data(), Ramp(1.0, 0.5, 0.1, 0.4)), Share(Replay(), Ramp(0.0, 0.5, 0.1, 0.4))))
-_VARKD_SELECT = Confidence(Ramp(0.0, 0.5, 0.1, 0.6), score="cluster_mass", floor=0.1)
+# VarKD (docs/varkd.md). Half of the rows are student samples: the best of eight by what the teacher sees in them that
+# the student at its start did not, drawn anew every eighth step. Selection and clusters are there to be added.
+_VARKD_SAMPLES = Replay(BestOf(count=8), every=8, max_age=40)
+_VARKD_CONTEXTS = Mixture((Share(Data(), 0.5), Share(_VARKD_SAMPLES, 0.5)))
+_VARKD_PLAIN = Mixture((Share(Data(), 0.5), Share(replace(_VARKD_SAMPLES, rollout=Rollout()), 0.5)))
+_VARKD_ANY = Mixture((Share(Data(), 0.5), Share(replace(_VARKD_SAMPLES, rollout=BestOf(count=8, shuffle=True)), 0.5)))
+_VARKD_ANCHOR = Term("anchor", ReverseKL(), on=("data",))
+_VARKD_TERM = Term("student", ReverseKL(), on=("student",))
 _VARKD_SPACE = Clusters(within=0.3)
-_VARKD_ANCHOR = (
-    Term("anchor", ForwardKL(), on=("data",)),
-    Term("anchor_ce", CrossEntropy(), on=("data",), weight=0.5),
-)
-_VARKD_TERM = Term("student", ForwardKL(), on=("student",), selection=_VARKD_SELECT, space=_VARKD_SPACE)
-_VARKD_CONTEXTS = Reweighted(_VARKD_MIX)
 _IDEA = "independent implementation of the idea of arXiv 2606.06078"
 
 METHODS: dict[str, Preset] = {
@@ -316,49 +314,46 @@ METHODS: dict[str, Preset] = {
         Method((Term("kd", ForwardKL(), weight=0.5), Term("ce", CrossEntropy(), weight=0.5)), target=Guided(1.5)),
     ),
     "varkd": Preset(
-        _IDEA, "KL(p || q) + 1/2 CE on data + w(x) a_t [0.3 KL + 0.7 KL_clusters] on student samples",
-        "Student samples with a reweighted signal, the teacher where it is confident, a compressed code space.",
-        Method((*_VARKD_ANCHOR, _VARKD_TERM), _VARKD_CONTEXTS),
+        _IDEA, "KL(q || p) on data + KL(q || p) on student samples, each the best of 8 by log p - log r (r: the start)",
+        "Reverse KL on data and on those of the student's samples that the teacher prefers.",
+        Method((_VARKD_ANCHOR, _VARKD_TERM), _VARKD_CONTEXTS),
     ),
     "varkd_guided": Preset(
-        "guidance distillation; independent implementation of the idea of arXiv 2606.06078",
-        "varkd with the guided teacher (scale 1.5) as the target",
+        f"guidance distillation; {_IDEA}", "varkd with the guided teacher (scale 1.5) as the target",
         "VarKD that learns the guided distribution: sample it without guidance.",
-        Method((*_VARKD_ANCHOR, _VARKD_TERM), _VARKD_CONTEXTS, target=Guided(1.5)),
+        Method((_VARKD_ANCHOR, _VARKD_TERM), _VARKD_CONTEXTS, target=Guided(1.5)),
     ),
     "varkd_offpolicy": Preset(
-        "ablation; independent implementation of the idea of arXiv 2606.06078",
-        "varkd's terms, all on data",
-        "VarKD without student samples: selection and clusters on real prefixes.",
-        Method((*_VARKD_ANCHOR, replace(_VARKD_TERM, on=("data",)))),
-    ),
-    "varkd_no_select": Preset(
-        f"ablation; {_IDEA}", "varkd with a_t = 1", "VarKD that trusts the teacher at every position.",
-        Method((*_VARKD_ANCHOR, replace(_VARKD_TERM, selection=All())), _VARKD_CONTEXTS),
-    ),
-    "varkd_no_clusters": Preset(
-        f"ablation; {_IDEA}", "varkd over all codes, a_t by max p", "VarKD without the compressed code space.",
-        Method((*_VARKD_ANCHOR, replace(_VARKD_TERM, space=Full(), selection=replace(_VARKD_SELECT, score="max_prob"))),
-               _VARKD_CONTEXTS),
+        f"ablation; {_IDEA}", "KL(q || p) on data", "VarKD without student samples.", Method((_VARKD_ANCHOR,)),
     ),
     "varkd_no_reweight": Preset(
-        f"ablation; {_IDEA}", "varkd with w(x) = 1", "VarKD with equal weights on all student samples.",
-        Method((*_VARKD_ANCHOR, _VARKD_TERM), _VARKD_MIX),
-    ),
-    "varkd_random_select": Preset(
-        f"control; {_IDEA}", "varkd with a random a_t of the same kept fraction",
-        "Control: the same number of positions, chosen by chance. It must not help.",
-        Method((*_VARKD_ANCHOR, replace(_VARKD_TERM, selection=Random(Ramp(0.0, 0.5, 0.1, 0.6)))), _VARKD_CONTEXTS),
-    ),
-    "varkd_random_clusters": Preset(
-        f"control; {_IDEA}", "varkd with clusters of the same sizes, drawn by chance",
-        "Control: the code space compressed without its geometry. It must not help.",
-        Method((*_VARKD_ANCHOR, replace(_VARKD_TERM, space=replace(_VARKD_SPACE, assignment="random"))),
-               _VARKD_CONTEXTS),
+        f"ablation; {_IDEA}", "varkd on one student sample instead of the best of 8",
+        "VarKD on all student samples alike.", Method((_VARKD_ANCHOR, _VARKD_TERM), _VARKD_PLAIN),
     ),
     "varkd_shuffled_weights": Preset(
-        f"control; {_IDEA}", "varkd with w(x) on the wrong sequences",
-        "Control: the same sequence weights, shuffled. It must not help.",
-        Method((*_VARKD_ANCHOR, _VARKD_TERM), replace(_VARKD_CONTEXTS, shuffle=True)),
+        f"control; {_IDEA}", "varkd with the 8 samples' scores dealt out by chance",
+        "Control: one of 8 student samples, chosen by chance. It must not help.",
+        Method((_VARKD_ANCHOR, _VARKD_TERM), _VARKD_ANY),
+    ),
+    "varkd_select": Preset(
+        f"ablation; {_IDEA}", "varkd with a_t = 0.3 + 0.7 min(1, p(x_t) / q(x_t)) on student samples",
+        "VarKD that trusts the teacher as far as it would accept the student's code.",
+        Method((_VARKD_ANCHOR, replace(_VARKD_TERM, selection=Accepted("code", floor=0.3))), _VARKD_CONTEXTS),
+    ),
+    "varkd_random_select": Preset(
+        f"control; {_IDEA}", "varkd_select with an a_t that is 0.3 at 15 % of the positions, by chance",
+        "Control: positions chosen by chance. It must do worse than varkd_select.",
+        Method((_VARKD_ANCHOR, replace(_VARKD_TERM, selection=Random(0.15, floor=0.3))), _VARKD_CONTEXTS),
+    ),
+    "varkd_clusters": Preset(
+        f"ablation; {_IDEA}", "varkd with 0.3 KL + 0.7 KL of clusters on student samples",
+        "VarKD in a compressed code space.",
+        Method((_VARKD_ANCHOR, replace(_VARKD_TERM, space=_VARKD_SPACE)), _VARKD_CONTEXTS),
+    ),
+    "varkd_random_clusters": Preset(
+        f"control; {_IDEA}", "varkd_clusters with clusters of the same sizes, drawn by chance",
+        "Control: the code space compressed without its geometry. It must do worse than varkd_clusters.",
+        Method((_VARKD_ANCHOR, replace(_VARKD_TERM, space=replace(_VARKD_SPACE, assignment="random"))),
+               _VARKD_CONTEXTS),
     ),
 }  # fmt: skip

@@ -22,7 +22,6 @@ from varkd.cli import main
 from varkd.data.codes import CodeSet
 from varkd.distill.method import Method
 from varkd.distill.mixture import Mixture
-from varkd.distill.reweighted import Reweighted
 from varkd.distill.schedule import Plateau
 from varkd.errors import VarkdError
 from varkd.methods import METHODS
@@ -115,30 +114,20 @@ REMEMBERS = {
     "distillm2": {"skew"},
     "atkd": {"threshold"},
     "eopd": {"threshold"},
-    "varkd_offpolicy": {"threshold"},
-    "varkd_no_select": {"rows"},
-    "varkd_random_select": {"rows"},
-    **dict.fromkeys(("varkd", "varkd_guided", "varkd_no_clusters", "varkd_no_reweight", "varkd_random_clusters",
-                     "varkd_shuffled_weights"), frozenset({"rows", "threshold"})),
+    **{name: {"rows"} for name in METHODS if name.startswith("varkd") and name != "varkd_offpolicy"},
 }  # fmt: skip
 """What a preset carries from one update to the next, by the first word of the state's keys."""
 FORGETFUL = sorted(set(METHODS) - set(REMEMBERS))
 
 
 def lively(name: str) -> Method:
-    """The preset, remembering from the first update on: VarKD has its student rows, DistiLLM's phi always grows."""
+    """The preset, remembering from the first update on: DistiLLM's phi always grows."""
     method = METHODS[name].method
-    mixture = method.contexts.contexts if isinstance(method.contexts, Reweighted) else method.contexts
-    if not isinstance(mixture, Mixture) or not name.startswith(("varkd", "distillm")) or name == "distillm2":
+    if name != "distillm":
         return method
-    data, student = mixture.shares
-    if name == "distillm":
-        shares = (data, replace(student, fraction=Plateau(step=0.3, tolerance=-10.0)))
-    else:
-        shares = (replace(data, fraction=0.5), replace(student, fraction=0.5))
-    contexts = Mixture(shares)
-    reweighted = isinstance(method.contexts, Reweighted)
-    return replace(method, contexts=replace(method.contexts, contexts=contexts) if reweighted else contexts)
+    assert isinstance(method.contexts, Mixture)
+    data, student = method.contexts.shares
+    return replace(method, contexts=Mixture((data, replace(student, fraction=Plateau(step=0.3, tolerance=-10.0)))))
 
 
 def go_on(job: Job, until: int, forget: bool = False) -> list[dict[str, float]]:

@@ -67,10 +67,10 @@ def test_what_is_shown_is_the_run(method: str, tmp_path: Path, capsys: pytest.Ca
 
 def test_what_is_shown_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """`varkd show ... > recipe.yaml` is how a person begins one."""
-    assert main(["show", "digits-student", "method=varkd", "method.contexts.kappa=2.5"]) == 0
+    assert main(["show", "digits-student", "method=varkd", "method.contexts.shares.1.contexts.every=3"]) == 0
     (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)
     assert load_run(tmp_path / "recipe.yaml") == load_run(
-        "digits-student", ["method=varkd", "method.contexts.kappa=2.5"]
+        "digits-student", ["method=varkd", "method.contexts.shares.1.contexts.every=3"]
     )
 
 

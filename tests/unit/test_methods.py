@@ -12,7 +12,8 @@ import pytest
 from varkd import methods
 from varkd.cli import main
 from varkd.distill.method import Method
-from varkd.distill.reweighted import Reweighted
+from varkd.distill.mixture import Mixture
+from varkd.distill.reweighted import PrefixReweighted
 from varkd.methods import METHODS, Preset
 
 KEYS = {"name", "source", "equation", "summary", "contexts", "target", "terms", "schedule"}
@@ -48,9 +49,9 @@ def test_no_two_rows_are_alike(capsys: pytest.CaptureFixture[str]):
 def test_each_preset_is_described_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """The description follows the value: change a part and its row changes."""
     before = {row["name"]: row for row in table(capsys)}["varkd"]
-    contexts = METHODS["varkd"].method.contexts
-    assert isinstance(contexts, Reweighted)
-    changed = replace(METHODS["varkd"].method, contexts=replace(contexts, kappa=1.25))
+    method = METHODS["varkd"].method
+    assert isinstance(method.contexts, Mixture)
+    changed = replace(method, contexts=PrefixReweighted(method.contexts, kappa=1.25))
     monkeypatch.setitem(METHODS, "varkd", replace(METHODS["varkd"], method=changed))
     after = {row["name"]: row for row in table(capsys)}["varkd"]
     assert "1.25" in after["contexts"] and before["contexts"] != after["contexts"]

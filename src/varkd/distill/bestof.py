@@ -24,12 +24,14 @@ class BestOf(Prefixes):
     `score="difference"`: the mean over positions of log p - log r, r being the student as it was at the start of the
     run. Difference sampling (MiniPLM, 2410.17215) on samples instead of data: what makes an image likely under any
     model cancels. `"teacher"` is log p alone, which prefers smooth images without detail to others of the same class.
+    `shuffle=True` is the control: the scores are dealt out among a label's samples by chance.
     All are decoded in one pass, so the cache takes `count` times the memory of a plain rollout's.
     """
 
     rollout: Rollout | TokenMix | Interleaved | PrefixRestart = Rollout()
     count: int = 4
     score: Literal["difference", "teacher"] = "difference"
+    shuffle: bool = False
     kind: Literal["best_of"] = "best_of"
 
     def __post_init__(self) -> None:
@@ -65,6 +67,9 @@ class BestOf(Prefixes):
         every = batch.select(torch.arange(len(batch), device=batch.row_B.device).repeat(self.count))
         made = self.rollout(replace(every, row_B=torch.cat([each.row_B for each in tries])), scene).parts[0]
         score_BC = self._score(made, scene).view(self.count, len(batch)).T
+        if self.shuffle:
+            chance_BC = scene.rng.uniform("best-of/shuffle", batch.row_B, self.count)
+            score_BC = score_BC.gather(1, chance_BC.argsort(1))
         chosen_B = score_BC.argmax(1) * len(batch) + torch.arange(len(batch), device=score_BC.device)
         return Context((replace(made.select(chosen_B), row_B=batch.row_B),))
 

@@ -168,7 +168,8 @@ def sentence(value: Any) -> str:
                     f"{value.max_age} steps old, or samples anew {often}")  # fmt: skip
         case BestOf():
             best = "log p - log r, r the student at its start" if value.score == "difference" else "log p"
-            return f"{sentence(value.rollout)}; of {value.count} for each label, the one with the largest {best}"
+            dealt = ", the scores dealt out by chance" if value.shuffle else ""
+            return f"{sentence(value.rollout)}; of {value.count} for each label, the one with the largest {best}{dealt}"
         case Accepted():
             asks = {"top_k": "top_k", "top_p": "nucleus", "neighbours": "neighbours"}
             text, told = first_sentence(value), tuple(name for name, rule in asks.items() if rule != value.rule)

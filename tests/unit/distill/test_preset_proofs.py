@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -330,87 +330,39 @@ def guided(step: Step) -> Step:
     return replace(step, teacher_BLV=step.null_BLV + 1.5 * (step.teacher_BLV - step.null_BLV))
 
 
-def plausibility_weights(step: Step) -> Tensor:
-    """clip(B softmax(kappa r), 1/4, 4) with mean 1 on student sequences, r = the mean of log p - log q; 1 elsewhere.
-
-    kappa is 4, or the largest one below at which the effective sample size is half of the sequences.
-    """
-    student = step.on("student")
-    r = reward(step).mean(1)[student]
-
-    def weights(kappa: float) -> tuple[Tensor, bool]:
-        w = (len(r) * (kappa * r).exp() / (kappa * r).exp().sum()).clamp(1 / 4, 4)
-        w = w / w.mean()
-        return w, bool(w.sum() ** 2 / (w**2).sum() >= 0.5 * len(w))
-
-    kappa, width = 4.0, 4.0
-    while width > 1e-12 and not (kappa == 4.0 and weights(4.0)[1]):
-        width /= 2
-        kappa = kappa + width if weights(kappa)[1] else kappa - width
-    weight_B = torch.ones(len(student), dtype=torch.float64)
-    weight_B[student] = weights(kappa)[0]
-    return weight_B
+def by_acceptance(step: Step) -> Tensor:
+    """0.3 + 0.7 min(1, p / q) of the code at hand."""
+    return 0.3 + 0.7 * (of(step.lp, step.code_BL) - of(step.lq, step.code_BL).detach()).exp().clamp(max=1)
 
 
-def chance(step: Step) -> Tensor:
-    """The control's positions: all but a share of 0.4, by chance."""
-    return Rng(0, STEP).uniform("select", step.row_B, step.code_BL.shape[1]) >= 0.4
-
-
-def best_cluster(key: str) -> Callable[[Step], Tensor]:
-    return lambda step: cluster_masses(step.lp, step.products[key]).max(2).values.exp()
-
-
-def surest_code(step: Step) -> Tensor:
-    return step.lp.max(2).values.exp()
+def by_chance(step: Step) -> Tensor:
+    """The control's positions: 0.3 for a share of 0.15 by chance."""
+    uniform_BL = Rng(0, STEP).uniform("select", step.row_B, step.code_BL.shape[1])
+    return torch.where(uniform_BL >= 0.15, 1.0, 0.3).double()
 
 
 @dataclass(frozen=True)
 class VarKD:
-    """KL + 1/2 CE on data, + w a [0.3 KL + 0.7 KL of clusters] on student sequences; each part can be exchanged."""
+    """KL(q || p) on data, + on student sequences a [0.3 KL(q || p) + 0.7 KL of clusters]; parts can be added."""
 
-    clusters: str | None = "clusters/kmeans-sqrt-seed0"
-    score: Callable[[Step], Tensor] | None = best_cluster("clusters/kmeans-sqrt-seed0")
-    weights: Callable[[Step], Tensor] = plausibility_weights
-    source: str = "student"
+    clusters: str | None = None
+    selection: Callable[[Step], Tensor] | None = None
+    sources: tuple[str, ...] = ("data", "student")
     target: Callable[[Step], Step] = lambda step: step
 
-    def selection(self, step: Step) -> Tensor:
-        if self.score is None:
-            return torch.ones(step.code_BL.shape)
-        kept_BL = self.score(step) >= by_rank(step, step.memory["threshold/student"])
-        return torch.where(kept_BL, 1.0, 0.1).double()
-
     def __call__(self, step: Step) -> Tensor:
-        # Weights are about what the teacher finds plausible, guided or not.
-        w_B1, step = self.weights(step).unsqueeze(1), self.target(step)
-        anchor = mean(fkl(step), step.on("data")) + 0.5 * mean(ce(step), step.on("data"))
-        value_BL = fkl(step)
+        step = self.target(step)
+        total = mean(rkl(step), step.on("data"))
+        if "student" not in self.sources:
+            return total
+        value_BL = rkl(step)
         if self.clusters:
             cluster_V = step.products[self.clusters]
-            coarse_BL = kl(cluster_masses(step.lp, cluster_V), cluster_masses(step.lq, cluster_V))
+            coarse_BL = kl(cluster_masses(step.lq, cluster_V), cluster_masses(step.lp, cluster_V))
             value_BL = 0.3 * value_BL + 0.7 * coarse_BL
-        return anchor + mean(value_BL, step.on(self.source), w_B1 * self.selection(step))
+        return total + mean(value_BL, step.on("student"), self.selection(step) if self.selection else 1.0)
 
 
-class RandomSelect(VarKD):
-    def selection(self, step: Step) -> Tensor:
-        return torch.where(chance(step), 1.0, 0.1)
-
-
-def ones(step: Step) -> Tensor:
-    return torch.ones(len(step.source), dtype=torch.float64)
-
-
-def shuffled(step: Step) -> Tensor:
-    """The library's own shuffle, if it is one: the same numbers on other sequences."""
-    right_B, student = plausibility_weights(step), step.on("student")
-    torch.testing.assert_close(step.weight_B[student].sort().values, right_B[student].sort().values, rtol=2e-6, atol=0)
-    assert (step.weight_B[student] - right_B[student]).abs().max() > 0.1
-    return step.weight_B
-
-
-RANDOM_CLUSTERS = "clusters/random-sqrt-seed0"
 FORMULAS: dict[str, Callable[[Step], Tensor]] = {
     "ce": lambda step: mean(ce(step)),
     "kd": kd,
@@ -449,13 +401,13 @@ FORMULAS: dict[str, Callable[[Step], Tensor]] = {
     "kd_guided": lambda step: kd(guided(step)),
     "varkd": VarKD(),
     "varkd_guided": VarKD(target=guided),
-    "varkd_offpolicy": VarKD(weights=ones, source="data"),
-    "varkd_no_select": VarKD(score=None),
-    "varkd_no_clusters": VarKD(clusters=None, score=surest_code),
-    "varkd_no_reweight": VarKD(weights=ones),
-    "varkd_random_select": RandomSelect(score=None),
-    "varkd_random_clusters": VarKD(RANDOM_CLUSTERS, best_cluster(RANDOM_CLUSTERS)),
-    "varkd_shuffled_weights": VarKD(weights=shuffled),
+    "varkd_offpolicy": VarKD(sources=("data",)),
+    "varkd_no_reweight": VarKD(),
+    "varkd_shuffled_weights": VarKD(),
+    "varkd_select": VarKD(selection=by_acceptance),
+    "varkd_random_select": VarKD(selection=by_chance),
+    "varkd_clusters": VarKD(clusters="clusters/kmeans-sqrt-seed0"),
+    "varkd_random_clusters": VarKD(clusters="clusters/random-sqrt-seed0"),
 }
 
 DATA, TEACHER, STUDENT = {"data": ROWS}, {"teacher": ROWS}, {"student": ROWS}
@@ -478,8 +430,6 @@ SCORES: dict[str, dict[str, Callable[[Step], Tensor]]] = {
         lambda step: of(step.lp, step.gold_BL).exp(),
     ),
     "eopd": {"threshold/fkl": lambda step: -entropy(step.lp) / math.log(VOCAB)},
-    **{name: {"threshold/student": formula.score} for name, formula in FORMULAS.items()
-       if isinstance(formula, VarKD) and formula.score is not None},
 }  # fmt: skip
 """What is compared with a threshold; the tests put the threshold into the middle of it."""
 
@@ -565,7 +515,8 @@ def case(name: str, family: str = "llamagen", drift: float = 0.0) -> Case:
     method = METHODS[name].method.at(PROGRESS.get(name, 0.5), memory)
     products = method.prepare(torch.randn(VOCAB, 3, generator=torch.Generator().manual_seed(0)))
     batch, rng = toy_batch(length=student.sequence_length), Rng(0, STEP)
-    context = method.contexts(batch, Scene(student, teacher, memory, rng, products=products))
+    scene = Scene(student, teacher, memory, rng, products=products, reference=toy(family, 3, 16).eval())
+    context = method.contexts(batch, scene)
     if drift:
         noise = torch.Generator().manual_seed(5)
         context = Context(tuple(
@@ -575,9 +526,7 @@ def case(name: str, family: str = "llamagen", drift: float = 0.0) -> Case:
         ))  # fmt: skip
     step = look(student, teacher, context, products)
     for key, score in SCORES.get(name, {}).items():
-        source = FORMULAS[name].source if isinstance(FORMULAS[name], VarKD) else step.source[0]
-        seen = guided(step) if name.endswith("guided") else step
-        memory[key] = middle(step, score(seen), step.on(source), per_rank=name != "atkd").detach()
+        memory[key] = middle(step, score(step), step.on(step.source[0]), per_rank=name != "atkd").detach()
     inputs = LossInputs(method, student, teacher, memory, products, rng, chunk_rows=7)
     return Case(inputs, context, replace(step, memory=memory), batch)
 
@@ -616,10 +565,13 @@ def test_a_preset_is_its_formula(name: str):
 
 
 def test_the_cases_show_every_part():
-    """Weights that differ, selections that keep some positions, skews between their limits, rejected proposals."""
-    for name in ("varkd", "varkd_no_select", "varkd_shuffled_weights"):
-        step = case(name).step
-        assert step.weight_B[step.on("student")].std() > 0.3, name
+    """Selections that keep some positions, skews between their limits, rejected proposals, other samples."""
+    codes = [case(name).step.code_BL for name in ("varkd", "varkd_no_reweight", "varkd_shuffled_weights")]
+    for first, second in combinations(codes, 2):
+        assert (first != second).any(1).sum() >= 2, "they differ in which samples they are about"
+    for selection in (by_acceptance, by_chance):
+        step = case("varkd").step
+        assert 0.05 < float((selection(step) < 0.999)[step.on("student")].double().mean()) < 0.95
     for name, about in {**SCORES, "selectkd_topk": ["kd"], "selectkd_spec": ["kd"]}.items():
         subject = case(name)
         _, stats = distill_loss(subject.inputs, subject.context, denominators(subject.inputs, subject.context, World()))
@@ -747,8 +699,8 @@ STUDENT_SHARE: dict[str, Callable[[float], float]] = {
     "imitkd": lambda p: 1 - 200**-p,
     "imitkd_full": lambda p: 1 - 200**-p,
     "imitation_mix": lambda p: 0.1 + 0.6 * p,
-    "varkd": lambda p: 0.5 * min(max((p - 0.1) / 0.3, 0.0), 1.0),
-    "varkd_no_reweight": lambda p: 0.5 * min(max((p - 0.1) / 0.3, 0.0), 1.0),
+    "varkd": lambda p: 0.5,
+    "varkd_no_reweight": lambda p: 0.5,
     "gkd": lambda p: 0.5,
     "minillm": lambda p: 0.5,
     "hybrid_gate": lambda p: 0.0,
@@ -761,7 +713,7 @@ def test_the_share_of_student_samples_follows_its_schedule(name: str):
     batch = toy_batch(40)
     for progress in (0.0, 0.2, 0.35, 0.7, 1.0):
         method = METHODS[name].method.at(progress)
-        context = method.contexts(batch, Scene(student, teacher, {}, Rng(0, STEP)))
+        context = method.contexts(batch, Scene(student, teacher, {}, Rng(0, STEP), reference=teacher))
         count = sum(len(part) for part in context.parts if part.source == "student")
         assert abs(count - 40 * STUDENT_SHARE[name](progress)) <= 1, (progress, count)
 
@@ -781,20 +733,19 @@ def test_distillm_samples_less_and_replays_more():
 
 
 QUANTILE = {"atkd": (0.5, 0.0), "eopd": (0.5, 0.9)}
-"""Quantile and decay; VarKD's are 0.4 (at half of training) and 0.9."""
+"""Quantile and decay."""
 
 
 @pytest.mark.parametrize("name", SCORES)
 def test_thresholds_follow_the_quantiles_of_their_scores(name: str):
     """decay * before + (1 - decay) * quantile, per generation rank; ATKD: the median over all positions."""
-    subject, (quantile, decay) = case(name), QUANTILE.get(name, (0.4, 0.9))
+    subject, (quantile, decay) = case(name), QUANTILE[name]
     totals = denominators(subject.inputs, subject.context, World())
     _, stats = distill_loss(subject.inputs, subject.context, totals)
     before, inputs = subject.step.memory, subject.inputs
     after = inputs.method.update(dict(before), subject.context, stats.gathered(World()), inputs.rng)
-    step = guided(subject.step) if name.endswith("guided") else subject.step
-    formula = FORMULAS[name]
-    rows_B = step.on(formula.source) if isinstance(formula, VarKD) else step.on(step.source[0])
+    step = subject.step
+    rows_B = step.on(step.source[0])
     for key, score in SCORES[name].items():
         score_BL = score(step).gather(1, step.order_BL)[rows_B]
         columns = [score_BL.flatten()] if name == "atkd" else score_BL.T
