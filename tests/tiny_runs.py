@@ -26,9 +26,10 @@ SETTINGS = (
 # Student samples that are refreshed every other update, weights that differ, and a gate: rings, ages and thresholds all
 # matter at once.
 FROM_THE_START = (
-    "method=varkd",
+    "method=varkd", "method.terms.anchor.divergence=forward_kl", "method.terms.student.divergence=forward_kl",
     "method.contexts={kind: reweighted, kappa: 30, contexts: {kind: mixture, shares: [{contexts: {kind: data}, "
     "fraction: 0.5}, {contexts: {kind: replay, every: 2, capacity: 2}, fraction: 0.5}]}}",
+    "method.terms.student.space={kind: clusters, within: 0.3}",
     "method.terms.student.selection={kind: confidence, quantile: 0.5, score: cluster_mass}",
 )  # fmt: skip
 # What VarKD could be made of instead: position weights, the best of two samples against the student at its start, ...

@@ -23,8 +23,8 @@ SECONDS = 240
 OTHERS = ("arpg", "randar", "rar", "var")
 # One student row in eight, and a teacher that samples: one rank has nothing to sample, and keeps no ring, for a while.
 FEW = (
-    "method=varkd", "method.contexts.contexts.shares.0.fraction=0.875", "train.micro_batches=2",
-    "method.contexts.contexts.shares.1.fraction=0.125", "method.terms.student.normaliser=selected",
+    "method=varkd", "method.contexts.shares.0.fraction=0.875", "method.contexts.shares.1.fraction=0.125",
+    "train.micro_batches=2", "method.terms.student.normaliser=selected",
 )  # fmt: skip
 PRESETS: dict[str, tuple[str, ...]] = {
     "atkd": (), "distillm2": (), "iwopd": (), "minillm": (), "miniplm": (), "selectkd_spec": (), "seqinter": (),

@@ -75,7 +75,7 @@ def toy_job(method: Method, family: str, folder: Path, updates: int) -> Job:
     return Job(
         student, teacher if method.needs_teacher else None, method, method.prepare(CODEBOOK_VE),
         ToyBatches(student.sequence_length), settings, 0, folder, World(), torch.device("cpu"),
-        lambda: toy_model(family, 1), validate, quiet=True,
+        lambda: toy_model(family, 1), validate, quiet=True, reference=toy_model(family, 3).eval().requires_grad_(False),
     )  # fmt: skip
 
 
