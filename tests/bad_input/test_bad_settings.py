@@ -57,7 +57,7 @@ def test_settings_that_make_no_sense(
 
 def test_more_clusters_than_codes(tmp_path: Path, codes: Path, teacher: Path, refused: Refused):
     command = arguments(
-        tmp_path / "run", codes, "method=varkd", f"teacher={teacher}", "method.terms.student.space.count=18"
+        tmp_path / "run", codes, "method=varkd_clusters", f"teacher={teacher}", "method.terms.student.space.count=18"
     )
     refused(command, "18 clusters", "17 codes", untouched=tmp_path)
 

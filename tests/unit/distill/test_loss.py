@@ -45,6 +45,13 @@ SELECTED = Method(
     ),
     Reweighted(Mixture((Share(Data(), 0.5), Share(Rollout(), 0.5)))),
 )
+GATED = Method(
+    (
+        Term("anchor", ForwardKL(), ("data",)),
+        Term("student", ForwardKL(), ("student",), Confidence(0.5, "cluster_mass"), Clusters(within=0.3)),
+    ),
+    Reweighted(Mixture((Share(Data(), 0.5), Share(Replay(), 0.5)))),
+)
 PREFIXES = Method(
     (
         Term("student", ForwardKL(), ("student",), Drift(4, 0.2, 0.1), Neighbours(4), credit=DiscrepancyDecay(0.7)),
@@ -65,7 +72,7 @@ SURE = Method(
 )
 ALL = {
     **{name: preset.method for name, preset in METHODS.items()},
-    "selected": SELECTED, "prefixes": PREFIXES, "sure": SURE,
+    "selected": SELECTED, "gated": GATED, "prefixes": PREFIXES, "sure": SURE,
 }  # fmt: skip
 every = pytest.mark.parametrize("name", ALL)
 CODEBOOK_VE = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
@@ -164,8 +171,8 @@ def test_the_split_into_micro_batches_changes_nothing(name, student, teacher, ba
             assert split_means[key] == pytest.approx(means[key], rel=1e-9)
 
 
-def test_the_presets_here_do_select_and_reweight(student, teacher, batch):
-    subject = case(ALL["varkd"], student, teacher, batch)
+def test_the_methods_here_do_select_and_reweight(student, teacher, batch):
+    subject = case(GATED, student, teacher, batch)
     means = run(subject)[2].means(World())
     assert 0.2 < means["kept/student"] < 0.9
     weights = [part.weight_B for part in subject.context.parts if part.source == "student"]
@@ -411,11 +418,11 @@ def test_the_gradient_scale_scales(student, teacher, batch):
     assert_same((scaled.detach(), gradients(student)), (3 * value, {key: 3 * each for key, each in gradient.items()}))
 
 
-@pytest.mark.parametrize("name", ["kd", "gkd", "varkd"])
+@pytest.mark.parametrize("name", ["kd", "gkd", "varkd", "gated"])
 def test_bfloat16_stays_close_to_float32(name, make_model, batch):
     student, teacher = make_model(1, dtype=torch.float32, scale=0.2), make_model(2, dtype=torch.float32, scale=0.2)
     subject = case(ALL[name], student, teacher, batch)
-    if name == "varkd":  # a score next to its threshold may fall on the other side: compare with all positions kept
+    if name == "gated":  # a score next to its threshold may fall on the other side: compare with all positions kept
         subject.inputs = replace(subject.inputs, state={})
     totals = subject.totals
     value, gradient, _ = run(subject)
@@ -445,14 +452,13 @@ def test_statistics_are_means_in_nats(student, teacher, batch):
 
 
 def test_gathered_scores_are_by_generation_rank(student, teacher, batch):
-    subject = case(ALL["varkd_no_clusters"], student, teacher, batch)
+    subject = case(SELECTED, student, teacher, batch)
     stats = run(subject, micro_batches=4)[2]
     (name,) = [threshold_key(t) for t in subject.inputs.method.terms if isinstance(t.selection, Confidence)]
     scores = stats.gathered(World())
     assert set(scores) == {name}
-    part = next(part for part in subject.context.parts if part.source == "student")
-    logits = teacher.head(teacher(part.codes_BL, part.condition, part.plan))
-    expected = logits.softmax(-1).max(-1).values
+    logits = [teacher.head(teacher(part.codes_BL, part.condition, part.plan)) for part in subject.context.parts]
+    expected = torch.cat(logits).softmax(-1).max(-1).values
     torch.testing.assert_close(scores[name], expected.float().detach(), rtol=1e-5, atol=1e-6)
 
 

@@ -147,7 +147,7 @@ def test_a_first_step_needs_no_memory(name: str, student, teacher, batch):
     method = METHODS[name].method.at(0.0, {})
     products = method.prepare(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)))
     rng = Rng(0, 0)
-    context = method.contexts(batch, Scene(student, teacher, {}, rng, products=products))
+    context = method.contexts(batch, Scene(student, teacher, {}, rng, products=products, reference=teacher))
     inputs = LossInputs(method, student, teacher, {}, products, rng)
     value, _ = distill_loss(inputs, context, denominators(inputs, context, World()))
     assert value.isfinite() and value.requires_grad
