@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from varkd.backbones.store import build
-from varkd.distill.bestof import BestOf
+from varkd.distill.bestof import FAR, BestOf
 from varkd.distill.prefixes import Rollout
 from varkd.distill.scene import Scene
 from varkd.types import Batch
@@ -38,7 +38,7 @@ def main() -> None:
 
         def apart(batch: Batch = batch, scene: Scene = scene) -> None:
             for nth in range(args.count):
-                (part,) = Rollout()(replace(batch, row_B=batch.row_B + nth * 2**40), scene).parts
+                (part,) = Rollout()(replace(batch, row_B=batch.row_B + nth * FAR), scene).parts
                 scene.logp("teacher", part)
                 scene.logp("reference", part)
 

@@ -14,7 +14,8 @@ from varkd.errors import VarkdError
 from varkd.rollout import Sampler
 from varkd.types import Batch, Context, Part, Source
 
-_FAR = 2**40
+FAR = 2**40
+"""From one try of a row to its next: as another row, far from every real one, it has random numbers of its own."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ class BestOf(Prefixes):
 
     def __call__(self, batch: Batch, scene: Scene) -> Context:
         # All tries in one pass, try by try: decoding is bound by its steps, not by its rows (benchmarks/best_of.py).
-        tries = [_nth(batch, nth) for nth in range(self.count)]
+        nth_C1 = torch.arange(self.count, device=batch.row_B.device).unsqueeze(1)
         every = batch.select(torch.arange(len(batch), device=batch.row_B.device).repeat(self.count))
-        made = self.rollout(replace(every, row_B=torch.cat([each.row_B for each in tries])), scene).parts[0]
+        made = self.rollout(replace(every, row_B=(batch.row_B + nth_C1 * FAR).flatten()), scene).parts[0]
         score_BC = self._score(made, scene).view(self.count, len(batch)).T
         if self.shuffle:
             chance_BC = scene.rng.uniform("best-of/shuffle", batch.row_B, self.count)
@@ -78,8 +79,3 @@ class BestOf(Prefixes):
         if self.score == "difference":
             logp_BL = logp_BL - scene.logp("reference", part)
         return logp_BL.mean(1)
-
-
-def _nth(batch: Batch, nth: int) -> Batch:
-    """The rows as others, far from every real one, with random numbers of their own; the first try has the batch's."""
-    return replace(batch, row_B=batch.row_B + nth * _FAR)

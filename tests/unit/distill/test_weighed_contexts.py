@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varkd.backbones.store import build
-from varkd.distill.bestof import BestOf
+from varkd.distill.bestof import FAR, BestOf
 from varkd.distill.credit import DiscrepancyDecay, Reward
 from varkd.distill.describe import cost_at, explain, phrase
 from varkd.distill.divergences import CrossEntropy, ForwardKL
@@ -129,7 +129,7 @@ def test_the_best_by_hand(scene, batch, rollout, score):
     (best,) = BestOf(rollout, 4, score)(batch, scene).parts
     tries = []
     for nth in range(4):
-        tries += rollout(replace(batch, row_B=batch.row_B + nth * 2**40), scene).parts  # one after the other
+        tries += rollout(replace(batch, row_B=batch.row_B + nth * FAR), scene).parts  # one after the other
     points = []
     for part in tries:
         logp = code_logp(scene.teacher, part)
