@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from varkd.distill.divergences import ForwardKL, Rows
+from varkd.distill.divergences import ForwardKL, TargetRows
 from varkd.distill.loss import chunked_head_loss
 from varkd.distill.spaces import log_softmax
 
@@ -28,7 +28,7 @@ def chunked(hidden_ND: Tensor, teacher_ND: Tensor, head: nn.Linear, teacher_head
     def evaluate(logits_NV: Tensor, rows: slice) -> Tensor:
         with torch.no_grad():
             teacher_NV = log_softmax(teacher_head(teacher_ND[rows]))
-        return ForwardKL()(log_softmax(logits_NV), teacher_NV, Rows(code_N[rows])).sum()
+        return ForwardKL()(log_softmax(logits_NV), teacher_NV, TargetRows(code_N[rows])).sum()
 
     return chunked_head_loss(hidden_ND, head, evaluate, chunk_rows)
 
@@ -37,7 +37,7 @@ def plain(hidden_ND: Tensor, teacher_ND: Tensor, head: nn.Linear, teacher_head: 
     del chunk_rows
     with torch.no_grad():
         teacher_NV = log_softmax(teacher_head(teacher_ND))
-    rows = Rows(torch.zeros(len(hidden_ND), dtype=torch.long, device=hidden_ND.device))
+    rows = TargetRows(torch.zeros(len(hidden_ND), dtype=torch.long, device=hidden_ND.device))
     return ForwardKL()(log_softmax(head(hidden_ND)), teacher_NV, rows).sum()
 
 

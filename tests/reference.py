@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from varkd.distill import loss as loss_module
-from varkd.distill.divergences import Rows
+from varkd.distill.divergences import TargetRows
 from varkd.distill.loss import Group, LossInputs, Stats
-from varkd.distill.schedule import number
+from varkd.distill.schedule import value_of
 from varkd.types import Context
 
 Pair = tuple[Tensor, Tensor]
@@ -32,7 +32,7 @@ def _mix(log_a: Tensor, log_b: Tensor, share: float | Tensor) -> Tensor:
     return torch.logaddexp(log_a + share.log(), log_b + (1 - share).log())
 
 
-def _centred(q: Tensor, inner: Tensor) -> Tensor:
+def _centered(q: Tensor, inner: Tensor) -> Tensor:
     """q (inner - sum q inner): the softmax Jacobian applied to `inner`."""
     return q * (inner - (q * inner).sum(1, keepdim=True))
 
@@ -45,14 +45,14 @@ def forward_kl(s: Tensor, z: Tensor) -> Pair:
 def reverse_kl(s: Tensor, z: Tensor) -> Pair:
     lq, lp = log_probs(s, z)
     r = lq - lp
-    return (lq.exp() * r).sum(1), _centred(lq.exp(), r)
+    return (lq.exp() * r).sum(1), _centered(lq.exp(), r)
 
 
 def jsd(s: Tensor, z: Tensor, beta: float, ends: bool = False) -> Pair:
     lq, lp = log_probs(s, z)
     lm = _mix(lp, lq, beta)
     value = beta * (lp.exp() * (lp - lm)).sum(1) + (1 - beta) * (lq.exp() * (lq - lm)).sum(1)
-    gradient = (1 - beta) * _centred(lq.exp(), lq - lm)
+    gradient = (1 - beta) * _centered(lq.exp(), lq - lm)
     factor = 1 / (beta * (1 - beta)) if ends else 1.0
     return value * factor, gradient * factor
 
@@ -60,7 +60,7 @@ def jsd(s: Tensor, z: Tensor, beta: float, ends: bool = False) -> Pair:
 def skew_kl(s: Tensor, z: Tensor, alpha: float | Tensor) -> Pair:
     lq, lp = log_probs(s, z)
     lm = _mix(lp, lq, alpha)
-    return (lp.exp() * (lp - lm)).sum(1), -(1 - alpha) * _centred(lq.exp(), (lp - lm).exp())
+    return (lp.exp() * (lp - lm)).sum(1), -(1 - alpha) * _centered(lq.exp(), (lp - lm).exp())
 
 
 def skew_reverse_kl(s: Tensor, z: Tensor, alpha: float | Tensor, detached: bool = False) -> Pair:
@@ -68,7 +68,7 @@ def skew_reverse_kl(s: Tensor, z: Tensor, alpha: float | Tensor, detached: bool 
     lq, lp = log_probs(s, z)
     lm = _mix(lq, lp, alpha)
     h = lq - lm - (0 if detached else alpha * (lq - lm).exp())
-    return (lq.exp() * (lq - lm)).sum(1), _centred(lq.exp(), h)
+    return (lq.exp() * (lq - lm)).sum(1), _centered(lq.exp(), h)
 
 
 def adaptive_kl(s: Tensor, z: Tensor, head: float) -> Pair:
@@ -97,7 +97,7 @@ def todi(s: Tensor, z: Tensor, sharpness: float) -> Pair:
     q, p = lq.exp(), lp.exp()
     a = 1 / (1 + (-sharpness * (lp - lq)).exp())
     value = (a * p * (lp - lq) + (1 - a) * q * (lq - lp)).sum(1)
-    return value, -a * p + q * (a * p).sum(1, keepdim=True) + _centred(q, (1 - a) * (lq - lp + 1))
+    return value, -a * p + q * (a * p).sum(1, keepdim=True) + _centered(q, (1 - a) * (lq - lp + 1))
 
 
 def taid(s: Tensor, z: Tensor, time: float) -> Pair:
@@ -122,7 +122,7 @@ def ranking(s: Tensor, z: Tensor, top_k: int) -> Pair:
                 pushes[row, too_high] += 1
                 pushes[row, too_low] -= 1
         values.append(value)
-    return torch.tensor(values, dtype=torch.float64), _centred(lq.exp(), pushes)
+    return torch.tensor(values, dtype=torch.float64), _centered(lq.exp(), pushes)
 
 
 def decoupled(s: Tensor, z: Tensor, part: str, code: Tensor | None = None) -> Pair:
@@ -155,7 +155,7 @@ def teacher_argmax(s: Tensor, z: Tensor) -> Pair:
 def total_variation(s: Tensor, z: Tensor) -> Pair:
     lq, lp = log_probs(s, z)
     q, p = lq.exp(), lp.exp()
-    return 0.5 * (p - q).abs().sum(1), 0.5 * _centred(q, torch.sign(q - p))
+    return 0.5 * (p - q).abs().sum(1), 0.5 * _centered(q, torch.sign(q - p))
 
 
 def cross_entropy(s: Tensor, z: Tensor, code: Tensor) -> Pair:
@@ -190,7 +190,9 @@ def plain_loss(inputs: LossInputs, context: Context, denominators: Mapping[str, 
             hidden_ND = inputs.student(part.codes_BL, part.condition, part.plan).flatten(0, 1)
         rows = loss_module._term_rows(inputs, group, teacher, hidden_ND, Stats())
         for term in inputs.method.terms:
-            about = Rows(part.supervision_BL.flatten(), rows[term.name].alpha_N, inputs.products.get("codebook"))
-            value_N = loss_module._term_value(term, student_NV, teacher_NV, about, inputs.products)
-            total = total + (rows[term.name].weight_N * value_N).sum() * number(term.weight) / denominators[term.name]
+            about = TargetRows(
+                part.supervision_BL.flatten(), rows[term.name].alpha_N, inputs.codebook_tables.get("codebook")
+            )
+            value_N = loss_module._term_value(term, student_NV, teacher_NV, about, inputs.codebook_tables)
+            total = total + (rows[term.name].weight_N * value_N).sum() * value_of(term.weight) / denominators[term.name]
     return total

@@ -39,8 +39,8 @@ OTHER_PARTS = (
     "method.contexts={kind: prefix_reweighted, kappa: 0.02, contexts: {kind: mixture, shares: "
     "[{contexts: {kind: data}, fraction: 0.5}, {contexts: " + BEST_OF_TWO + ", fraction: 0.5}]}}",
     "method.terms.student.selection={kind: drift, window: 4, sigmas: 3}",
-    "method.terms.student.space={kind: neighbours, count: 4}", "method.terms.student.credit=discrepancy_decay",
-    "method.terms.anchor.selection={kind: accepted, rule: neighbours, neighbours: 3}",
+    "method.terms.student.space={kind: neighbors, count: 4}", "method.terms.student.credit=discrepancy_decay",
+    "method.terms.anchor.selection={kind: accepted, rule: neighbors, neighbors: 3}",
     "method.terms.anchor.divergence=embedding_moments", "train.log_every=2",
 )  # fmt: skip
 TIMING = ("seconds", "sequences_per_second")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from varkd.backbones.llamagen import LlamaGen, LlamaGenConfig
     from varkd.backbones.protocol import Backbone
     from varkd.backbones.store import save_backbone as save
-    from varkd.data.codes import CodeSet
+    from varkd.data.codes import CodeDataset
     from varkd.data.images import ImageSet, open_images
     from varkd.data.loader import Loader
     from varkd.distill.loss import LossInputs, denominators, distill_loss
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "backbones.llamagen": ("LlamaGen", "LlamaGenConfig"),
     "backbones.protocol": ("Backbone",),
-    "data.codes": ("CodeSet",),
+    "data.codes": ("CodeDataset",),
     "data.images": ("ImageSet", "open_images"),
     "data.loader": ("Loader",),
     "distill.scene": ("Scene",),
@@ -49,7 +49,7 @@ _WHERE = {
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
-    "METHODS", "Backbone", "Batch", "CodeSet", "Condition", "Context", "ImageSet", "LlamaGen", "LlamaGenConfig",
+    "METHODS", "Backbone", "Batch", "CodeDataset", "Condition", "Context", "ImageSet", "LlamaGen", "LlamaGenConfig",
     "Loader", "LossInputs", "Method", "Part", "Plan", "Rng", "Sampler", "Scene", "Term", "VarkdError", "World",
     "denominators", "distill_loss", "export", "load", "load_official", "load_tokenizer", "open_images", "rollout",
     "save", "save_tokenizer",

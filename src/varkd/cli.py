@@ -109,7 +109,7 @@ def _tokenizer_import(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--out", type=Path, required=True, help="folder of the tokenizer")
     verb.add_argument("--image-size", type=int, default=256, help="side of the images (default: %(default)s)")
     verb.add_argument("--kind", choices=("vq", "multiscale", "maskgit"), default=None,
-                      help="LlamaGen's, VAR's or MaskGIT's (default: recognised by the tensors)")  # fmt: skip
+                      help="LlamaGen's, VAR's or MaskGIT's (default: recognized by the tensors)")  # fmt: skip
     verb.add_argument("--scales", type=int, nargs="+", default=None, metavar="SIDE",
                       help="multiscale: sides of the maps (default: the published ones for 256 or 512)")  # fmt: skip
     verb.add_argument("--overwrite", action="store_true")
@@ -137,7 +137,7 @@ def _run_tokenizer_import(arguments: argparse.Namespace) -> None:
 
 def _encode(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("data", help=_DATA)
-    verb.add_argument("--tokenizer", required=True, help="tokenizer folder, or 'pixels' for small grey images")
+    verb.add_argument("--tokenizer", required=True, help="tokenizer folder, or 'pixels' for small gray images")
     verb.add_argument("--out", type=Path, required=True, help="codes folder")
     verb.add_argument("--flip", action="store_true", help="encode mirror images too")
     verb.add_argument("--shifts", type=int, default=0, help="encode shifts of up to this many pixels too")
@@ -166,7 +166,7 @@ def _run_encode(arguments: argparse.Namespace) -> None:
 
 
 def _image_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--image-size", type=int, default=None, help="resize and centre-crop to this side")
+    verb.add_argument("--image-size", type=int, default=None, help="resize and center-crop to this side")
     verb.add_argument("--validation", type=float, default=0.1, help="share held out where the data has no such split")
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -380,7 +380,7 @@ def _run_zoo(arguments: argparse.Namespace) -> None:
 def _convert(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("file", type=Path, help="the official file (.pt, .pth, .bin, .safetensors), or an FSDP folder")
     verb.add_argument("--out", type=Path, required=True, help="model folder")
-    verb.add_argument("--family", default=None, help="default: recognised by the tensors")
+    verb.add_argument("--family", default=None, help="default: recognized by the tensors")
     verb.add_argument("--model", default=None, metavar="NAME", help="which model of `varkd zoo` the weights are")
     verb.add_argument("--heads", type=int, default=None, help="attention heads, where neither file nor zoo tells")
     verb.add_argument(

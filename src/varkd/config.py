@@ -19,15 +19,15 @@ from varkd.distill.method import Method
 from varkd.errors import VarkdError, did_you_mean
 from varkd.methods import METHODS
 from varkd.rollout import Sampler
-from varkd.train.loop import Train
+from varkd.train.loop import TrainConfig
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelConfig:
     """The student's family and sizes. Codes, classes and grid (or scales) come from the data.
 
     `order` ("raster" or "random") is for families that decode in any order, `shared_adaln` for `var`; None is the
-    family's own choice. A student with `scale_conditioned` is told the guidance scale: with a guided target
+    family's own choice. A student with `guidance_conditioned` is told the guidance scale: with a guided target
     (`method.target.highest`) it learns to need one pass where guidance takes two.
     """
 
@@ -38,11 +38,11 @@ class Model:
     ffn_dim: int | None = None
     order: Literal["raster", "random"] | None = None
     shared_adaln: bool | None = None
-    scale_conditioned: bool | None = None
+    guidance_conditioned: bool | None = None
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationConfig:
     """How a run is judged. Every run that is compared uses the same numbers here."""
 
     num_samples: int = 2000
@@ -58,7 +58,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunConfig:
     """One training run. `data` is a codes folder, or images (then `tokenizer` encodes them into `out`/codes first).
 
     `teacher` is a run or model folder; `init` a run or model folder whose weights the student starts from.
@@ -73,19 +73,19 @@ class Run:
     name: str | None = None
     preset: str = "ce"
     method: Method = field(default_factory=lambda: METHODS["ce"].method)
-    model: Model = field(default_factory=Model)
-    train: Train = field(default_factory=Train)
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
     device: str = "auto"
 
 
 Tree = dict[str, Any]
 T = TypeVar("T")
-_TEXT = {item.name: str(item.type) for item in fields(Run) if str(item.type) in ("str", "str | None")}
+_TEXT = {item.name: str(item.type) for item in fields(RunConfig) if str(item.type) in ("str", "str | None")}
 
 
-def load_run(recipe: str | Path, overrides: Sequence[str] = ()) -> Run:
+def load_run(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Resolve a recipe (a path, or the name of one that ships with varkd) and `key=value` overrides.
 
     Raises:
@@ -94,12 +94,12 @@ def load_run(recipe: str | Path, overrides: Sequence[str] = ()) -> Run:
     return resolve(read_recipe(recipe), overrides)
 
 
-def resolve(recipe: Tree, overrides: Sequence[str] = ()) -> Run:
+def resolve(recipe: Tree, overrides: Sequence[str] = ()) -> RunConfig:
     """Merge a recipe tree and overrides over the defaults and check the result."""
     asked = copy.deepcopy(recipe)
     pairs = [_split(override) for override in overrides]
     preset, method_tree = _preset(asked.pop("preset", None), asked.pop("method", None), dict(pairs).get("method"))
-    base = _plain(asdict(Run()))
+    base = _plain(asdict(RunConfig()))
     base["preset"], base["method"] = preset, method_tree
     tree = _merge(base, asked, "")
     for key, value in pairs:
@@ -110,7 +110,7 @@ def resolve(recipe: Tree, overrides: Sequence[str] = ()) -> Run:
     return check(tree)
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path) -> RunConfig:
     """The resolved run of a run folder.
 
     Raises:
@@ -122,21 +122,23 @@ def read_run(folder: str | Path) -> Run:
     return check(_read_yaml(path))
 
 
-def dump(run: Run) -> str:
+def dump(run: RunConfig) -> str:
     """The resolved run as YAML that `read_run` reads back to an equal value."""
     return dump_value(run)
 
 
-def differences(first: Run, second: Run, ignore: frozenset[str] = frozenset({"out", "device", "name"})) -> list[str]:
+def differences(
+    first: RunConfig, second: RunConfig, ignore: frozenset[str] = frozenset({"out", "device", "name"})
+) -> list[str]:
     """`key: old -> new` for every leaf in which two runs differ."""
     old, new = (dict(_leaves(_plain(asdict(run)))) for run in (first, second))
     keys = [key for key in {**old, **new} if key.split(".")[0] not in ignore]
     return [f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}" for key in keys if old.get(key) != new.get(key)]
 
 
-def check(tree: Tree) -> Run:
+def check(tree: Tree) -> RunConfig:
     """Turn a full tree into a `Run`, or say in one line which value does not fit."""
-    return check_value(Run, tree)
+    return check_value(RunConfig, tree)
 
 
 def check_value(kind: type[T], tree: Tree) -> T:

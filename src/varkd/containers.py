@@ -128,7 +128,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _is_weight(name: Any, value: Any) -> bool:
-    """An ordinary tensor with data: not sparse, not quantised, not without storage."""
+    """An ordinary tensor with data: not sparse, not quantized, not without storage."""
     ordinary = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
     return isinstance(name, str) and ordinary and not value.is_meta
 

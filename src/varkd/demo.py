@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from varkd.config import Run, load_run
+from varkd.config import RunConfig, load_run
 from varkd.files import read_json, write_json
 from varkd.progress import console
 from varkd.report import write_report
@@ -46,7 +46,7 @@ def demo(out: Path, *, seed: int = 0, overwrite: bool = False, overrides: tuple[
     return report
 
 
-def _runs(out: Path, codes: Path, seed: int, overrides: tuple[str, ...]) -> list[Run]:
+def _runs(out: Path, codes: Path, seed: int, overrides: tuple[str, ...]) -> list[RunConfig]:
     """Teacher, the shared start, and one run per method from that start."""
     shared = (f"data={codes}", f"seed={seed}", "train.tensorboard=false", *overrides)
     teacher, start = out / "teacher", out / "start"

@@ -33,15 +33,15 @@ from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import (
     Completions,
     Data,
-    Interleaved,
+    MixtureSampling,
     ParallelSampling,
     PrefixRestart,
     Rollout,
     ScheduledSampling,
-    TokenMix,
+    SpeculativeSampling,
 )
 from varkd.distill.replay import Replay
-from varkd.distill.schedule import Decay, Plateau, Ramp, TaidTime
+from varkd.distill.schedule import ExponentialSchedule, LinearSchedule, Plateau, TaidTime
 from varkd.distill.selection import Accepted, Confidence, Random
 from varkd.distill.spaces import Clusters
 from varkd.distill.target import Guided
@@ -60,28 +60,30 @@ class Preset:
 
 _HALF_AND_HALF = Mixture((Share(Data(), 0.5), Share(Rollout(), 0.5)))
 _TEACHER_AND_STUDENT = Mixture((Share(Rollout(by="teacher"), 0.5), Share(Rollout(), 0.5)))
-_DATA_TO_STUDENT = Mixture((Share(Data(), Decay(1.0, 0.0)), Share(Rollout(), Decay(0.0, 1.0))))
+_DATA_TO_STUDENT = Mixture(
+    (Share(Data(), ExponentialSchedule(1.0, 0.0)), Share(Rollout(), ExponentialSchedule(0.0, 1.0)))
+)
 _DATA_AND_TEACHER = Mixture((Share(Data(), 0.5), Share(Rollout(by="teacher"), 0.5)))
 
 # Nothing that a DAgger run has seen is thrown away: a ring of 64 sequences per row, of any age.
 _DAGGER = Mixture(
     (
-        Share(Rollout(by="teacher"), Ramp(1.0, 0.0, 0.0, 0.5)),
+        Share(Rollout(by="teacher"), LinearSchedule(1.0, 0.0, 0.0, 0.5)),
         Share(Replay(every=2, capacity=64, max_age=10**6), "rest"),
     )
 )
-_MINILLM = Mixture((Share(Data(), 0.5), Share(TokenMix(alpha=0.2), 0.5)))
+_MINILLM = Mixture((Share(Data(), 0.5), Share(MixtureSampling(alpha=0.2), 0.5)))
 _DISTILLM = Mixture(
     (
         Share(Data(), "rest"),
-        Share(Replay(fresh=Ramp(1.0, 0.0), capacity=16, max_age=1000), Plateau()),
+        Share(Replay(fresh=LinearSchedule(1.0, 0.0), capacity=16, max_age=1000), Plateau()),
     )
 )
 _TIEKD = ParallelSampling(share=1.0, rounds=2, greedy=True, with_data=True)
 _IMITATION = Mixture(
     (
         Share(Data(), "rest"),
-        Share(Replay(rollout=PrefixRestart(), max_age=40, capacity=8), Ramp(0.1, 0.7)),
+        Share(Replay(rollout=PrefixRestart(), max_age=40, capacity=8), LinearSchedule(0.1, 0.7)),
     )
 )
 _HARD = Confidence(0.5, score="code_prob", floor=0.0, decay=0.0, side="low", per_position=False)
@@ -145,13 +147,13 @@ METHODS: dict[str, Preset] = {
         "Scheduled sampling, Bengio et al. 2015, arXiv 1506.03099, sequential",
         "-log q(x_t) on data with student codes strewn in (share 0 -> 1/2)",
         "Predicts the data from prefixes in which more and more codes are the student's own.",
-        Method((Term("ce", CrossEntropy()),), ScheduledSampling(Ramp(0.0, 0.5))),
+        Method((Term("ce", CrossEntropy()),), ScheduledSampling(LinearSchedule(0.0, 0.5))),
     ),
     "scheduled_sampling_parallel": Preset(
         "Scheduled sampling in one pass, after Mihaylova & Martins 2019, arXiv 1906.07651",
         "-log q(x_t) on data with one-step student codes strewn in (share 0 -> 1/2)",
         "Scheduled sampling with codes predicted from the data's prefixes at once: two forward passes, no decoding.",
-        Method((Term("ce", CrossEntropy()),), ParallelSampling(Ramp(0.0, 0.5))),
+        Method((Term("ce", CrossEntropy()),), ParallelSampling(LinearSchedule(0.0, 0.5))),
     ),
     "imitkd": Preset(
         "ImitKD, Lin et al. 2020, arXiv 2009.07253 (student sampled, not greedy)",
@@ -215,9 +217,9 @@ METHODS: dict[str, Preset] = {
         "0.2 DKD on easy codes + 0.8 (TKD + DKD) on hard ones, hard = p(code) below the median",
         "Splits the KL at the data's code, drops its uncertainty factor, leans on codes that the teacher doubts.",
         Method((
-            Term("easy", Decoupled("rest"), selection=_EASY, weight=0.2, normaliser="selected"),
-            Term("hard_target", Decoupled("target"), selection=_HARD, weight=0.8, normaliser="selected"),
-            Term("hard_rest", Decoupled("rest"), selection=_HARD, weight=0.8, normaliser="selected"),
+            Term("easy", Decoupled("rest"), selection=_EASY, weight=0.2, normalizer="selected"),
+            Term("hard_target", Decoupled("target"), selection=_HARD, weight=0.8, normalizer="selected"),
+            Term("hard_rest", Decoupled("rest"), selection=_HARD, weight=0.8, normalizer="selected"),
         )),
     ),
     "tiekd": Preset(
@@ -231,8 +233,8 @@ METHODS: dict[str, Preset] = {
         "Wei et al. 2024, arXiv 2404.14827 (gate by schedule: our reading)",
         "g KL(p || q) on data + (1 - g) CE on teacher samples, g: 1 -> 0",
         "Starts with word-level KD on the data and ends with sequence-level KD on teacher samples.",
-        Method((Term("token", ForwardKL(), on=("data",), weight=Ramp(1.0, 0.0)),
-                Term("sequence", CrossEntropy(), on=("teacher",), weight=Ramp(0.0, 1.0))), _DATA_AND_TEACHER),
+        Method((Term("token", ForwardKL(), on=("data",), weight=LinearSchedule(1.0, 0.0)),
+                Term("sequence", CrossEntropy(), on=("teacher",), weight=LinearSchedule(0.0, 1.0))), _DATA_AND_TEACHER),
     ),
     "miniplm": Preset(
         "MiniPLM, Gu et al. 2024, arXiv 2410.17215",
@@ -242,12 +244,12 @@ METHODS: dict[str, Preset] = {
     ),
     "gkd": Preset(
         "GKD, Agarwal et al. 2023, arXiv 2306.13649, eq. 4", "JSD_0.5 on data (1/2) and student samples (1/2)",
-        "Imitates the teacher on half real, half self-generated prefixes by a generalised Jensen-Shannon divergence.",
+        "Imitates the teacher on half real, half self-generated prefixes by a generalized Jensen-Shannon divergence.",
         Method((Term("jsd", JSD(0.5)),), _HALF_AND_HALF),
     ),
     "distillspec": Preset(
         "DistillSpec, Zhou et al. 2023, arXiv 2310.08461", "TV(p, q) on student samples",
-        "Maximises the acceptance rate of speculative decoding on the student's own prefixes.",
+        "Maximizes the acceptance rate of speculative decoding on the student's own prefixes.",
         Method((Term("tv", TotalVariation()),), Rollout()),
     ),
     "opd": Preset(
@@ -293,7 +295,7 @@ METHODS: dict[str, Preset] = {
         "Speculative KD, Xu et al. 2024, arXiv 2410.11325 (set by mass, not by count)",
         "KL(p || q) on student proposals, redrawn from p outside its 0.9 nucleus",
         "Student samples in which the teacher replaces the codes that it would not draw itself.",
-        Method((Term("kd", ForwardKL()),), Interleaved(top_p=0.9)),
+        Method((Term("kd", ForwardKL()),), SpeculativeSampling(top_p=0.9)),
     ),
     "selectkd_topk": Preset(
         "SelecTKD, 2025, arXiv 2510.24021, greedy top-k",

@@ -10,21 +10,21 @@ from PIL import Image
 
 from varkd.files import atomic_file
 
-_GAP_GREY = 255
+_GAP_GRAY = 255
 _SMALLEST_SIDE = 48
 
 
 def grid(images_NHWC: NDArray[np.uint8], columns: int, gap: int = 2) -> NDArray[np.uint8]:
     """Arrange uint8 images (N, H, W, C) row by row on white: uint8 (H', W', 3).
 
-    Small images are enlarged by a whole factor (nearest neighbour), so that a person can see the pixels.
+    Small images are enlarged by a whole factor (nearest neighbor), so that a person can see the pixels.
     """
     images = np.repeat(images_NHWC, 3, axis=3) if images_NHWC.shape[3] == 1 else images_NHWC
     scale = max(1, -(-_SMALLEST_SIDE // images.shape[1]))
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, _ = images.shape
     rows = -(-count // columns)
-    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), _GAP_GREY, np.uint8)
+    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), _GAP_GRAY, np.uint8)
     for index, image in enumerate(images):
         top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
         canvas[top : top + height, left : left + width] = image

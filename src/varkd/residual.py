@@ -33,7 +33,7 @@ def phi_index(num_scales: int, num_phi: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Quantiser:
+class Quantizer:
     """The frozen tensors: the codebook and the K shared convolutions; `scales` are the sides of the maps."""
 
     codebook_VE: Tensor
@@ -42,11 +42,11 @@ class Quantiser:
     scales: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], scales: Sequence[int]) -> Quantiser:
+    def of(cls, tensors: Mapping[str, Tensor], scales: Sequence[int]) -> Quantizer:
         return cls(tensors["codebook"], tensors["phi.weight"], tensors["phi.bias"], tuple(scales))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The names under which `Tokenizer.quantiser` hands them on."""
+        """The names under which `Tokenizer.quantizer` hands them on."""
         return {"codebook": self.codebook_VE, "phi.weight": self.weight_KEE33, "phi.bias": self.bias_KE}
 
     def split(self, codes_BL: Tensor) -> list[Tensor]:

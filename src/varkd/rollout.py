@@ -74,7 +74,7 @@ Rule = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor |
 
 
 @dataclass(frozen=True)
-class Companion:
+class JointDecoding:
     """A second model that decodes the same sequences in lock-step: `rule` makes one choice of two distributions.
 
     `spare_BL` holds a second uniform number for every code, by generation rank, for rules that draw twice.
@@ -88,7 +88,7 @@ class Companion:
 @torch.no_grad()
 def rollout(
     model: Backbone, condition: Condition, plan: Plan, sampler: Sampler, uniform_BL: Tensor,
-    kept_codes_BL: Tensor | None = None, kept_BL: Tensor | None = None, companion: Companion | None = None,
+    kept_codes_BL: Tensor | None = None, kept_BL: Tensor | None = None, joint: JointDecoding | None = None,
 ) -> Samples:  # fmt: skip
     """Generate one sequence per row of `condition` under `plan`.
 
@@ -107,7 +107,7 @@ def rollout(
     given_BL, kept_rank_BL, prefix_steps = _kept_by_rank(plan, kept_codes_BL, kept_BL)
     if prefix_steps == len(plan.sizes):
         return Samples(given_BL.gather(1, plan.rank_BL), torch.zeros_like(uniform_BL))
-    models = [model, companion.model] if companion else [model]
+    models = [model, joint.model] if joint else [model]
     with ExitStack() as stack:
         for each in models:
             stack.enter_context(evaluating(each))
@@ -117,11 +117,11 @@ def rollout(
         for index in range(prefix_steps, len(plan.sizes)):
             rank = slice(done, done + plan.sizes[index])
             logp = [decoder.logp(index) for decoder in decoders]
-            if companion is None:
-                codes_Bn, logp_Bn, accept_Bn = *pick(logp[0], uniform_BL[:, rank]), None
+            if joint is None:
+                codes_Bn, logp_Bn, accept_Bn = *sample_inverse_cdf(logp[0], uniform_BL[:, rank]), None
             else:
-                uniforms = uniform_BL[:, rank], companion.spare_BL[:, rank]
-                codes_Bn, logp_Bn, accept_Bn = companion.rule(logp[0], logp[1], *uniforms)
+                uniforms = uniform_BL[:, rank], joint.spare_BL[:, rank]
+                codes_Bn, logp_Bn, accept_Bn = joint.rule(logp[0], logp[1], *uniforms)
             kept_Bn = kept_rank_BL[:, rank]
             codes_Bn = torch.where(kept_Bn, given_BL[:, rank], codes_Bn)
             accept_Bn = None if accept_Bn is None else accept_Bn | kept_Bn
@@ -162,21 +162,21 @@ class _Decoder:
         self, model: Backbone, condition: Condition, plan: Plan, sampler: Sampler, given_BL: Tensor, prefix_steps: int
     ) -> None:
         self.model, self.sampler = model, sampler
-        if model.scale_conditioned:  # the scale is an input: one pass, no null branch
-            scale_B = torch.full_like(condition.label_B, sampler.guidance, dtype=torch.float32)
-            condition = condition if condition.scale_B is not None else replace(condition, scale_B=scale_B)
+        if model.guidance_conditioned:  # the scale is an input: one pass, no null branch
+            guidance_B = torch.full_like(condition.label_B, sampler.guidance, dtype=torch.float32)
+            condition = condition if condition.guidance_B is not None else replace(condition, guidance_B=guidance_B)
             self.scale_S = torch.ones(len(plan.sizes))
         else:
             self.scale_S = guidance_per_step(sampler, plan, model.guidance)
         self.guided = bool((self.scale_S != 1).any())
-        branches, doubled = double(model, condition, plan) if self.guided else (condition, plan)
+        branches, doubled = with_null_branch(model, condition, plan) if self.guided else (condition, plan)
         self.state, self.hidden = model.start(branches, doubled, self._repeat(given_BL), prefix_steps)
 
     def logp(self, index: int) -> Tensor:
         """The filtered log-probabilities of the step, (B, n, V)."""
         logits = self.model.head(self.hidden)
         if self.guided:
-            logits = guide(logits, float(self.scale_S[index]))
+            logits = apply_cfg(logits, float(self.scale_S[index]))
         return log_probabilities(logits, self.sampler, self.model.nucleus)
 
     def feed(self, codes_Bn: Tensor) -> None:
@@ -186,15 +186,15 @@ class _Decoder:
         return torch.cat([rows, rows]) if self.guided else rows
 
 
-def double(model: Backbone, condition: Condition, plan: Plan) -> tuple[Condition, Plan]:
+def with_null_branch(model: Backbone, condition: Condition, plan: Plan) -> tuple[Condition, Plan]:
     """Stack the conditional rows and, below them, the same rows under the null label."""
     null = condition.null(model.null_label)
-    scale_B = None if condition.scale_B is None else torch.cat([condition.scale_B, condition.scale_B])
-    stacked = Condition(torch.cat([condition.label_B, null.label_B]), scale_B)
+    guidance_B = None if condition.guidance_B is None else torch.cat([condition.guidance_B, condition.guidance_B])
+    stacked = Condition(torch.cat([condition.label_B, null.label_B]), guidance_B)
     return stacked, Plan(torch.cat([plan.order_BL, plan.order_BL]), plan.sizes)
 
 
-def guide(logits_2BnV: Tensor, scale: float) -> Tensor:
+def apply_cfg(logits_2BnV: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance of stacked (conditional, null) logits: null + s (cond - null)."""
     conditional, null = logits_2BnV.float().chunk(2)
     return conditional if scale == 1 else null + scale * (conditional - null)
@@ -236,7 +236,7 @@ def draw(
     logits_BnV: Tensor, sampler: Sampler, uniform_Bn: Tensor, nucleus: Nucleus = "descending"
 ) -> tuple[Tensor, Tensor]:
     """Codes and their log-probabilities (both (B, n)) by the inverse CDF of the filtered distribution."""
-    return pick(log_probabilities(logits_BnV, sampler, nucleus), uniform_Bn)
+    return sample_inverse_cdf(log_probabilities(logits_BnV, sampler, nucleus), uniform_Bn)
 
 
 def log_probabilities(logits_BnV: Tensor, sampler: Sampler, nucleus: Nucleus = "descending") -> Tensor:
@@ -248,7 +248,7 @@ def log_probabilities(logits_BnV: Tensor, sampler: Sampler, nucleus: Nucleus = "
     return filter_logits(heated, sampler.top_k, sampler.top_p, nucleus).log_softmax(-1)
 
 
-def pick(logp_BnV: Tensor, uniform_Bn: Tensor) -> tuple[Tensor, Tensor]:
+def sample_inverse_cdf(logp_BnV: Tensor, uniform_Bn: Tensor) -> tuple[Tensor, Tensor]:
     """The code at which the CDF passes `uniform_Bn`, and its log-probability."""
     # In float64 u * total < total holds strictly, so a filtered-out code can never be reached by rounding.
     cdf = logp_BnV.double().exp().cumsum(-1)

@@ -26,7 +26,7 @@ Source = Literal["data", "student", "teacher"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that the loader hands to the contexts of one optimiser step.
+    """Rows that the loader hands to the contexts of one optimizer step.
 
     `row_B` is each row's index in the step's *global* batch (all ranks, all micro-batches). Every random draw of a row
     is seeded by it, which is why the split over ranks and micro-batches changes no number.
@@ -35,20 +35,20 @@ class Batch:
     codes_BL: Tensor
     label_B: Tensor
     row_B: Tensor
-    scale_B: Tensor | None = None
+    guidance_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.label_B)
 
     @property
     def condition(self) -> Condition:
-        """The labels, and the guidance scales where the step draws some (`Guided.scale_B`)."""
-        return Condition(self.label_B, self.scale_B)
+        """The labels, and the guidance scales where the step draws some (`Guided.guidance_B`)."""
+        return Condition(self.label_B, self.guidance_B)
 
     def select(self, index: Tensor) -> Batch:
         """The rows of a bool mask or an index tensor."""
-        scale_B = None if self.scale_B is None else self.scale_B[index]
-        return Batch(self.codes_BL[index], self.label_B[index], self.row_B[index], scale_B)
+        guidance_B = None if self.guidance_B is None else self.guidance_B[index]
+        return Batch(self.codes_BL[index], self.label_B[index], self.row_B[index], guidance_B)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Condition:
     """What a sequence is conditioned on: the class, and (for a scale-conditioned student) a guidance scale."""
 
     label_B: Tensor
-    scale_B: Tensor | None = None
+    guidance_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.label_B)
@@ -66,7 +66,7 @@ class Condition:
         return replace(self, label_B=torch.full_like(self.label_B, null_label))
 
     def select(self, index: Tensor | slice) -> Condition:
-        return Condition(self.label_B[index], None if self.scale_B is None else self.scale_B[index])
+        return Condition(self.label_B[index], None if self.guidance_B is None else self.guidance_B[index])
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ class Part:
     """Sequences of one source inside a context, with everything that a loss needs to know of them.
 
     `codes_BL` is the prefix that the models see, `supervision_BL` the target code of each position (they differ in
-    scheduled sampling). `weight_B` weighs whole sequences (mean 1 over the optimiser step), `position_weight_BL` their
-    positions besides (mean 1 over the step at every generation rank; None: all 1), `age_B` counts optimiser steps since
-    a sequence was sampled, `behaviour_logp_BL` is the log-probability under which each code was drawn, `accept_BL` says
+    scheduled sampling). `weight_B` weighs whole sequences (mean 1 over the optimizer step), `position_weight_BL` their
+    positions besides (mean 1 over the step at every generation rank; None: all 1), `age_B` counts optimizer steps since
+    a sequence was sampled, `behavior_logp_BL` is the log-probability under which each code was drawn, `accept_BL` says
     which of the student's proposals a verifier accepted.
     """
 
@@ -133,7 +133,7 @@ class Part:
     row_B: Tensor
     weight_B: Tensor
     age_B: Tensor
-    behaviour_logp_BL: Tensor | None = None
+    behavior_logp_BL: Tensor | None = None
     accept_BL: Tensor | None = None
     position_weight_BL: Tensor | None = None
 
@@ -167,7 +167,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Context:
-    """The prefixes of one optimiser step: parts of one or several sources."""
+    """The prefixes of one optimizer step: parts of one or several sources."""
 
     parts: tuple[Part, ...]
 

@@ -37,8 +37,8 @@ def test_a_corrupt_image(tmp_path: Path, refused: Refused, content: bytes | None
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"mode": "RGB"}, ["grey images", "3 channels"]), ({"size": (9, 8)}, ["1x8x9", "image_size"])],
-    ids=["colour", "size"],
+    [({"mode": "RGB"}, ["gray images", "3 channels"]), ({"size": (9, 8)}, ["1x8x9", "image_size"])],
+    ids=["color", "size"],
 )
 def test_images_that_the_tokenizer_does_not_take(tmp_path: Path, refused: Refused, options: dict, words: list[str]):
     data = folder_of(tmp_path / "images", **options)

@@ -80,7 +80,7 @@ def test_data_that_is_nothing(tmp_path: Path, refused: Refused):
 
 
 def vq(folder: Path, vocab_size: int = 32, size: int = 8) -> Path:
-    """An untrained tokenizer of grey images: as many codes as are asked for."""
+    """An untrained tokenizer of gray images: as many codes as are asked for."""
     torch.manual_seed(0)
     save_tokenizer(VQ(VQConfig.small(size, 1, vocab_size, 4)), folder)
     return folder

@@ -57,16 +57,16 @@ def test_every_family_is_under_contract():
 @pytest.fixture(params=SIZES)
 def model(request: pytest.FixtureRequest) -> Backbone:
     """Random float64 weights, the head included."""
-    return randomised(build(request.param, SIZES[request.param]))
+    return randomized(build(request.param, SIZES[request.param]))
 
 
 @pytest.fixture(params=SIZES)
 def scaled(request: pytest.FixtureRequest) -> Backbone:
     """The same weights in a model that reads the guidance scale, whose embedding is drawn last."""
-    return randomised(build(request.param, {**SIZES[request.param], "scale_conditioned": True}))
+    return randomized(build(request.param, {**SIZES[request.param], "guidance_conditioned": True}))
 
 
-def randomised(model: Backbone) -> Backbone:
+def randomized(model: Backbone) -> Backbone:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.double().parameters():
@@ -247,7 +247,7 @@ def test_every_weight_gets_a_gradient(model: Backbone):
 
 @torch.no_grad()
 def test_decoding_sees_the_scale_as_training_does(scaled: Backbone):
-    assert scaled.scale_conditioned
+    assert scaled.guidance_conditioned
     for plan in parallel_plans(scaled) if scaled.family in PARALLEL else [plan_for(scaled)]:
         assert_decodes_as_trained(scaled, plan, SCALES)
     assert_decodes_as_trained(scaled, plan_for(scaled), SCALES.null(scaled.null_label))
@@ -269,15 +269,15 @@ def test_each_row_reads_its_own_scale(scaled: Backbone):
 @pytest.mark.parametrize("family", SIZES)
 def test_scale_1_is_the_model_without_scales(family: str):
     """And no scale is scale 1, in training and decoding alike."""
-    plain = randomised(build(family, SIZES[family]))
-    scaled = randomised(build(family, {**SIZES[family], "scale_conditioned": True}))
+    plain = randomized(build(family, SIZES[family]))
+    scaled = randomized(build(family, {**SIZES[family], "guidance_conditioned": True}))
     scaled.load_state_dict(plain.state_dict(), strict=False)
     codes_BL, plan, one = codes_for(plain), plan_for(plain), Condition(CONDITION.label_B, torch.ones(3))
     expected = plain(codes_BL, CONDITION, plan)
     assert torch.equal(scaled(codes_BL, CONDITION, plan), expected)
     assert torch.equal(scaled(codes_BL, one, plan), expected)
     assert torch.equal(decoded(scaled, codes_BL, one, plan), decoded(plain, codes_BL, CONDITION, plan))
-    assert not plain.scale_conditioned and torch.equal(plain(codes_BL, SCALES, plan), expected)
+    assert not plain.guidance_conditioned and torch.equal(plain(codes_BL, SCALES, plan), expected)
     assert not torch.equal(scaled(codes_BL, SCALES, plan), expected)
 
 
@@ -435,9 +435,9 @@ def test_save_and_load(model: Backbone, tmp_path: Path):
 
 def test_save_and_load_with_scales(scaled: Backbone, tmp_path: Path):
     save_backbone(scaled.float(), tmp_path / "m")
-    assert json.loads((tmp_path / "m" / "config.json").read_text())["scale_conditioned"] is True
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["guidance_conditioned"] is True
     loaded, _ = load_backbone(tmp_path / "m")
-    assert loaded.scale_conditioned and weights_hash(loaded) == weights_hash(scaled)
+    assert loaded.guidance_conditioned and weights_hash(loaded) == weights_hash(scaled)
     codes_BL, plan = codes_for(scaled), plan_for(scaled)
     assert torch.equal(loaded(codes_BL, SCALES, plan), scaled(codes_BL, SCALES, plan))
 
@@ -446,7 +446,7 @@ def test_folders_from_before_there_were_scales(model: Backbone, tmp_path: Path):
     save_backbone(model.float(), tmp_path / "m")
     config = tmp_path / "m" / "config.json"
     info = json.loads(config.read_text())
-    assert info.pop("scale_conditioned") is False
+    assert info.pop("guidance_conditioned") is False
     config.write_text(json.dumps(info))
     assert weights_hash(load_backbone(tmp_path / "m")[0]) == weights_hash(model)
 

@@ -24,7 +24,7 @@ OTHERS = ("arpg", "randar", "rar", "var")
 # One student row in eight, and a teacher that samples: one rank has nothing to sample, and keeps no ring, for a while.
 FEW = (
     "method=varkd", "method.contexts.shares.0.fraction=0.875", "method.contexts.shares.1.fraction=0.125",
-    "train.micro_batches=2", "method.terms.student.normaliser=selected",
+    "train.micro_batches=2", "method.terms.student.normalizer=selected",
 )  # fmt: skip
 PRESETS: dict[str, tuple[str, ...]] = {
     "atkd": (), "distillm2": (), "iwopd": (), "minillm": (), "miniplm": (), "selectkd_spec": (), "seqinter": (),
@@ -45,7 +45,7 @@ def exported(folder: Path, family: str, data: Path) -> Path:
     """A random teacher with opinions, in this family's own order of codes."""
     codes = Codes(data)
     sizes = {**family_class(family).sizes_for(codes.layout), "num_layers": 2, "dim": 32, "num_heads": 2}
-    model = build(family, sizes, seed=1, quantiser=codes.tokenizer.quantiser)
+    model = build(family, sizes, seed=1, quantizer=codes.tokenizer.quantizer)
     torch.nn.init.normal_(model.head.weight, std=0.2, generator=torch.Generator().manual_seed(2))
     save_backbone(model, folder / f"teacher-{family}")
     return folder / f"teacher-{family}"

@@ -46,7 +46,7 @@ def test_encode(golden):
     model, tensors, tolerance = golden
     latents = model.latents(tensors["encode.images"])
     torch.testing.assert_close(latents, tensors["encode.latents"], **tolerance["latents"])
-    entries, codes = model.quantise(latents)
+    entries, codes = model.quantize_latents(latents)
     assert torch.equal(codes, tensors["encode.codes"])
     assert torch.equal(model.encode(tensors["encode.images"]), tensors["encode.codes"])
     torch.testing.assert_close(entries, tensors["encode.quant"], **tolerance["latents"])
@@ -64,7 +64,7 @@ def test_decode(golden):
 
 
 @torch.no_grad()
-def test_codes_name_normalised_rows(golden):
+def test_codes_name_normalized_rows(golden):
     model, tensors, _ = golden
     rows = model.codebook_VE[tensors["decode.codes"]].unflatten(1, model.grid).movedim(-1, 1)
     torch.testing.assert_close(rows, tensors["decode.entries"])

@@ -18,7 +18,7 @@ from varkd.cli import main
 from varkd.run.models import load
 
 QUICK = ("train.updates=4", "train.validate_every=4", "train.checkpoint_every=4")
-TOLD = ("model.scale_conditioned=true", "method.target.highest=3")
+TOLD = ("model.guidance_conditioned=true", "method.target.highest=3")
 KD, VARKD = (*TOLD, "method=kd_guided"), (*FROM_THE_START, *TOLD, "method=varkd_guided")
 
 
@@ -43,11 +43,11 @@ def test_a_student_is_taught_and_sampled_at_any_scale(
     tmp_path: Path, codes: Path, teacher: Path, method: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ):
     run = train(tmp_path / "run", codes, *QUICK, *method, f"teacher={teacher}", "train.optim.lr=0.05")
-    assert json.loads((run / "config.json").read_text())["scale_conditioned"] is True
+    assert json.loads((run / "config.json").read_text())["guidance_conditioned"] is True
     lines = [line for line in log(run) if line["split"] == "train"]
     assert len(lines) == 4
     assert all(math.isfinite(value) for line in lines for key, value in line.items() if key != "split")
-    assert checkpoint(run, 4)["student/scale_embedding.linear.weight"].any()
+    assert checkpoint(run, 4)["student/guidance_embedding.linear.weight"].any()
     if method is VARKD:
         replayed = checkpoint(run, 4)["method/rows/replay_scale"][checkpoint(run, 4)["method/rows/replay_born"] >= 0]
         assert 1.5 <= replayed.min() < replayed.max() <= 3
@@ -74,13 +74,13 @@ def test_a_plain_start_becomes_a_student_that_is_told(
     still = train(tmp_path / "still", data, *quick, *KD, *places, "train.optim.lr=1e-30", "train.optim.weight_decay=0")
     student = train(tmp_path / "student", data, *quick, *KD, *places)
     before, unmoved, after = (checkpoint(run, 2) for run in (plain, still, student))
-    name = "ema/scale_embedding.linear.weight"
+    name = "ema/guidance_embedding.linear.weight"
     assert unmoved[name].abs().max() < 1e-20 and after[name].abs().max() > 1e-4
     theirs = {key for key in unmoved if key.startswith("ema/")}
     assert theirs == {key for key in before if key.startswith("ema/")} | {name}
     for key in theirs - {name}:
         torch.testing.assert_close(unmoved[key], before[key], rtol=1e-6, atol=1e-12)
-    assert load_backbone(student)[0].scale_conditioned and not load_backbone(plain)[0].scale_conditioned
+    assert load_backbone(student)[0].guidance_conditioned and not load_backbone(plain)[0].guidance_conditioned
     first = next(line["ce"] for line in log(student) if line["split"] == "validation")
     assert first == pytest.approx([line["ce"] for line in log(plain) if line["split"] == "validation"][-1], abs=1e-6)
 
@@ -88,11 +88,11 @@ def test_a_plain_start_becomes_a_student_that_is_told(
 def test_a_start_that_is_told_stays_so(tmp_path: Path, codes: Path, teacher: Path, capsys: pytest.CaptureFixture[str]):
     told = train(tmp_path / "told", codes, *QUICK, *KD, f"teacher={teacher}")
     more = train(tmp_path / "more", codes, *QUICK, f"init={told}", "train.updates=1")
-    assert load(more, "cpu").scale_conditioned
+    assert load(more, "cpu").guidance_conditioned
     capsys.readouterr()
-    assert main(arguments(tmp_path / "run", codes, f"init={told}", "model.scale_conditioned=false")) == 2
+    assert main(arguments(tmp_path / "run", codes, f"init={told}", "model.guidance_conditioned=false")) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "leave model.scale_conditioned=false out" in error
+    assert error.count("\n") == 1 and "leave model.guidance_conditioned=false out" in error
 
 
 def test_a_stop_changes_nothing(tmp_path: Path, codes: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch):
@@ -112,10 +112,10 @@ def test_a_stop_changes_nothing(tmp_path: Path, codes: Path, teacher: Path, monk
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (("method=kd_guided", "method.target.highest=3"), "model.scale_conditioned=true"),
-        (("method=kd_guided", "model.scale_conditioned=true"), "method.target.highest"),
-        (("method=kd_guided", "model.scale_conditioned=true", "method.target.highest=1"), "highest"),
-        (("method=kd_guided", "model.scale_conditioned=perhaps"), "model.scale_conditioned"),
+        (("method=kd_guided", "method.target.highest=3"), "model.guidance_conditioned=true"),
+        (("method=kd_guided", "model.guidance_conditioned=true"), "method.target.highest"),
+        (("method=kd_guided", "model.guidance_conditioned=true", "method.target.highest=1"), "highest"),
+        (("method=kd_guided", "model.guidance_conditioned=perhaps"), "model.guidance_conditioned"),
     ],
 )
 def test_impossible_settings_have_one_clear_line(
@@ -134,7 +134,7 @@ def test_impossible_settings_have_one_clear_line(
 def test_a_teacher_that_is_told_cannot_be_guided(
     tmp_path: Path, codes: Path, start: Path, capsys: pytest.CaptureFixture[str]
 ):
-    told = train(tmp_path / "told", codes, *QUICK, "model.scale_conditioned=true")
+    told = train(tmp_path / "told", codes, *QUICK, "model.guidance_conditioned=true")
     assert main(arguments(tmp_path / "run", codes, *KD, f"teacher={told}", f"init={start}")) == 2
     assert "target plain" in capsys.readouterr().err
     train(tmp_path / "kd", codes, *QUICK, "method=kd", f"teacher={told}", f"init={start}")
@@ -149,5 +149,5 @@ def test_official_files_have_no_place_for_the_scale(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "guidance scale" in error and not (tmp_path / "student.pt").exists()
     assert main(["export", str(told), "--out", str(tmp_path / "model")]) == 0
-    assert load(tmp_path / "model", "cpu").scale_conditioned
-    assert "scale_embedding.linear.weight" in load_file(tmp_path / "model" / "model.safetensors")
+    assert load(tmp_path / "model", "cpu").guidance_conditioned
+    assert "guidance_embedding.linear.weight" in load_file(tmp_path / "model" / "model.safetensors")

@@ -19,15 +19,15 @@ from tiny_runs import arguments, assert_same_state, checkpoint, largest_differen
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import FAMILIES, build
 from varkd.cli import main
-from varkd.data.codes import CodeSet
+from varkd.data.codes import CodeDataset
 from varkd.distill.method import Method
 from varkd.distill.mixture import Mixture
 from varkd.distill.schedule import Plateau
 from varkd.errors import VarkdError
 from varkd.methods import METHODS
 from varkd.run import training
-from varkd.train.loop import Job, Session, Train
-from varkd.train.optim import Optim
+from varkd.train.loop import Job, Session, TrainConfig
+from varkd.train.optim import OptimizerConfig
 from varkd.types import Batch
 from varkd.world import World
 
@@ -38,7 +38,7 @@ CODEBOOK_VE = torch.randn(VOCAB, 4, generator=torch.Generator().manual_seed(0))
 SPLICED = {"scheduled_sampling", "scheduled_sampling_parallel", "tiekd"}
 NO_SPLICES = (
     "this method exchanges single codes of data sequences, but later codes of a var image encode what the earlier ones "
-    "left over, so they would have to be quantised again: use a method with data, rollout or replay contexts"
+    "left over, so they would have to be quantized again: use a method with data, rollout or replay contexts"
 )
 PHI = "adaptive.contexts.shares.1.fraction"
 
@@ -66,8 +66,8 @@ def toy_job(method: Method, family: str, folder: Path, updates: int) -> Job:
     student, teacher = toy_model(family, 1), toy_model(family, 2).eval().requires_grad_(False)
     method.check(student, teacher)
     folder.mkdir(exist_ok=True)
-    settings = Train(updates, batch_size=4, validate_every=1, checkpoint_every=2, tensorboard=False,
-                     optim=Optim(lr=0.01, warmup=0))  # fmt: skip
+    settings = TrainConfig(updates, batch_size=4, validate_every=1, checkpoint_every=2, tensorboard=False,
+                     optim=OptimizerConfig(lr=0.01, warmup=0))  # fmt: skip
 
     def validate(evaluated: Backbone) -> dict[str, float]:
         return {"ce": float(evaluated.head.weight.detach().abs().mean())}
@@ -143,7 +143,7 @@ def go_on(job: Job, until: int, forget: bool = False) -> list[dict[str, float]]:
 
 
 def assert_resumes(name: str, family: str, folder: Path) -> None:
-    """2 + 2 updates are 4, bit by bit: losses, weights, averages, optimiser, state."""
+    """2 + 2 updates are 4, bit by bit: losses, weights, averages, optimizer, state."""
     whole = go_on(toy_job(lively(name), family, folder / "whole", updates=4), until=4)
     first, second = (go_on(toy_job(lively(name), family, folder / "run", updates=4), until) for until in (2, 4))
     assert len(first) == len(second) == 2
@@ -204,7 +204,7 @@ def test_difference_sampling_from_the_command_line(
     overrides = ("method=miniplm", f"teacher={teacher}")
     whole = train(tmp_path / "whole", codes, *FOUR, *overrides)
     kept = np.load(whole / "images.npy")
-    train_codes = CodeSet.open(codes, "train")
+    train_codes = CodeDataset.open(codes, "train")
     for label, count in enumerate(np.bincount(train_codes.labels)):
         assert (train_codes.labels[kept] == label).sum() == round(0.5 * count)
 

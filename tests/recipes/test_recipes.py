@@ -31,12 +31,12 @@ SHORT = ("train.updates=2", "train.batch_size=8", "train.validate_every=2", "tra
 
 
 @pytest.fixture(scope="session")
-def colour_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def color_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Ten classes of 32 x 32 noise, as CIFAR-10's parquet file has them."""
     import datasets
     from datasets import config
 
-    folder = tmp_path_factory.mktemp("colour")
+    folder = tmp_path_factory.mktemp("color")
     random = np.random.default_rng(0)
 
     def picture() -> dict:
@@ -62,21 +62,21 @@ def encoded(images: Path, tokenizer: Tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
-def colour_codes(colour_images: Path) -> Path:
+def color_codes(color_images: Path) -> Path:
     torch.manual_seed(0)
-    return encoded(colour_images, VQ(VQConfig.small(32, 3, 512, 4)))
+    return encoded(color_images, VQ(VQConfig.small(32, 3, 512, 4)))
 
 
 @pytest.fixture(scope="session")
-def colour_scale_codes(colour_images: Path) -> Path:
+def color_scale_codes(color_images: Path) -> Path:
     torch.manual_seed(0)
-    return encoded(colour_images, MultiScale(MultiScaleConfig.small(32, 3, 512, 4)))
+    return encoded(color_images, MultiScale(MultiScaleConfig.small(32, 3, 512, 4)))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_trains(recipe: Path, tmp_path: Path, request: pytest.FixtureRequest):
-    kind = "codes" if recipe.stem.startswith("digits") else "colour_codes"
-    data = request.getfixturevalue("colour_scale_codes" if "-var-" in recipe.stem else kind)
+    kind = "codes" if recipe.stem.startswith("digits") else "color_codes"
+    data = request.getfixturevalue("color_scale_codes" if "-var-" in recipe.stem else kind)
     assert main(["train", recipe.stem, f"out={tmp_path / 'run'}", f"data={data}", *SHORT]) == 0
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
     assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
@@ -84,9 +84,9 @@ def test_a_recipe_trains(recipe: Path, tmp_path: Path, request: pytest.FixtureRe
 
 
 @pytest.mark.parametrize("family", ["digits", "cifar10"])
-def test_the_student_of_a_pair_learns_from_its_teacher(family: str, tmp_path: Path, codes: Path, colour_codes: Path):
+def test_the_student_of_a_pair_learns_from_its_teacher(family: str, tmp_path: Path, codes: Path, color_codes: Path):
     """The teacher is the larger one by far, and every step of the README's job fits the one before."""
-    data = codes if family == "digits" else colour_codes
+    data = codes if family == "digits" else color_codes
     teacher, start, student = tmp_path / "teacher", tmp_path / "start", tmp_path / "varkd"
     quick = (*SHORT, "train.grid_every=0", "train.tensorboard=false")
     assert main(["train", f"{family}-teacher", f"out={teacher}", f"data={data}", *quick]) == 0

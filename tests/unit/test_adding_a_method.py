@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from varkd.config import resolve
 from varkd.distill.describe import describe_presets, explain
-from varkd.distill.divergences import Divergence, ReverseKL, Rows
+from varkd.distill.divergences import Divergence, ReverseKL, TargetRows
 from varkd.distill.prefixes import Rollout
 from varkd.methods import METHODS
 
@@ -62,7 +62,7 @@ def test_the_new_divergence_is_one(page: dict[str, Any]):
     s, z = (torch.randn(5, 7, dtype=torch.float64, generator=generator) for _ in range(2))
     z[:, 2] = -torch.inf
     s.requires_grad_()
-    rows = Rows(torch.zeros(5, dtype=torch.long))
+    rows = TargetRows(torch.zeros(5, dtype=torch.long))
     value = divergence(s.log_softmax(1), z.log_softmax(1), rows)
     q, p = s.detach().softmax(1), z.softmax(1)
     torch.testing.assert_close(value.detach(), 0.5 * (q.sqrt() - p.sqrt()).square().sum(1))

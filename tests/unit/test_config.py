@@ -11,17 +11,17 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from varkd.config import Run, check, differences, dump, load_run, read_recipe, read_run, resolve
+from varkd.config import RunConfig, check, differences, dump, load_run, read_recipe, read_run, resolve
 from varkd.distill.bestof import BestOf
 from varkd.distill.credit import DiscrepancyDecay
 from varkd.distill.divergences import JSD, EmbeddingMoments, ForwardKL
 from varkd.distill.mixture import Mixture
-from varkd.distill.prefixes import Interleaved, Rollout, TokenMix
+from varkd.distill.prefixes import MixtureSampling, Rollout, SpeculativeSampling
 from varkd.distill.replay import Replay
 from varkd.distill.reweighted import PrefixReweighted
-from varkd.distill.schedule import Ramp
+from varkd.distill.schedule import LinearSchedule
 from varkd.distill.selection import Accepted, Confidence, Drift, EntropyRatio, Horizon, Threshold
-from varkd.distill.spaces import Clusters, Neighbours
+from varkd.distill.spaces import Clusters, Neighbors
 from varkd.errors import VarkdError
 from varkd.methods import METHODS
 
@@ -54,14 +54,14 @@ def test_the_last_word_wins(tmp_path: Path):
     (tmp_path / "r.yaml").write_text("seed: 1\ntrain: {updates: 7, optim: {lr: 0.5}}\nmethod: kd\n")
     run = load_run(tmp_path / "r.yaml", ["train.updates=8", "train.updates=9", "name=x"])
     assert (run.seed, run.train.updates, run.train.optim.lr, run.name) == (1, 9, 0.5, "x")
-    assert run.train.batch_size == Run().train.batch_size
+    assert run.train.batch_size == RunConfig().train.batch_size
     assert run.preset == "kd" and load_run(tmp_path / "r.yaml", ["method=ce"]).preset == "ce"
 
 
 def test_a_recipe_changes_a_preset(tmp_path: Path):
     recipe = {"method": {"preset": "skd", "contexts": {"top_k": 3}}}
     run = resolve(recipe, ["method.contexts.top_p=0.5"])
-    assert run.method.contexts == Interleaved(top_k=3, top_p=0.5) != METHODS["skd"].method.contexts
+    assert run.method.contexts == SpeculativeSampling(top_k=3, top_p=0.5) != METHODS["skd"].method.contexts
     assert recipe == {"method": {"preset": "skd", "contexts": {"top_k": 3}}}, "the argument is not touched"
 
 
@@ -85,7 +85,7 @@ def test_another_kind_replaces_the_old_one():
         ("method.terms.student.on=[student, data]", lambda m: m.terms[1].on == ("student", "data")),
         ("method.contexts.shares.1.contexts.every=9",
          lambda m: m.contexts.shares[1].contexts.every == 9),
-        ("method.terms.anchor.weight={start: 1, end: 0}", lambda m: m.terms[0].weight == Ramp(1, 0)),
+        ("method.terms.anchor.weight={start: 1, end: 0}", lambda m: m.terms[0].weight == LinearSchedule(1, 0)),
     ],
 )  # fmt: skip
 def test_overrides_reach_into_terms(override: str, read):
@@ -104,19 +104,21 @@ _BEST = "{kind: best_of, count: 2, rollout: {kind: token_mix, alpha: 0.3}}"
     ("override", "value"),
     [
         ("method.terms.student.selection={kind: threshold, threshold: 0.4, softness: 2}", Threshold(0.4, softness=2)),
-        ("method.terms.student.selection={kind: threshold, threshold: {start: 0, end: 0.5}}", Threshold(Ramp(0, 0.5))),
-        ("method.terms.student.selection={kind: accepted, rule: neighbours}", Accepted("neighbours")),
+        ("method.terms.student.selection={kind: threshold, threshold: {start: 0, end: 0.5}}",
+         Threshold(LinearSchedule(0, 0.5))),
+        ("method.terms.student.selection={kind: accepted, rule: neighbors}", Accepted("neighbors")),
         ("method.terms.student.selection=entropy_ratio", EntropyRatio()),
-        ("method.terms.student.selection={kind: horizon, share: {start: 0.2, end: 1}}", Horizon(Ramp(0.2, 1))),
+        ("method.terms.student.selection={kind: horizon, share: {start: 0.2, end: 1}}",
+         Horizon(LinearSchedule(0.2, 1))),
         ("method.terms.student.selection=drift", Drift()),
-        ("method.terms.anchor.space={kind: neighbours, bandwidth: auto, sides: teacher}", Neighbours(sides="teacher")),
-        ("method.terms.anchor.space={kind: neighbours, bandwidth: 0.25}", Neighbours(bandwidth=0.25)),
+        ("method.terms.anchor.space={kind: neighbors, bandwidth: auto, sides: teacher}", Neighbors(sides="teacher")),
+        ("method.terms.anchor.space={kind: neighbors, bandwidth: 0.25}", Neighbors(bandwidth=0.25)),
         ("method.terms.student.credit={kind: discrepancy_decay, gamma: -0.5}", DiscrepancyDecay(-0.5)),
         ("method.terms.anchor.divergence={kind: embedding_moments, second: 0}", EmbeddingMoments(0)),
         ("method.terms.student.space={kind: clusters, assignment: random}", Clusters(assignment="random")),
         ("method.contexts={kind: prefix_reweighted, contexts: {kind: best_of}}", PrefixReweighted(BestOf())),
-        (f"method.contexts.shares.1.contexts={_BEST}", BestOf(TokenMix(alpha=0.3), 2)),
-        (f"method.contexts.shares.1.contexts.rollout={_BEST}", BestOf(TokenMix(alpha=0.3), 2)),
+        (f"method.contexts.shares.1.contexts={_BEST}", BestOf(MixtureSampling(alpha=0.3), 2)),
+        (f"method.contexts.shares.1.contexts.rollout={_BEST}", BestOf(MixtureSampling(alpha=0.3), 2)),
     ],
 )  # fmt: skip
 def test_the_parts_of_varkd_can_be_exchanged(override: str, value: Any, tmp_path: Path):
@@ -136,8 +138,8 @@ def test_the_parts_of_varkd_can_be_exchanged(override: str, value: Any, tmp_path
         ("method.terms.student.selection=threshold", "threshold"),
         ("method.terms.student.selection={kind: treshold, threshold: 1}", "unknown kind 'treshold'.*threshold"),
         ("method.terms.student.divergence=embedding_moments", "embedding_moments compares the vectors of codes"),
-        ("method.terms.student.space={kind: neighbours, bandwidth: 0}", "bandwidth must be above 0"),
-        ("method.terms.student.space={kind: neighbours, bandwidth: wide}", "bandwidth"),
+        ("method.terms.student.space={kind: neighbors, bandwidth: 0}", "bandwidth must be above 0"),
+        ("method.terms.student.space={kind: neighbors, bandwidth: wide}", "bandwidth"),
         ("method.terms.student.credit=reward", "sampled rewards"),
     ],
 )

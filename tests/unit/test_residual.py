@@ -11,20 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from varkd.residual import Quantiser, phi_index
+from varkd.residual import Quantizer, phi_index
 
 
-def quantiser(scales: tuple[int, ...] = (1, 2, 3, 4), width: int = 3, num_phi: int = 4) -> Quantiser:
+def quantizer(scales: tuple[int, ...] = (1, 2, 3, 4), width: int = 3, num_phi: int = 4) -> Quantizer:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return Quantiser(draw(9, width), draw(num_phi, width, width, 3, 3), draw(num_phi, width), scales)
+    return Quantizer(draw(9, width), draw(num_phi, width, width, 3, 3), draw(num_phi, width), scales)
 
 
-def codes_for(quantiser: Quantiser, num_rows: int = 2) -> Tensor:
-    length = sum(side * side for side in quantiser.scales)
+def codes_for(quantizer: Quantizer, num_rows: int = 2) -> Tensor:
+    length = sum(side * side for side in quantizer.scales)
     return torch.randint(9, (num_rows, length), generator=torch.Generator().manual_seed(1))
 
 
@@ -44,7 +44,7 @@ def test_convolutions_follow_the_scales(num_scales: int, num_phi: int):
 
 def test_one_scale_against_its_definition():
     """h = x / 2 + (conv x) / 2, with the convolution summed by hand."""
-    tested = quantiser((3,), width=2, num_phi=1)
+    tested = quantizer((3,), width=2, num_phi=1)
     codes_BL = codes_for(tested)
     entries = tested.codebook_VE[codes_BL].reshape(2, 3, 3, 2)
     padded = F.pad(entries, (0, 0, 1, 1, 1, 1))
@@ -59,7 +59,7 @@ def test_one_scale_against_its_definition():
 
 
 def test_features_add_up():
-    tested = quantiser()
+    tested = quantizer()
     codes_BL = codes_for(tested)
     parts = [
         tested.contribution(tested.entries(codes_Bn, scale), scale)
@@ -72,7 +72,7 @@ def test_features_add_up():
 
 def test_equal_codes_stay_a_constant_map():
     """Bicubic interpolation keeps a constant; without a convolution phi halves it."""
-    tested = quantiser()
+    tested = quantizer()
     tested = replace(tested, weight_KEE33=torch.zeros_like(tested.weight_KEE33), bias_KE=torch.zeros(4, 3).double())
     for scale, side in enumerate(tested.scales):
         features = tested.add(tested.zeros(1), torch.full((1, side * side), 5), scale)
@@ -82,7 +82,7 @@ def test_equal_codes_stay_a_constant_map():
 
 def test_inputs_are_area_averages():
     features = torch.arange(32.0).reshape(1, 2, 4, 4)
-    tested = quantiser((1, 2, 3, 4))
+    tested = quantizer((1, 2, 3, 4))
     torch.testing.assert_close(tested.next_input(features, 0), features.mean((2, 3)).unsqueeze(1))
     blocks = features.reshape(1, 2, 2, 2, 2, 2).mean((3, 5))
     torch.testing.assert_close(tested.next_input(features, 1), blocks.flatten(2).transpose(1, 2))
@@ -93,7 +93,7 @@ def test_inputs_are_area_averages():
 
 
 def test_teacher_forcing_is_the_decode_of_given_codes():
-    tested = quantiser()
+    tested = quantizer()
     codes_BL = codes_for(tested)
     features, inputs = tested.zeros(2), []
     for scale, codes_Bn in enumerate(tested.split(codes_BL)[:-1]):
@@ -105,7 +105,7 @@ def test_teacher_forcing_is_the_decode_of_given_codes():
 
 @pytest.mark.parametrize("position", [0, 1, 4, 5, 13, 14, 29])
 def test_inputs_look_back_only(position: int):
-    tested = quantiser()
+    tested = quantizer()
     codes_BL = codes_for(tested)
     changed_BL = codes_BL.clone()
     changed_BL[:, position] = (changed_BL[:, position] + 1) % 9
@@ -116,13 +116,13 @@ def test_inputs_look_back_only(position: int):
 
 
 def test_one_scale_needs_no_inputs():
-    tested = quantiser((2,))
+    tested = quantizer((2,))
     assert tested.inputs(codes_for(tested)).shape == (2, 0, 3)
 
 
 def test_autocast_changes_nothing():
-    tested = quantiser()
-    tested = Quantiser.of({name: value.float() for name, value in tested.tensors().items()}, tested.scales)
+    tested = quantizer()
+    tested = Quantizer.of({name: value.float() for name, value in tested.tensors().items()}, tested.scales)
     codes_BL = codes_for(tested)
     exact = tested.inputs(codes_BL)
     with torch.autocast("cpu", torch.bfloat16):

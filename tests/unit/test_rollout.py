@@ -16,16 +16,16 @@ from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import build
 from varkd.errors import VarkdError
 from varkd.rollout import (
-    Companion,
+    JointDecoding,
     Sampler,
+    apply_cfg,
     draw,
     evaluating,
     filter_logits,
     guidance_per_step,
-    guide,
     log_probabilities,
-    pick,
     rollout,
+    sample_inverse_cdf,
 )
 from varkd.types import Condition, Plan
 from varkd.world import Rng
@@ -187,8 +187,8 @@ def test_guidance_one_runs_a_single_branch(student):
 
 def test_guidance_formula_and_schedule():
     stacked = torch.tensor([[1.0, 2.0], [0.5, -1.0]])
-    assert guide(stacked, 3.0).tolist() == [[0.5 + 3 * 0.5, -1 + 3 * 3.0]]
-    assert torch.equal(guide(stacked, 1.0), stacked[:1])
+    assert apply_cfg(stacked, 3.0).tolist() == [[0.5 + 3 * 0.5, -1 + 3 * 3.0]]
+    assert torch.equal(apply_cfg(stacked, 1.0), stacked[:1])
     plan = Plan(torch.arange(6).unsqueeze(0), (1,) * 6)
     schedule = lambda **how: guidance_per_step(Sampler(**how), plan, "constant").tolist()
     assert schedule(guidance=2.0) == [2] * 6
@@ -259,7 +259,7 @@ def test_codes_are_kept_wherever_they_stand(student, batch):
     samples = rollout(student, CONDITION, student.plan(4), Sampler(), uniform(), batch.codes_BL[:4], kept_BL)
     assert torch.equal(samples.codes_BL[kept_BL], batch.codes_BL[:4][kept_BL])
     logits = student.head(student(samples.codes_BL, CONDITION, student.plan(4)))
-    drawn, logp = pick(log_probabilities(logits, Sampler()), uniform())
+    drawn, logp = sample_inverse_cdf(log_probabilities(logits, Sampler()), uniform())
     assert torch.equal(samples.codes_BL[~kept_BL], drawn[~kept_BL])
     torch.testing.assert_close(samples.logp_BL, torch.where(kept_BL, 0.0, logp))
 
@@ -281,7 +281,9 @@ def test_kept_codes_of_parallel_steps(batch):
     assert torch.equal(samples.codes_BL[kept_BL], batch.codes_BL[:4][kept_BL])
     with torch.no_grad():
         logp_BLV = model.head(model(samples.codes_BL, CONDITION, plan)).log_softmax(-1)
-    drawn_BL, logp_BL = pick(logp_BLV.float(), uniform().gather(1, plan.rank_BL))  # uniform numbers go by rank
+    drawn_BL, logp_BL = sample_inverse_cdf(
+        logp_BLV.float(), uniform().gather(1, plan.rank_BL)
+    )  # uniform numbers go by rank
     assert torch.equal(samples.codes_BL[~kept_BL], drawn_BL[~kept_BL])
     torch.testing.assert_close(samples.logp_BL, torch.where(kept_BL, 0.0, logp_BL))
 
@@ -299,8 +301,8 @@ def test_a_companion_sees_the_codes_that_the_rule_chose(student, teacher, sample
         codes_Bn = (own_BnV + other_BnV).argmax(-1)
         return codes_Bn, torch.full_like(uniform_Bn, -float(len(seen))), uniform_Bn < 0.5
 
-    companion = Companion(teacher, rule, uniform(seed=1))
-    samples = rollout(student, CONDITION, student.plan(4), sampler, uniform(), companion=companion)
+    joint = JointDecoding(teacher, rule, uniform(seed=1))
+    samples = rollout(student, CONDITION, student.plan(4), sampler, uniform(), joint=joint)
     assert torch.equal(torch.cat([each[2] for each in seen], dim=1), uniform())
     assert torch.equal(torch.cat([each[3] for each in seen], dim=1), uniform(seed=1))
     for place, model in enumerate((student, teacher)):
@@ -319,11 +321,11 @@ def test_a_companion_sees_the_codes_that_the_rule_chose(student, teacher, sample
 def test_kept_codes_count_as_accepted(student, teacher, batch):
     def refuse(own_BnV: Tensor, other_BnV: Tensor, uniform_Bn: Tensor, spare_Bn: Tensor):
         del other_BnV, spare_Bn
-        return *pick(own_BnV, uniform_Bn), torch.zeros_like(uniform_Bn, dtype=torch.bool)
+        return *sample_inverse_cdf(own_BnV, uniform_Bn), torch.zeros_like(uniform_Bn, dtype=torch.bool)
 
     kept_BL = torch.tensor([[1, 1, 0, 0, 1, 0]]).bool().expand(4, -1)
     samples = rollout(student, CONDITION, student.plan(4), Sampler(), uniform(), batch.codes_BL[:4], kept_BL,
-                      Companion(teacher, refuse, uniform(seed=1)))  # fmt: skip
+                      JointDecoding(teacher, refuse, uniform(seed=1)))  # fmt: skip
     assert samples.accept_BL is not None and torch.equal(samples.accept_BL, kept_BL)
     alone = rollout(student, CONDITION, student.plan(4), Sampler(), uniform(), batch.codes_BL[:4], kept_BL)
     assert torch.equal(samples.codes_BL, alone.codes_BL) and torch.equal(samples.logp_BL, alone.logp_BL)

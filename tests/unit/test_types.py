@@ -21,14 +21,14 @@ def part(num_rows: int = 5) -> Part:
     condition = Condition(torch.arange(num_rows), torch.linspace(1, 2, num_rows))
     plan = Plan(torch.arange(6).expand(num_rows, -1), (1, 2, 3))
     found = Part.of("student", codes_BL, condition, plan, torch.arange(num_rows) + 10)
-    return replace(found, behaviour_logp_BL=torch.rand(num_rows, 6), weight_B=torch.rand(num_rows))
+    return replace(found, behavior_logp_BL=torch.rand(num_rows, 6), weight_B=torch.rand(num_rows))
 
 
 def test_a_fresh_part_supervises_itself():
     fresh = Part.of(
         "data", torch.ones(2, 6, dtype=torch.long), Condition(torch.zeros(2)), RASTER.select(slice(2)), torch.arange(2)
     )
-    assert torch.equal(fresh.codes_BL, fresh.supervision_BL) and fresh.behaviour_logp_BL is None
+    assert torch.equal(fresh.codes_BL, fresh.supervision_BL) and fresh.behavior_logp_BL is None
     assert fresh.weight_B.tolist() == [1, 1] and fresh.age_B.tolist() == [0, 0] and len(fresh) == 2
 
 
@@ -91,10 +91,10 @@ def test_selecting_rows_selects_every_field(index):
     assert len(chosen) == len(rows) and chosen.source == "student" and chosen.accept_BL is None
     for field in fields(Part):
         value, piece = getattr(whole, field.name), getattr(chosen, field.name)
-        if isinstance(value, torch.Tensor) and field.name != "behaviour_logp_BL" and field.name != "weight_B":
+        if isinstance(value, torch.Tensor) and field.name != "behavior_logp_BL" and field.name != "weight_B":
             assert torch.equal(piece, value[rows]), field.name
     assert torch.equal(chosen.condition.label_B, whole.condition.label_B[rows])
-    assert chosen.condition.scale_B is not None and len(chosen.condition.scale_B) == len(rows)
+    assert chosen.condition.guidance_B is not None and len(chosen.condition.guidance_B) == len(rows)
     assert len(chosen.plan.order_BL) == len(rows) and chosen.plan.sizes == (1, 2, 3)
 
 
@@ -116,14 +116,14 @@ def test_dropping_labels_changes_labels_alone():
     assert dropped.parts[0].condition.label_B.tolist() == [99, 99, 2, 3, 99]
     assert context.parts[0].condition.label_B.tolist() == [0, 1, 2, 3, 4]
     assert torch.equal(dropped.parts[0].codes_BL, context.parts[0].codes_BL)
-    assert torch.equal(dropped.parts[0].condition.scale_B, context.parts[0].condition.scale_B)
+    assert torch.equal(dropped.parts[0].condition.guidance_B, context.parts[0].condition.guidance_B)
     assert context.drop_labels(0.0, 99, [torch.zeros(5)]).parts[0].condition.label_B.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_the_null_condition_keeps_its_scale():
     condition = Condition(torch.tensor([1, 2]), torch.tensor([1.5, 2.5]))
     null = condition.null(7)
-    assert null.label_B.tolist() == [7, 7] and null.scale_B is condition.scale_B and len(null) == 2
+    assert null.label_B.tolist() == [7, 7] and null.guidance_B is condition.guidance_B and len(null) == 2
 
 
 def test_state_hash_sees_names_values_and_head():

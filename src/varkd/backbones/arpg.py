@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from varkd.backbones.layers import (
     FeedForward,
+    GuidanceEmbedding,
     RMSNorm,
-    ScaleEmbedding,
     attend,
     cache_dtype,
     rope_table,
@@ -64,30 +64,30 @@ def step_sizes(length: int, steps: int, schedule: str = "arccos") -> tuple[int, 
 
 
 @dataclass(frozen=True)
-class Sight:
+class AttentionMask:
     """Which keys a query sees: all of them, those up to its own place, or those of a boolean `mask`."""
 
     is_causal: bool = False
     mask: Tensor | None = None
 
-    def first(self, slots: int) -> Sight:
+    def first(self, slots: int) -> AttentionMask:
         """The same among the first `slots` slots."""
-        return self if self.mask is None else Sight(mask=self.mask[:slots, :slots])
+        return self if self.mask is None else AttentionMask(mask=self.mask[:slots, :slots])
 
 
-ALL = Sight()
+ALL = AttentionMask()
 
 
 @lru_cache(maxsize=32)
-def sights(sizes: tuple[int, ...], device: torch.device) -> tuple[Sight, Sight]:
+def sights(sizes: tuple[int, ...], device: torch.device) -> tuple[AttentionMask, AttentionMask]:
     """What the slots (class, codes before the last step) see of each other, and what the L queries see of them."""
     if max(sizes) == 1:
-        return Sight(is_causal=True), Sight(is_causal=True)
+        return AttentionMask(is_causal=True), AttentionMask(is_causal=True)
     with torch.inference_mode(False):
         step_L = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
         slot = torch.cat([torch.tensor([-1]), step_L[: -sizes[-1]]])
         reading, asking = slot <= slot.unsqueeze(1), slot < step_L.unsqueeze(1)
-        return Sight(mask=reading.to(device)), Sight(mask=asking.to(device))
+        return AttentionMask(mask=reading.to(device)), AttentionMask(mask=asking.to(device))
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class ARPGConfig:
     order: str = "random"
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
-    scale_conditioned: bool = False
+    guidance_conditioned: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_classes", "num_layers", "dim", "num_heads"):
@@ -163,7 +163,7 @@ class ARPG(Backbone):
         self.layers = Decoder(config, dropout)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.add_module("head", nn.Linear(config.dim, config.vocab_size, bias=False))
-        self.scale_embedding = ScaleEmbedding(config.dim) if config.scale_conditioned else None
+        self.guidance_embedding = GuidanceEmbedding(config.dim) if config.guidance_conditioned else None
 
     @property
     def head(self) -> nn.Linear:
@@ -174,7 +174,7 @@ class ARPG(Backbone):
     def transformer_blocks(self) -> Sequence[nn.Module]:
         return [*self.layers.self_dec, *self.layers.cross_dec]
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialize(self, generator: torch.Generator) -> None:
         """Normal weights of LlamaGen's width, unit norm gains, a zero output head."""
         std = max(0.02, 0.55 / self.config.dim**0.5)
         for parameter in self.parameters():
@@ -256,7 +256,7 @@ class ARPG(Backbone):
         table = rope_table(tuple(config.grid), config.head_dim, config.rope_base, order_BL.device)
         return table[nn.functional.pad(order_BL + 1, (1, 0))].unsqueeze(1)
 
-    def _advance(self, state: ARPGState, x_BnD: Tensor, reading: Sight) -> Tensor:
+    def _advance(self, state: ARPGState, x_BnD: Tensor, reading: AttentionMask) -> Tensor:
         """Read new slots, then predict the codes of the state's step."""
         begin, end = state.filled, state.filled + x_BnD.shape[1]
         state.filled = end
@@ -264,7 +264,7 @@ class ARPG(Backbone):
         # Slot j holds the code of rank j - 1, so the next ranks' angles stand right behind the slots read so far.
         return self._predict(state.rope[:, :, end : end + state.sizes[state.step]], keys, values, ALL)
 
-    def _read(self, x_BnD: Tensor, rope: Tensor, reading: Sight, cache: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _read(self, x_BnD: Tensor, rope: Tensor, reading: AttentionMask, cache: Tensor | None) -> tuple[Tensor, Tensor]:
         """The keys and values (B, heads, slots so far, head_dim) that every cross-attention layer looks at."""
         for index, layer in enumerate(self.layers.self_dec):
             x_BnD = layer(x_BnD, rope, reading, None if cache is None else cache[index])
@@ -272,7 +272,7 @@ class ARPG(Backbone):
         keys = rotate(_split(self.layers.to_k(x_BnD), heads), rope)
         return _remember(keys, _split(self.layers.to_v(x_BnD), heads), None if cache is None else cache[-1])
 
-    def _predict(self, rope: Tensor, keys: Tensor, values: Tensor, asking: Sight) -> Tensor:
+    def _predict(self, rope: Tensor, keys: Tensor, values: Tensor, asking: AttentionMask) -> Tensor:
         """Hidden states (B, n, D) of the cells with angles `rope` (B, 1, n, ..): all else of a query is the same."""
         q_BnD = self.embeddings.weight[self.vocab_size].expand(len(rope), rope.shape[2], -1)
         for layer in self.layers.cross_dec:
@@ -301,7 +301,7 @@ class SelfBlock(nn.Module):
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x_BnD: Tensor, rope: Tensor, reading: Sight, cache: Tensor | None) -> Tensor:
+    def forward(self, x_BnD: Tensor, rope: Tensor, reading: AttentionMask, cache: Tensor | None) -> Tensor:
         x_BnD = x_BnD + self.attn(self.attn_norm(x_BnD), rope, reading, cache)
         return x_BnD + self.ffn(self.ffn_norm(x_BnD))
 
@@ -314,7 +314,7 @@ class CrossBlock(nn.Module):
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, q_BnD: Tensor, rope: Tensor, keys: Tensor, values: Tensor, asking: Sight) -> Tensor:
+    def forward(self, q_BnD: Tensor, rope: Tensor, keys: Tensor, values: Tensor, asking: AttentionMask) -> Tensor:
         q_BnD = q_BnD + self.attn(self.attn_norm(q_BnD), rope, keys, values, asking)
         return q_BnD + self.ffn(self.ffn_norm(q_BnD))
 
@@ -329,7 +329,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BnD: Tensor, rope: Tensor, reading: Sight, cache: Tensor | None) -> Tensor:
+    def forward(self, x_BnD: Tensor, rope: Tensor, reading: AttentionMask, cache: Tensor | None) -> Tensor:
         q, k, v = (_split(linear(x_BnD), self.num_heads) for linear in (self.to_q, self.to_k, self.to_v))
         k, v = _remember(rotate(k, rope), v, cache)
         x = attend(rotate(q, rope), k, v, reading.is_causal, reading.mask)
@@ -346,7 +346,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = nn.Dropout(dropout)
 
-    def forward(self, q_BnD: Tensor, rope: Tensor, keys: Tensor, values: Tensor, asking: Sight) -> Tensor:
+    def forward(self, q_BnD: Tensor, rope: Tensor, keys: Tensor, values: Tensor, asking: AttentionMask) -> Tensor:
         q = rotate(_split(self.to_q(q_BnD), self.num_heads), rope)
         x = attend(q, keys, values, asking.is_causal, asking.mask)
         return self.resid_dropout(self.proj(x.transpose(1, 2).flatten(2)))

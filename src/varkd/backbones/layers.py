@@ -44,7 +44,7 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(label_B).unsqueeze(1)
 
 
-class ScaleEmbedding(nn.Module):
+class GuidanceEmbedding(nn.Module):
     """A guidance scale s, float (B,) -> what it adds to the class vector: (B, D).
 
     W [sin f (s - 1), 1 - cos f (s - 1)] with f = 1/64, 1/32, .., 2: Fourier features, after Meng et al. (2210.03142).
@@ -55,11 +55,11 @@ class ScaleEmbedding(nn.Module):
         super().__init__()
         self.linear = nn.Linear(16, dim, bias=False)
 
-    def forward(self, scale_B: Tensor) -> Tensor:
+    def forward(self, guidance_B: Tensor) -> Tensor:
         weight = self.linear.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         frequency_F = torch.exp2(torch.arange(-6, 2, device=weight.device, dtype=wide))
-        angle_BF = (scale_B.to(wide) - 1).unsqueeze(1) * frequency_F
+        angle_BF = (guidance_B.to(wide) - 1).unsqueeze(1) * frequency_F
         return self.linear(torch.cat([angle_BF.sin(), 1 - angle_BF.cos()], dim=1).to(weight.dtype))
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from varkd.backbones.layers import (
     FeedForward,
+    GuidanceEmbedding,
     LabelEmbedding,
     RMSNorm,
-    ScaleEmbedding,
     attend,
     cache_dtype,
     rope_table,
@@ -47,7 +47,7 @@ class LlamaGenConfig:
     ffn_dim: int | None = None
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
-    scale_conditioned: bool = False
+    guidance_conditioned: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_classes", "num_layers", "dim", "num_heads"):
@@ -92,13 +92,13 @@ class LlamaGen(Backbone):
         self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.scale_embedding = ScaleEmbedding(config.dim) if config.scale_conditioned else None
+        self.guidance_embedding = GuidanceEmbedding(config.dim) if config.guidance_conditioned else None
 
     @property
     def transformer_blocks(self) -> Sequence[nn.Module]:
         return list(self.layers)
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialize(self, generator: torch.Generator) -> None:
         """The official start: normal(0, 0.02), unit norm gains, a zero output head.
 
         0.02 belongs to the published widths (768 and more). Narrower models get 0.55 / sqrt(dim), which keeps a layer's

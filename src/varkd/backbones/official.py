@@ -21,7 +21,7 @@ from varkd.backbones.store import family_class
 from varkd.backbones.var import scales_of
 from varkd.errors import VarkdError
 
-_MARKS = {
+_SIGNATURE_KEYS = {
     "pos_instruct_embeddings": "randar",
     "layers.to_k.weight": "arpg",
     "pos_1LC": "var",
@@ -75,7 +75,7 @@ class KeyReport:
             raise VarkdError(f"the tensors do not make a {self.family} model ({'; '.join(faults)}){hint}")
 
 
-def recognise(state: Mapping[str, Tensor]) -> str:
+def recognize(state: Mapping[str, Tensor]) -> str:
     """The family of an official state dict, by its tensor names.
 
     Raises:
@@ -84,36 +84,36 @@ def recognise(state: Mapping[str, Tensor]) -> str:
     for name, reason in _REFUSED.items():
         if name in state:
             raise VarkdError(reason)
-    for name, family in _MARKS.items():
+    for name, family in _SIGNATURE_KEYS.items():
         if name in state:
             return family
     raise VarkdError(f"these tensors ({_first(sorted(state))}) belong to no family that varkd knows: "
-                     f"{', '.join(sorted(_MARKS.values()))}")  # fmt: skip
+                     f"{', '.join(sorted(_SIGNATURE_KEYS.values()))}")  # fmt: skip
 
 
 def convert(
     state: Mapping[str, Tensor], family: str | None = None, *, heads: int | None = None,
     grid: Sequence[int] | None = None, scales: Sequence[int] | None = None, model: str | None = None,
-    file_name: str | None = None, num_classes: int | None = None, quantiser: Mapping[str, Tensor] | None = None,
+    file_name: str | None = None, num_classes: int | None = None, quantizer: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> tuple[Backbone, KeyReport]:  # fmt: skip
     """A backbone with exactly the weights of an official state dict, copied to float32, in evaluation mode.
 
     Args:
-        family: None recognises it.
+        family: None recognizes it.
         heads, grid, scales: what shapes do not tell; needed where the zoo does not tell it either.
         model: the published model that these weights are ("LlamaGen-L-256"), or `file_name` of its official file.
         num_classes: another number of classes: their rows are drawn anew (normal, the spread of the old rows) from
             `seed`; the null label's row and all other weights are kept.
-        quantiser: the tokenizer's frozen tensors (`Tokenizer.quantiser`); a next-scale model cannot do without.
+        quantizer: the tokenizer's frozen tensors (`Tokenizer.quantizer`); a next-scale model cannot do without.
 
     Raises:
         VarkdError: another family, tensors missing, unexpected or of other shapes, sizes that are not determined, or
             arguments that contradict the shapes.
     """
-    family = family or recognise(state)
+    family = family or recognize(state)
     blank, notes = blank_model(
-        state, family, heads=heads, grid=grid, scales=scales, model=model, file_name=file_name, quantiser=quantiser
+        state, family, heads=heads, grid=grid, scales=scales, model=model, file_name=file_name, quantizer=quantizer
     )
     report = report_keys(blank, state, notes)
     report.check(_hint(state, family))
@@ -125,27 +125,27 @@ def convert(
         report = KeyReport(family, report.used, report.dropped, notes=(*report.notes, note))
     own = {name: torch.zeros_like(value, device="cpu") for name, value in blank.state_dict().items()
            if name not in weights}  # fmt: skip
-    if own and not quantiser:
+    if own and not quantizer:
         raise VarkdError(
             f"{family} reads its codes through its tokenizer: give --tokenizer DIR (made by `varkd tokenizer import`)"
         )
     blank.load_state_dict({**weights, **own}, strict=True, assign=True)
-    if quantiser:
-        blank.set_quantiser(quantiser)
+    if quantizer:
+        blank.set_quantizer(quantizer)
     return blank.eval(), report
 
 
 def blank_model(
     state: Mapping[str, Tensor], family: str, *, heads: int | None = None, grid: Sequence[int] | None = None,
     scales: Sequence[int] | None = None, model: str | None = None, file_name: str | None = None,
-    quantiser: Mapping[str, Tensor] | None = None,
+    quantizer: Mapping[str, Tensor] | None = None,
 ) -> tuple[Backbone, list[str]]:  # fmt: skip
     """The model that the tensors belong to, without weights (on the meta device), and where its sizes came from.
 
     Raises:
         VarkdError: as `convert`.
     """
-    known = _inferred(state, family, quantiser)
+    known = _inferred(state, family, quantizer)
     given = {"num_heads": heads, "grid": grid and tuple(grid), "scales": scales and tuple(scales)}
     sizes, notes = {**known}, []
     names = {field.name for field in fields(family_class(family).config_class)}
@@ -188,7 +188,7 @@ def report_keys(model: Backbone, state: Mapping[str, Tensor], notes: Sequence[st
     )
 
 
-def _inferred(state: Mapping[str, Tensor], family: str, quantiser: Mapping[str, Tensor] | None) -> dict[str, Any]:
+def _inferred(state: Mapping[str, Tensor], family: str, quantizer: Mapping[str, Tensor] | None) -> dict[str, Any]:
     """The sizes that the tensors (and the tokenizer's) determine."""
     try:
         sizes = family_class(family).infer({name: tuple(value.shape) for name, value in state.items()})
@@ -202,8 +202,8 @@ def _inferred(state: Mapping[str, Tensor], family: str, quantiser: Mapping[str, 
             sizes["scales"] = scales_of(state["lvl_1L"])
         except RuntimeError:  # not small whole numbers
             raise VarkdError("lvl_1L does not count scales: this is not an official VAR file") from None
-    if quantiser and family == "var":
-        sizes["num_phi"] = len(quantiser["phi.weight"])
+    if quantizer and family == "var":
+        sizes["num_phi"] = len(quantizer["phi.weight"])
     return sizes
 
 
@@ -265,7 +265,7 @@ def _float32(value: Tensor) -> Tensor:
 def _hint(state: Mapping[str, Tensor], family: str) -> str:
     """What the tensors look like, where it is something else than what was asked for."""
     try:
-        found = recognise(state)
+        found = recognize(state)
     except VarkdError as error:
         return f": {error}"
     return f": they look like {found} (--family {found})" if found != family else ""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from varkd.backbones.layers import ScaleEmbedding
+from varkd.backbones.layers import GuidanceEmbedding
 from varkd.errors import VarkdError
 from varkd.types import Condition, Plan
 from varkd.world import Rng
@@ -60,12 +60,12 @@ class Backbone(nn.Module, ABC):
     residual_codes: ClassVar[bool] = False
     """Whether later codes encode what earlier ones left over (next scale): then no code can be exchanged alone."""
     config: Any
-    scale_embedding: ScaleEmbedding | None
+    guidance_embedding: GuidanceEmbedding | None
 
     @property
-    def scale_conditioned(self) -> bool:
-        """Whether the model reads `Condition.scale_B`: one pass where guidance takes two."""
-        return getattr(self.config, "scale_conditioned", False)
+    def guidance_conditioned(self) -> bool:
+        """Whether the model reads `Condition.guidance_B`: one pass where guidance takes two."""
+        return getattr(self.config, "guidance_conditioned", False)
 
     @property
     @abstractmethod
@@ -78,21 +78,21 @@ class Backbone(nn.Module, ABC):
         """The transformer blocks, in order: what is sharded one by one."""
 
     @abstractmethod
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialize(self, generator: torch.Generator) -> None:
         """Draw all weights from `generator`."""
 
     def with_scale(self, class_vector: Tensor, condition: Condition) -> Tensor:
         """The class vectors, (B, D) or (B, 1, D), moved by the guidance scales if the model reads them; None is 1."""
-        if self.scale_embedding is None:
+        if self.guidance_embedding is None:
             return class_vector
-        scale_B = condition.scale_B
-        scale_B = torch.ones(len(condition), device=class_vector.device) if scale_B is None else scale_B
-        return class_vector + self.scale_embedding(scale_B).view_as(class_vector)
+        guidance_B = condition.guidance_B
+        guidance_B = torch.ones(len(condition), device=class_vector.device) if guidance_B is None else guidance_B
+        return class_vector + self.guidance_embedding(guidance_B).view_as(class_vector)
 
     def zero_scale(self) -> None:
-        """Let the guidance scale change nothing: for the end of `initialise`."""
-        if self.scale_embedding is not None:
-            nn.init.zeros_(self.scale_embedding.linear.weight)
+        """Let the guidance scale change nothing: for the end of `initialize`."""
+        if self.guidance_embedding is not None:
+            nn.init.zeros_(self.guidance_embedding.linear.weight)
 
     @property
     def num_classes(self) -> int:
@@ -134,7 +134,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def check(self, plan: Plan) -> None:
-        """Raise `VarkdError` with the reason when this family cannot honour `plan`."""
+        """Raise `VarkdError` with the reason when this family cannot honor `plan`."""
 
     @abstractmethod
     def forward(self, codes_BL: Tensor, condition: Condition, plan: Plan) -> Tensor:
@@ -176,9 +176,9 @@ class Backbone(nn.Module, ABC):
             KeyError: it is not a state dict of this family.
         """
 
-    def set_quantiser(self, quantiser: Mapping[str, Tensor]) -> None:
+    def set_quantizer(self, quantizer: Mapping[str, Tensor]) -> None:
         """Give a next-scale backbone the frozen tensors of its tokenizer; other families read codes without them."""
-        del quantiser
+        del quantizer
 
     def official_state(self) -> dict[str, Tensor]:
         """The weights under the official key layout: what the official code loads strictly."""
@@ -201,5 +201,5 @@ class Backbone(nn.Module, ABC):
             raise VarkdError(f"labels must be integers, got {condition.label_B.dtype}")
         if condition.label_B.shape != codes_BL.shape[:1]:
             raise VarkdError(f"{len(codes_BL)} sequences but labels of shape {tuple(condition.label_B.shape)}")
-        if condition.scale_B is not None and condition.scale_B.shape != codes_BL.shape[:1]:
-            raise VarkdError(f"{len(codes_BL)} sequences but scales of shape {tuple(condition.scale_B.shape)}")
+        if condition.guidance_B is not None and condition.guidance_B.shape != codes_BL.shape[:1]:
+            raise VarkdError(f"{len(codes_BL)} sequences but scales of shape {tuple(condition.guidance_B.shape)}")

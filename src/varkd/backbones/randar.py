@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from varkd.backbones.layers import (
     FeedForward,
+    GuidanceEmbedding,
     LabelEmbedding,
     RMSNorm,
-    ScaleEmbedding,
     attend,
     cache_dtype,
     rope_table,
@@ -76,7 +76,7 @@ class RandARConfig:
     order: str = "random"
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
-    scale_conditioned: bool = False
+    guidance_conditioned: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_classes", "num_layers", "dim", "num_heads"):
@@ -169,7 +169,7 @@ class RandAR(Backbone):
         self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.scale_embedding = ScaleEmbedding(config.dim) if config.scale_conditioned else None
+        self.guidance_embedding = GuidanceEmbedding(config.dim) if config.guidance_conditioned else None
 
     @property
     def head(self) -> nn.Linear:
@@ -179,7 +179,7 @@ class RandAR(Backbone):
     def transformer_blocks(self) -> Sequence[nn.Module]:
         return list(self.layers)
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialize(self, generator: torch.Generator) -> None:
         """Normal weights of LlamaGen's width, unit norm gains, a zero output head."""
         std = max(0.02, 0.55 / self.config.dim**0.5)
         for parameter in self.parameters():

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varkd.backbones.layers import ScaleEmbedding, attend, cache_dtype
+from varkd.backbones.layers import GuidanceEmbedding, attend, cache_dtype
 from varkd.backbones.orders import KINDS, check_order, choose_order, prefix_codes
 from varkd.backbones.protocol import Backbone, GuidanceKind, Nucleus
 from varkd.containers import count_numbered
@@ -50,7 +50,7 @@ class RARConfig:
     ffn_dim: int | None = None
     order: Literal["raster", "random"] = "raster"
     norm_eps: float = 1e-6
-    scale_conditioned: bool = False
+    guidance_conditioned: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_classes", "num_layers", "dim", "num_heads"):
@@ -102,13 +102,13 @@ class RAR(Backbone):
         self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.num_layers))
         self.adaln_before_head = FinalNorm(config)
         self.lm_head = nn.Linear(dim, config.vocab_size)
-        self.scale_embedding = ScaleEmbedding(config.dim) if config.scale_conditioned else None
+        self.guidance_embedding = GuidanceEmbedding(config.dim) if config.guidance_conditioned else None
 
     @property
     def transformer_blocks(self) -> Sequence[nn.Module]:
         return list(self.blocks)
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialize(self, generator: torch.Generator) -> None:
         """Normal weights of LlamaGen's width, unit norm gains, zero biases and head.
 
         Embeddings of this width leave the adaLN layers close to zero, so that a block starts close to the identity; the

@@ -41,12 +41,12 @@ def family_class(family: str) -> type[Backbone]:
 
 def build(
     family: str, sizes: dict[str, Any], dropout: float = 0.0, seed: int = 0, device: str = "cpu",
-    quantiser: Mapping[str, Tensor] | None = None,
+    quantizer: Mapping[str, Tensor] | None = None,
 ) -> Backbone:  # fmt: skip
-    """A freshly initialised backbone. Weights depend on `seed` only; no global generator is touched.
+    """A freshly initialized backbone. Weights depend on `seed` only; no global generator is touched.
 
-    `quantiser` holds the frozen tensors of the tokenizer that a next-scale backbone reads its codes with
-    (`Tokenizer.quantiser`); other families have no use for it.
+    `quantizer` holds the frozen tensors of the tokenizer that a next-scale backbone reads its codes with
+    (`Tokenizer.quantizer`); other families have no use for it.
 
     Raises:
         VarkdError: unknown family, or a size that it does not have.
@@ -54,9 +54,9 @@ def build(
     with torch.device("meta"):
         model = _construct(family, sizes, dropout)
     model.to_empty(device="cpu")
-    model.initialise(torch.Generator().manual_seed(seed))
-    if quantiser:
-        model.set_quantiser(quantiser)
+    model.initialize(torch.Generator().manual_seed(seed))
+    if quantizer:
+        model.set_quantizer(quantizer)
     return model.to(device)
 
 
@@ -134,7 +134,7 @@ def check_state(model: Backbone, state: dict[str, Tensor], origin: str) -> None:
 def weights_hash(model: Backbone) -> str:
     """Names a model by family, sizes and weights."""
     # The field is younger than recorded names; where it is True, its tensor tells the models apart.
-    sizes = repr((model.family, model.config)).replace(", scale_conditioned=False", "")
+    sizes = repr((model.family, model.config)).replace(", guidance_conditioned=False", "")
     return state_hash(sizes, model.state_dict())
 
 

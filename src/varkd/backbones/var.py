@@ -24,18 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varkd.backbones.layers import ScaleEmbedding, attend, cache_dtype
+from varkd.backbones.layers import GuidanceEmbedding, attend, cache_dtype
 from varkd.backbones.protocol import Backbone, GuidanceKind, Layout, Nucleus
 from varkd.containers import count_numbered
 from varkd.errors import VarkdError
-from varkd.residual import Quantiser
+from varkd.residual import Quantizer
 from varkd.types import Condition, Plan
 from varkd.world import Rng
 
-QUANTISER = {
-    "codebook": "quantiser_codebook",
-    "phi.weight": "quantiser_phi_weight",
-    "phi.bias": "quantiser_phi_bias",
+QUANTIZER = {
+    "codebook": "quantizer_codebook",
+    "phi.weight": "quantizer_phi_weight",
+    "phi.bias": "quantizer_phi_bias",
 }
 """The tokenizer's frozen tensors -> the buffers that hold them here."""
 
@@ -59,7 +59,7 @@ class VARConfig:
     shared_adaln: bool = False
     num_phi: int = 4
     norm_eps: float = 1e-6
-    scale_conditioned: bool = False
+    guidance_conditioned: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_classes", "code_dim", "num_layers", "dim", "num_heads", "num_phi"):
@@ -86,7 +86,7 @@ class VARConfig:
 
 @dataclass
 class VARState:
-    """One decode: normalised keys and values, and the residual features of the codes so far.
+    """One decode: normalized keys and values, and the residual features of the codes so far.
 
     `cache` is (layers, 2, B, heads, L, head_dim), of which `filled` slots are valid; `scale` is the one predicted next.
     """
@@ -110,9 +110,9 @@ class VAR(Backbone):
         "lvl_1L", "attn_bias_for_masking", r"blocks\.\d+\.attn\.zero_k_bias",
     )  # fmt: skip
 
-    quantiser_codebook: Tensor
-    quantiser_phi_weight: Tensor
-    quantiser_phi_bias: Tensor
+    quantizer_codebook: Tensor
+    quantizer_phi_weight: Tensor
+    quantizer_phi_bias: Tensor
 
     def __init__(self, config: VARConfig, dropout: float = 0.0) -> None:
         super().__init__()
@@ -127,17 +127,17 @@ class VAR(Backbone):
         self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.num_layers))
         self.head_nm = HeadNorm(config)
         self.add_module("head", nn.Linear(dim, config.vocab_size))
-        self.scale_embedding = ScaleEmbedding(config.dim) if config.scale_conditioned else None
-        self.register_buffer("quantiser_codebook", torch.empty(config.vocab_size, code_dim))
-        self.register_buffer("quantiser_phi_weight", torch.empty(config.num_phi, code_dim, code_dim, 3, 3))
-        self.register_buffer("quantiser_phi_bias", torch.empty(config.num_phi, code_dim))
+        self.guidance_embedding = GuidanceEmbedding(config.dim) if config.guidance_conditioned else None
+        self.register_buffer("quantizer_codebook", torch.empty(config.vocab_size, code_dim))
+        self.register_buffer("quantizer_phi_weight", torch.empty(config.num_phi, code_dim, code_dim, 3, 3))
+        self.register_buffer("quantizer_phi_bias", torch.empty(config.num_phi, code_dim))
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialize(self, generator: torch.Generator) -> None:
         """Normal weights of LlamaGen's width, zero biases and head, head scales of 4, gates of GATE.
 
         The official gates start near zero (1e-3 times a small number). From scratch in a few hundred updates that and
         anything up to 0.3 train alike, wide open gates (1) clearly slower; GATE is small, yet lets every layer take
-        part from the first update. The stand-in for a quantiser is a normal codebook under convolutions that keep the
+        part from the first update. The stand-in for a quantizer is a normal codebook under convolutions that keep the
         size of their input.
         """
         std = max(0.02, 0.55 / self.config.dim**0.5)
@@ -155,9 +155,9 @@ class VAR(Backbone):
         for block in self.blocks:
             if isinstance(block, Block) and block.ada_lin is not None:
                 _open_gates(block.ada_lin)
-        nn.init.normal_(self.quantiser_codebook, generator=generator)
-        nn.init.normal_(self.quantiser_phi_weight, std=(9 * self.config.code_dim) ** -0.5, generator=generator)
-        nn.init.zeros_(self.quantiser_phi_bias)
+        nn.init.normal_(self.quantizer_codebook, generator=generator)
+        nn.init.normal_(self.quantizer_phi_weight, std=(9 * self.config.code_dim) ** -0.5, generator=generator)
+        nn.init.zeros_(self.quantizer_phi_bias)
 
     # `head` is an official name: a property by contract, and a module of the same name.
 
@@ -175,29 +175,29 @@ class VAR(Backbone):
         return sum(self.config.sizes)
 
     @property
-    def quantiser(self) -> Quantiser:
-        tensors = {name: getattr(self, buffer) for name, buffer in QUANTISER.items()}
-        return Quantiser.of(tensors, self.config.scales)
+    def quantizer(self) -> Quantizer:
+        tensors = {name: getattr(self, buffer) for name, buffer in QUANTIZER.items()}
+        return Quantizer.of(tensors, self.config.scales)
 
-    def set_quantiser(self, quantiser: Mapping[str, Tensor]) -> None:
+    def set_quantizer(self, quantizer: Mapping[str, Tensor]) -> None:
         """Copy the tokenizer's frozen tensors: codebook (V, E), phi.weight (K, E, E, 3, 3), phi.bias (K, E).
 
         Raises:
             VarkdError: they belong to another kind or size of tokenizer.
         """
-        wanted = {name: tuple(getattr(self, buffer).shape) for name, buffer in QUANTISER.items()}
-        found = {name: tuple(value.shape) for name, value in quantiser.items()}
+        wanted = {name: tuple(getattr(self, buffer).shape) for name, buffer in QUANTIZER.items()}
+        found = {name: tuple(value.shape) for name, value in quantizer.items()}
         if found != wanted:
             raise VarkdError(
                 f"var was built for the multi-scale tokenizer tensors {wanted}, this tokenizer has {found}: use the "
                 "tokenizer of its codes"
             )
-        for name, buffer in QUANTISER.items():
-            getattr(self, buffer).copy_(quantiser[name].detach())
+        for name, buffer in QUANTIZER.items():
+            getattr(self, buffer).copy_(quantizer[name].detach())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VAR:
-        """Move or convert the model; the quantiser stays in float32 at least, its sums do not survive bfloat16."""
-        before = {buffer: getattr(self, buffer) for buffer in QUANTISER.values()}
+        """Move or convert the model; the quantizer stays in float32 at least, its sums do not survive bfloat16."""
+        before = {buffer: getattr(self, buffer) for buffer in QUANTIZER.values()}
         super()._apply(fn, recurse)
         for buffer, value in before.items():
             after = getattr(self, buffer)
@@ -240,7 +240,7 @@ class VAR(Backbone):
         del plan  # always coarse to fine: `check` refused everything else
         self.check_inputs(codes_BL, condition)
         class_BD = self._class(condition)
-        x_BLD = torch.cat([self._first(class_BD), self._words(self.quantiser.inputs(codes_BL))], dim=1)
+        x_BLD = torch.cat([self._first(class_BD), self._words(self.quantizer.inputs(codes_BL))], dim=1)
         mask = block_mask(tuple(self.config.scales), x_BLD.device)
         return self._run(self._place(x_BLD, 0), class_BD, mask, cache=None)
 
@@ -248,15 +248,15 @@ class VAR(Backbone):
         self, condition: Condition, plan: Plan, prefix_codes_BL: Tensor | None = None, prefix_steps: int = 0
     ) -> tuple[VARState, Tensor]:
         self.check(plan)
-        config, quantiser = self.config, self.quantiser
+        config, quantizer = self.config, self.quantizer
         class_BD, known = self._class(condition), sum(config.sizes[:prefix_steps])
-        features, slots = quantiser.zeros(len(class_BD)), [self._first(class_BD)]
+        features, slots = quantizer.zeros(len(class_BD)), [self._first(class_BD)]
         if prefix_steps:
             if prefix_codes_BL is None or prefix_codes_BL.shape[1] < known:
                 raise VarkdError(f"start: {prefix_steps} prefix steps need {known} prefix codes")
             for scale, codes_Bn in enumerate(prefix_codes_BL[:, :known].split(config.sizes[:prefix_steps], dim=1)):
-                features = quantiser.add(features, codes_Bn, scale)
-                slots.append(self._words(quantiser.next_input(features, scale + 1)))
+                features = quantizer.add(features, codes_Bn, scale)
+                slots.append(self._words(quantizer.next_input(features, scale + 1)))
         shape = (config.num_layers, 2, len(class_BD), config.num_heads, self.sequence_length, config.head_dim)
         weight = self.pos_1LC
         cache = torch.empty(shape, device=weight.device, dtype=cache_dtype(weight))
@@ -264,10 +264,10 @@ class VAR(Backbone):
         return state, self._extend(state, torch.cat(slots, dim=1))
 
     def step(self, state: VARState, codes_Bn: Tensor) -> Tensor:
-        quantiser = self.quantiser
-        state.features_BEPP = quantiser.add(state.features_BEPP, codes_Bn, state.scale)
+        quantizer = self.quantizer
+        state.features_BEPP = quantizer.add(state.features_BEPP, codes_Bn, state.scale)
         state.scale += 1
-        return self._extend(state, self._words(quantiser.next_input(state.features_BEPP, state.scale)))
+        return self._extend(state, self._words(quantizer.next_input(state.features_BEPP, state.scale)))
 
     @classmethod
     def sizes_for(cls, layout: Layout) -> dict[str, Any]:
@@ -286,7 +286,7 @@ class VAR(Backbone):
         """Everything but the scales (see `scales_of`) and the tokenizer's number of convolutions.
 
         Raises:
-            VarkdError: a VAR without normalised queries and keys, which no released model is.
+            VarkdError: a VAR without normalized queries and keys, which no released model is.
         """
         dim, code_dim = shapes["word_embed.weight"]
         vocab_size, num_labels = shapes["head.weight"][0], shapes["class_emb.weight"][0]
@@ -302,8 +302,8 @@ class VAR(Backbone):
         }  # fmt: skip
 
     def official_state(self) -> dict[str, Tensor]:
-        """Without the quantiser, which official files keep in the tokenizer's, and with the buffers."""
-        state = {name: value for name, value in self.state_dict().items() if name not in QUANTISER.values()}
+        """Without the quantizer, which official files keep in the tokenizer's, and with the buffers."""
+        state = {name: value for name, value in self.state_dict().items() if name not in QUANTIZER.values()}
         scales, device = tuple(self.config.scales), self.pos_1LC.device
         mask = block_mask(scales, device)
         state["lvl_1L"] = levels(scales, device).unsqueeze(0).clone()
@@ -325,7 +325,7 @@ class VAR(Backbone):
         return class_BD.unsqueeze(1) + self.pos_start
 
     def _words(self, features_BnE: Tensor) -> Tensor:
-        """Residual features -> slots, in the precision of the weights: bfloat16 would blur neighbouring codes."""
+        """Residual features -> slots, in the precision of the weights: bfloat16 would blur neighboring codes."""
         with torch.autocast(features_BnE.device.type, enabled=False):
             return self.word_embed(features_BnE.to(self.word_embed.weight.dtype))
 
@@ -430,7 +430,7 @@ class HeadNorm(nn.Module):
 
 
 GATE = 0.1
-"""How far the gates of a new model are open, see `VAR.initialise`."""
+"""How far the gates of a new model are open, see `VAR.initialize`."""
 
 
 def scales_of(lvl_1L: Tensor) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ class Entry:
     `codes` is the sequence length N; either `grid` (rows, columns) or `scales` (sides, coarse to fine) lays it out.
     `sizes` are the other fields of our config. `sampling` is the setting behind `fid` in the units of our `Sampler`
     (for VAR: guidance = official cfg + 1), `official` the same in the authors' words; `fid` is the number that the
-    official repository states for it. `licence` is that of the official repository.
+    official repository states for it. `license` is that of the official repository.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Entry:
     file: str
     hub: str
     container: Layout
-    licence: str
+    license: str
     fid: float | None
     sizes: Mapping[str, Any]
     sampling: Mapping[str, Any]
@@ -68,7 +68,7 @@ class TokenizerEntry:
     file: str
     hub: str
     container: Layout
-    licence: str
+    license: str
     rfid: float | None
 
 
@@ -222,17 +222,17 @@ def format_zoo() -> str:
     for known, line in zip(ENTRIES, lines[1:], strict=True):
         if known.family != family:
             family = known.family
-            text += ["", f"{family}  ({known.licence}, https://huggingface.co/{known.hub})"]
+            text += ["", f"{family}  ({known.license}, https://huggingface.co/{known.hub})"]
         text.append(line)
     return "\n".join([*text, "", "FID as the official repositories state it; `varkd zoo --json` adds the settings."])
 
 
 def format_tokenizers() -> str:
     """The published tokenizers as text."""
-    header = ("name", "kind", "params", "codes", "dim", "px", "rFID", "licence", "file")
+    header = ("name", "kind", "params", "codes", "dim", "px", "rFID", "license", "file")
     rows = [
         (known.name, known.kind, _millions(known.params), str(known.vocab_size), str(known.code_dim),
-         str(known.downsampling), _number(known.rfid), known.licence, known.file)
+         str(known.downsampling), _number(known.rfid), known.license, known.file)
         for known in TOKENIZERS
     ]  # fmt: skip
     return "\n".join([*_aligned(header, rows, right=(2, 3, 4, 5, 6)), "", "px: image pixels per code, along one side."])

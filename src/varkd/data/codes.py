@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-class CodeSet:
+class CodeDataset:
     """One split of a codes folder."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], split: str) -> None:
@@ -96,7 +96,7 @@ class CodeSet:
             )
 
     @classmethod
-    def open(cls, folder: str | Path, split: str = "train", tokenizer_hash: str | None = None) -> CodeSet:
+    def open(cls, folder: str | Path, split: str = "train", tokenizer_hash: str | None = None) -> CodeDataset:
         """Open one split; with `tokenizer_hash`, only if the codes are of that tokenizer.
 
         Raises:

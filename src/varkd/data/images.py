@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from varkd import progress
-from varkd.data.sources import Rows, load_source
+from varkd.data.sources import TargetRows, load_source
 from varkd.errors import VarkdError
 from varkd.files import sha256_of
 from varkd.world import Rng
@@ -28,7 +28,7 @@ Split = Literal["train", "validation"]
 _KEEP_BYTES = 512 * 2**20
 _LONG_PIXELS = 2**25  # decoding more than this takes long enough for a bar
 _PROBES = 64
-_GREY_MODES = ("1", "L", "LA")
+_GRAY_MODES = ("1", "L", "LA")
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -41,8 +41,8 @@ def open_images(
 
     A validation (else test) split of the source is used as it is. Otherwise round(`validation` * N) images, at
     least one, are held out: the same ones for the same seed, and of each class its share to within one image.
-    `image_size` resizes the shorter side and crops the centre; None asks for images of one size.
-    Images are grey (C = 1) where a spread of them holds no colour, else RGB.
+    `image_size` resizes the shorter side and crops the center; None asks for images of one size.
+    Images are gray (C = 1) where a spread of them holds no color, else RGB.
 
     Raises:
         VarkdError: the source is missing, empty, unreadable or unreachable, or its labels are out of range.
@@ -86,10 +86,10 @@ def _held_out(label_N: NDArray[np.int64], fraction: float, seed: int) -> NDArray
     return held_N
 
 
-def _image_shape(rows: Rows, image_size: int | None) -> tuple[int, int, int]:
-    """(C, H, W): the size of the first image; grey only if none of a spread of images has colour."""
+def _image_shape(rows: TargetRows, image_size: int | None) -> tuple[int, int, int]:
+    """(C, H, W): the size of the first image; gray only if none of a spread of images has color."""
     spread = np.unique(np.linspace(0, len(rows) - 1, _PROBES).astype(int))
-    channels = 1 if all(_open(rows, int(row)).mode in _GREY_MODES for row in spread) else 3
+    channels = 1 if all(_open(rows, int(row)).mode in _GRAY_MODES for row in spread) else 3
     pixels_HWC = _pixels(rows, 0, channels, image_size)
     return channels, pixels_HWC.shape[0], pixels_HWC.shape[1]
 
@@ -102,7 +102,7 @@ class ImageSet:
     """
 
     def __init__(
-        self, name: str, split: Split, rows: Rows, index_N: NDArray[np.int64], class_names: tuple[str, ...],
+        self, name: str, split: Split, rows: TargetRows, index_N: NDArray[np.int64], class_names: tuple[str, ...],
         image_shape: tuple[int, int, int], image_size: int | None, settings: dict[str, object],
     ) -> None:  # fmt: skip
         self.name, self.split, self.class_names, self.image_shape = name, split, class_names, image_shape
@@ -149,7 +149,7 @@ class ImageSet:
         return sha256_of(head.encode(), np.ascontiguousarray(self.labels).tobytes(), *encoded)[:12]
 
 
-def _open(rows: Rows, row: int) -> Image.Image:
+def _open(rows: TargetRows, row: int) -> Image.Image:
     try:
         return Image.open(io.BytesIO(rows.encoded(row)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -158,17 +158,17 @@ def _open(rows: Rows, row: int) -> Image.Image:
         raise _corrupt(rows, row) from error
 
 
-def _corrupt(rows: Rows, row: int) -> VarkdError:
+def _corrupt(rows: TargetRows, row: int) -> VarkdError:
     return VarkdError(f"cannot decode {rows.name(row)}: it is corrupt or truncated; repair or remove it")
 
 
-def _pixels(rows: Rows, row: int, channels: int, image_size: int | None) -> NDArray[np.uint8]:
+def _pixels(rows: TargetRows, row: int, channels: int, image_size: int | None) -> NDArray[np.uint8]:
     """Decode one image: uint8 (H, W, channels)."""
     image = _open(rows, row)
     if image.mode in _DEEP_MODES:
         raise VarkdError(f"{rows.name(row)} has more than 8 bits a channel: convert it to 8 bits")
-    if channels == 1 and image.mode not in _GREY_MODES:
-        raise VarkdError(f"{rows.name(row)} is in colour but the images before it are grey: make them all one kind")
+    if channels == 1 and image.mode not in _GRAY_MODES:
+        raise VarkdError(f"{rows.name(row)} is in color but the images before it are gray: make them all one kind")
     try:
         image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -179,7 +179,7 @@ def _pixels(rows: Rows, row: int, channels: int, image_size: int | None) -> NDAr
 
 
 def _resize(image: Image.Image, size: int) -> Image.Image:
-    """Halve by BOX while at least twice too large, BICUBIC to a shorter side of `size`, crop the centre."""
+    """Halve by BOX while at least twice too large, BICUBIC to a shorter side of `size`, crop the center."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

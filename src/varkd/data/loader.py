@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from varkd.data.codes import CodeSet
+from varkd.data.codes import CodeDataset
 from varkd.errors import VarkdError
 from varkd.types import Batch
 from varkd.world import Rng, World
@@ -28,7 +28,7 @@ class Loader:
     """
 
     def __init__(
-        self, codes: CodeSet, batch_size: int, seed: int, world: World | None = None,
+        self, codes: CodeDataset, batch_size: int, seed: int, world: World | None = None,
         images: NDArray[np.int64] | None = None,
     ) -> None:  # fmt: skip
         self.codes, self.batch_size, self.seed, self.world = codes, batch_size, seed, world or World()
@@ -66,7 +66,7 @@ class Loader:
         return torch.randint(self.codes.num_views, (self.batch_size,), generator=generator).numpy()
 
 
-def ordered_batches(codes: CodeSet, batch_size: int) -> Iterator[Batch]:
+def ordered_batches(codes: CodeDataset, batch_size: int) -> Iterator[Batch]:
     """The whole split once, in order, in the identity view; the last batch may be smaller. `row_B`: the image."""
     for start in range(0, len(codes), batch_size):
         index_B = np.arange(start, min(start + batch_size, len(codes)))

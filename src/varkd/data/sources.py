@@ -30,8 +30,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The labelled images of one split, still encoded. `name(i)` says where row i lies, for messages."""
+class TargetRows:
+    """The labeled images of one split, still encoded. `name(i)` says where row i lies, for messages."""
 
     encoded: Callable[[int], bytes]
     name: Callable[[int], str]
@@ -45,12 +45,14 @@ class Rows:
 class Source:
     """All rows of a source; `validation` is None where the source has no split of its own."""
 
-    train: Rows
-    validation: Rows | None
+    train: TargetRows
+    validation: TargetRows | None
     class_names: tuple[str, ...]
 
     @classmethod
-    def of(cls, name: str, train: Rows, validation: Rows | None, class_names: tuple[str, ...] | None) -> Source:
+    def of(
+        cls, name: str, train: TargetRows, validation: TargetRows | None, class_names: tuple[str, ...] | None
+    ) -> Source:
         """Check the labels; without `class_names` the classes are "0" to "K-1" for K = 1 + the largest label.
 
         Raises:
@@ -94,7 +96,7 @@ def load_source(source: str) -> Source:
 
 
 def _digits() -> Source:
-    """scikit-learn's 1,797 digits: 8x8 grey with 17 levels, as uint8 = round(level * 255 / 16)."""
+    """scikit-learn's 1,797 digits: 8x8 gray with 17 levels, as uint8 = round(level * 255 / 16)."""
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()
@@ -105,7 +107,7 @@ def _digits() -> Source:
         Image.fromarray(pixels_NHW[row]).save(buffer, format="PNG")
         return buffer.getvalue()
 
-    rows = Rows(encoded, lambda row: f"digit {row}", bunch.target.astype(np.int64))
+    rows = TargetRows(encoded, lambda row: f"digit {row}", bunch.target.astype(np.int64))
     return Source.of("digits", rows, None, tuple(str(name) for name in bunch.target_names))
 
 
@@ -150,11 +152,11 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in _IMAGE_ENDINGS and not path.name.startswith(".")
 
 
-def _file_rows(by_class: dict[str, list[Path]], all_classes: dict[str, list[Path]]) -> Rows:
+def _file_rows(by_class: dict[str, list[Path]], all_classes: dict[str, list[Path]]) -> TargetRows:
     label_of = {name: label for label, name in enumerate(all_classes)}
     files = [(path, label_of[name]) for name, paths in by_class.items() for path in paths]
     label_N = np.array([label for _, label in files], dtype=np.int64)
-    return Rows(lambda row: files[row][0].read_bytes(), lambda row: str(files[row][0]), label_N)
+    return TargetRows(lambda row: files[row][0].read_bytes(), lambda row: str(files[row][0]), label_N)
 
 
 def _parquet(source: str) -> Source:
@@ -266,7 +268,7 @@ def _class_names(dataset: datasets.Dataset, label: str | None) -> tuple[str, ...
     return None if names is None else tuple(names)
 
 
-def _dataset_rows(source: str, dataset: datasets.Dataset, image: str, label: str | None) -> Rows:
+def _dataset_rows(source: str, dataset: datasets.Dataset, image: str, label: str | None) -> TargetRows:
     """Rows straight from the memory-mapped Arrow columns: the library's row access costs more than decoding."""
     struct_N = dataset.data.column(image)
 
@@ -284,8 +286,8 @@ def _dataset_rows(source: str, dataset: datasets.Dataset, image: str, label: str
         return Path(path).read_bytes()
 
     if label is None:
-        return Rows(encoded, place, np.zeros(len(dataset), dtype=np.int64))
+        return TargetRows(encoded, place, np.zeros(len(dataset), dtype=np.int64))
     column = dataset.data.column(label)
     if column.null_count:
         raise VarkdError(f"{column.null_count} rows of {source} have no label: remove them or label them")
-    return Rows(encoded, place, column.to_numpy().astype(np.int64))
+    return TargetRows(encoded, place, column.to_numpy().astype(np.int64))

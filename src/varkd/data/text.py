@@ -1,7 +1,7 @@
 """Sequences of text codes, to set images beside language: the texts that come with Python, in byte-pair codes.
 
 The texts are the topics of `pydoc` (English and code, about 0.7 MB), which are on every machine that runs varkd.
-Byte-pair encoding as in Sennrich et al. 2016 (1508.07909): the most frequent pair of neighbouring symbols becomes a new
+Byte-pair encoding as in Sennrich et al. 2016 (1508.07909): the most frequent pair of neighboring symbols becomes a new
 symbol until the vocabulary is full. A word keeps the space before it; pairs do not cross words.
 """
 

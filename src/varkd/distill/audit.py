@@ -1,4 +1,4 @@
-"""What an optimiser step says of itself, and when a person should be told that a part of the method is misconfigured.
+"""What an optimizer step says of itself, and when a person should be told that a part of the method is misconfigured.
 
 Means are sums over the whole step and all ranks. An *audit* asks for numbers that cost a pass more, so only updates
 that are logged have them; neither the loss nor its gradient sees whether one was made.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varkd.distill.method import Term
-from varkd.distill.scores import Sides, position_scores
+from varkd.distill.scores import ScoreInputs, position_scores
 from varkd.types import Part
 from varkd.world import World
 
@@ -85,7 +85,7 @@ def teacher_drift(part: Part, logits: Callable[[slice], Tensor], chunk_rows: int
     if part.source != "student" or not len(part):
         return
     names = ("teacher_logp", "entropy")
-    scores = position_scores(names, Sides(part.codes_BL.flatten(), logits), {}, chunk_rows)
+    scores = position_scores(names, ScoreInputs(part.codes_BL.flatten(), logits), {}, chunk_rows)
     nll_N = -scores["teacher_logp"].double()
     vocab_size = logits(slice(0, 1)).shape[-1]
     entropy_N = -scores["entropy"].double() * math.log(vocab_size)

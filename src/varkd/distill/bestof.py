@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from varkd.distill.prefixes import Interleaved, PrefixRestart, Rollout, TokenMix
+from varkd.distill.prefixes import MixtureSampling, PrefixRestart, Rollout, SpeculativeSampling
 from varkd.distill.scene import Prefixes, Scene
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
@@ -29,7 +29,7 @@ class BestOf(Prefixes):
     All are decoded in one pass, so the cache takes `count` times the memory of a plain rollout's.
     """
 
-    rollout: Rollout | TokenMix | Interleaved | PrefixRestart = Rollout()
+    rollout: Rollout | MixtureSampling | SpeculativeSampling | PrefixRestart = Rollout()
     count: int = 4
     score: Literal["difference", "teacher"] = "difference"
     shuffle: bool = False

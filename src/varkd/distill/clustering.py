@@ -38,21 +38,21 @@ def assign_clusters(codebook_VE: Tensor, count: int, assignment: Assignment, see
         cluster_V = torch.empty(vocab_size, dtype=torch.long)
         cluster_V[shuffled_V] = torch.repeat_interleave(torch.arange(count), capacity_K)
         return cluster_V
-    return _lloyd(points, _spread_centres(points, count, generator), capacity_K if assignment == "kmeans" else None)
+    return _lloyd(points, _spread_centers(points, count, generator), capacity_K if assignment == "kmeans" else None)
 
 
-def _lloyd(points: Tensor, centres: Tensor, capacity_K: Tensor | None) -> Tensor:
-    count = len(centres)
+def _lloyd(points: Tensor, centers: Tensor, capacity_K: Tensor | None) -> Tensor:
+    count = len(centers)
     cluster_V, spread = torch.empty(0), float("inf")
     for _ in range(50):
-        distance_VK = torch.cdist(points, centres)
+        distance_VK = torch.cdist(points, centers)
         updated = _assign_nearest(distance_VK) if capacity_K is None else _assign_with_capacity(distance_VK, capacity_K)
         former, spread = spread, float(distance_VK.gather(1, updated.unsqueeze(1)).square().sum())
         if spread >= 0.999 * former:  # with capacities it may never come to rest: leave the last tenth of a percent
             break
         cluster_V = updated
-        sums = torch.zeros_like(centres).index_add(0, cluster_V, points)
-        centres = sums / torch.bincount(cluster_V, minlength=count).unsqueeze(1)
+        sums = torch.zeros_like(centers).index_add(0, cluster_V, points)
+        centers = sums / torch.bincount(cluster_V, minlength=count).unsqueeze(1)
     return cluster_V
 
 
@@ -60,8 +60,8 @@ def cluster_statistics(codebook_VE: Tensor, cluster_V: Tensor) -> dict[str, floa
     """How many clusters, the smallest and the largest size, and the mean squared distance within over that of all."""
     points, cluster_V = codebook_VE.detach().double().cpu(), cluster_V.cpu()
     size_K = torch.bincount(cluster_V)
-    centres = torch.zeros(len(size_K), points.shape[1], dtype=points.dtype).index_add(0, cluster_V, points)
-    within = (points - (centres / size_K.unsqueeze(1))[cluster_V]).square().sum()
+    centers = torch.zeros(len(size_K), points.shape[1], dtype=points.dtype).index_add(0, cluster_V, points)
+    within = (points - (centers / size_K.unsqueeze(1))[cluster_V]).square().sum()
     total = (points - points.mean(0)).square().sum()
     ratio = float(within / total) if total > 0 else 0.0
     sizes = {"count": len(size_K), "smallest": int(size_K.min()), "largest": int(size_K.max())}
@@ -87,8 +87,8 @@ def _assign_nearest(distance_VK: Tensor) -> Tensor:
     return cluster_V
 
 
-def _spread_centres(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """k-means++ seeding: each next centre is drawn with probability proportional to its squared distance."""
+def _spread_centers(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """k-means++ seeding: each next center is drawn with probability proportional to its squared distance."""
     chosen = [int(torch.randint(len(points), (1,), generator=generator))]
     nearest = torch.cdist(points, points[chosen]).square().squeeze(1)
     for _ in range(count - 1):

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from varkd.distill.schedule import Scalar, check_range, number
+from varkd.distill.schedule import Schedule, check_range, value_of
 from varkd.distill.scores import Scores
 from varkd.errors import VarkdError
 from varkd.types import Part
@@ -108,7 +108,7 @@ class PrefixDiscrepancy:
     A negative gamma turns it round (PW-OPSD's hypothesis). S_before runs over strictly earlier steps.
     """
 
-    gamma: Scalar = 0.5
+    gamma: Schedule = 0.5
     clip: float | None = 0.2
     kind: Literal["prefix_discrepancy"] = "prefix_discrepancy"
     score_names: ClassVar[tuple[str, ...]] = ("teacher_logp", "student_logp")
@@ -120,7 +120,7 @@ class PrefixDiscrepancy:
 
     def __call__(self, scores: Scores, part: Part) -> Tensor:
         reward_BL = _reward(scores)
-        weight_BL = _decayed(reward_BL.abs(), part, number(self.gamma))
+        weight_BL = _decayed(reward_BL.abs(), part, value_of(self.gamma))
         return weight_BL * _clipped(_ratio(scores, part), reward_BL, self.clip)
 
 
@@ -133,7 +133,7 @@ class DiscrepancyDecay:
     excludes codes of the sequence (`Truncated`), S counts those alone: the limit of a probability that goes to 0.
     """
 
-    gamma: Scalar = 0.5
+    gamma: Schedule = 0.5
     kind: Literal["discrepancy_decay"] = "discrepancy_decay"
     score_names: ClassVar[tuple[str, ...]] = ("code_gap",)
     sampled: ClassVar[bool] = False
@@ -142,7 +142,7 @@ class DiscrepancyDecay:
         check_range("discrepancy_decay", "gamma", self.gamma, -1, 10)
 
     def __call__(self, scores: Scores, part: Part) -> Tensor:
-        return _decayed(scores["code_gap"], part, number(self.gamma))
+        return _decayed(scores["code_gap"], part, value_of(self.gamma))
 
 
 Credit = NoCredit | Importance | Reward | FutureReturn | PrefixDiscrepancy | DiscrepancyDecay
@@ -162,9 +162,9 @@ def _reward(scores: Scores) -> Tensor:
 
 def _ratio(scores: Scores, part: Part) -> Tensor:
     """q(x) / b(x) per code."""
-    if part.behaviour_logp_BL is None:
+    if part.behavior_logp_BL is None:
         raise VarkdError("sampled rewards need codes with stored log-probabilities: use them on fresh student samples")
-    return (scores["student_logp"] - part.behaviour_logp_BL).exp()
+    return (scores["student_logp"] - part.behavior_logp_BL).exp()
 
 
 def _clipped(ratio_BL: Tensor, reward_BL: Tensor, clip: float | None) -> Tensor:

@@ -24,10 +24,10 @@ from varkd.distill.credit import NoCredit
 from varkd.distill.filtering import AllImages
 from varkd.distill.method import Method, Term
 from varkd.distill.mixture import Mixture, Share
-from varkd.distill.prefixes import Completions, Interleaved, ParallelSampling, Rollout, TokenMix
+from varkd.distill.prefixes import Completions, MixtureSampling, ParallelSampling, Rollout, SpeculativeSampling
 from varkd.distill.replay import Replay
 from varkd.distill.reweighted import PrefixReweighted, Reweighted
-from varkd.distill.schedule import SCHEDULES, Adaptive, Decay, Ramp, adaptives, number
+from varkd.distill.schedule import SCHEDULES, Adaptive, ExponentialSchedule, LinearSchedule, adaptives, value_of
 from varkd.distill.scores import of_student
 from varkd.distill.selection import Accepted, All, Confidence
 from varkd.distill.spaces import Full
@@ -91,7 +91,7 @@ def format_term(term: dict[str, Any]) -> str:
     weight = "" if term["weight"] == "1" else f"{term['weight']} x "
     extras = [term[axis] for axis, usual in (("selection", All()), ("space", Full()), ("credit", NoCredit()))
               if term[axis] != phrase(usual)]  # fmt: skip
-    if term["normaliser"] == "selected":
+    if term["normalizer"] == "selected":
         extras.append("mean over what is selected")
     return "; ".join([f"{weight}{term['divergence']} on {' and '.join(term['on'])} rows", *extras])
 
@@ -124,7 +124,7 @@ def phrase(value: Any) -> str:
             return "yes" if value else "no"
         case float():
             return _number(value)
-        case Ramp() | Decay() | Adaptive():
+        case LinearSchedule() | ExponentialSchedule() | Adaptive():
             return f"{_number(value.start)} -> {_number(value.end)}{_course(value)}"
         case tuple():
             return " + ".join(map(phrase, value))
@@ -147,11 +147,11 @@ def phrase(value: Any) -> str:
     return _with_settings(value) if is_dataclass(value) else str(value)
 
 
-def _course(value: Ramp | Decay | Adaptive) -> str:
+def _course(value: LinearSchedule | ExponentialSchedule | Adaptive) -> str:
     """How a schedule gets from its start to its end."""
     if isinstance(value, Adaptive):
         return f", adaptive: {_with_settings(value, ('start', 'end'))}"
-    if isinstance(value, Decay):
+    if isinstance(value, ExponentialSchedule):
         return f" by {value.base:g}^-progress"
     when = "" if (value.begin, value.until) == (0, 1) else f"{value.begin:.0%}-{value.until:.0%} of "
     return f" over {when}training"
@@ -171,7 +171,7 @@ def sentence(value: Any) -> str:
             dealt = ", the scores dealt out by chance" if value.shuffle else ""
             return f"{sentence(value.rollout)}; of {value.count} for each label, the one with the largest {best}{dealt}"
         case Accepted():
-            asks = {"top_k": "top_k", "top_p": "nucleus", "neighbours": "neighbours"}
+            asks = {"top_k": "top_k", "top_p": "nucleus", "neighbors": "neighbors"}
             text, told = first_sentence(value), tuple(name for name, rule in asks.items() if rule != value.rule)
         case Confidence():
             where = f"at or {'above' if value.side == 'high' else 'below'} its quantile"
@@ -227,7 +227,7 @@ def _term(term: Term, method: Method) -> dict[str, Any]:
     return {
         "name": term.name, "on": _rows(term, method), "divergence": phrase(term.divergence),
         "space": phrase(term.space), "selection": phrase(term.selection), "credit": phrase(term.credit),
-        "weight": phrase(term.weight), "normaliser": term.normaliser,
+        "weight": phrase(term.weight), "normalizer": term.normalizer,
     }  # fmt: skip
 
 
@@ -256,7 +256,7 @@ def _target(method: Method) -> str:
 
 
 def _term_sentences(term: Term, method: Method) -> list[str]:
-    over = "all their positions" if term.normaliser == "total" else "what is selected there (one more pass finds it)"
+    over = "all their positions" if term.normalizer == "total" else "what is selected there (one more pass finds it)"
     rows = " and ".join(_rows(term, method))
     texts = [f"weight {phrase(term.weight)}, mean on {rows} rows over {over}",
              f"compares: {sentence(term.divergence)}", f"positions: {sentence(term.selection)}",
@@ -329,7 +329,7 @@ def cost_at(method: Method) -> dict[str, float]:
     """The cost of one update by a method whose schedules are numbers. A guided row counts twice."""
     made = _making(method.contexts)
     passes = made["rows"] * (2 if isinstance(method.target, Guided) else 1)
-    whole_step_first = [term for term in method.terms if term.normaliser == "selected"]
+    whole_step_first = [term for term in method.terms if term.normalizer == "selected"]
     teacher = any(term.needs_teacher for term in method.terms) + sum(term.needs_teacher for term in whole_step_first)
     student = sum(any(map(of_student, term.score_names)) for term in whole_step_first)
     return {
@@ -361,15 +361,15 @@ def _making(contexts: Contexts) -> dict[str, float]:
             cost = _making(contexts.contexts)
             return cost | {name: cost[name] + cost["student"] for name in ("student_read", "teacher_read")}
         case Replay():
-            often = 1 / contexts.every if contexts.fresh is None else number(contexts.fresh)
+            often = 1 / contexts.every if contexts.fresh is None else value_of(contexts.fresh)
             return cost | {name: often * each for name, each in _making(contexts.rollout).items() if "_" in name}
         case ParallelSampling():
             rows = contexts.rounds + 1.0 if contexts.with_data else 1.0
             student = float(contexts.rounds) if contexts.with_data else 1.0
             return cost | {"rows": rows, "student": student, "student_read": float(contexts.rounds)}
         case Completions():
-            return cost | {"teacher_decode": decode * contexts.count * (1 - number(contexts.prefix))}
-        case TokenMix() | Interleaved():
+            return cost | {"teacher_decode": decode * contexts.count * (1 - value_of(contexts.prefix))}
+        case MixtureSampling() | SpeculativeSampling():
             return cost | {"student_decode": decode, "teacher_decode": decode}
         case Rollout():
             return cost | {f"{contexts.by}_decode": decode}

@@ -18,12 +18,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from varkd.distill.schedule import Scalar, TaidTime, bounds, check_range, number
+from varkd.distill.schedule import Schedule, TaidTime, bounds, check_range, value_of
 from varkd.errors import VarkdError
 
 
 @dataclass(frozen=True)
-class Rows:
+class TargetRows:
     """What a divergence may know of its rows beside the two distributions: the target code of each (in the space's own
     numbering; None in a space that has left some out), a skew that differs between sequences (`SequenceSkew`), and the
     vector of each outcome (None in a space that renumbers codes, and where no divergence asks for it)."""
@@ -53,7 +53,7 @@ class Rows:
         """
         if self.codebook_VE is None:
             raise VarkdError("this space merges codes, and the divergence compares their vectors: set space to full or "
-                             "neighbours (and call method.prepare(codebook) before training)")  # fmt: skip
+                             "neighbors (and call method.prepare(codebook) before training)")  # fmt: skip
         return self.codebook_VE
 
 
@@ -93,7 +93,7 @@ class SequenceSkew:
     def __post_init__(self) -> None:
         if not 0 < self.smallest <= self.largest < 1:
             raise VarkdError(f"sequence_skew: need 0 < smallest <= largest < 1, got {self.smallest}, {self.largest}")
-        check_range("sequence_skew", "decay", self.decay, 0, 1)
+        check_range("sequence_skew", "exponential", self.decay, 0, 1)
 
     def gap(self, teacher_logp_BL: Tensor, student_logp_BL: Tensor) -> Tensor:
         """p - q of every sequence, (B, 1)."""
@@ -118,7 +118,7 @@ class CrossEntropy(_Flags):
     kind: Literal["cross_entropy"] = "cross_entropy"
     needs_teacher: ClassVar[bool] = False
 
-    def __call__(self, student_NK: Tensor, teacher_NK: Tensor | None, rows: Rows) -> Tensor:
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor | None, rows: TargetRows) -> Tensor:
         del teacher_NK
         return -student_NK.gather(1, rows.target_N.unsqueeze(1)).squeeze(1)
 
@@ -129,7 +129,7 @@ class ForwardKL(_Flags):
 
     kind: Literal["forward_kl"] = "forward_kl"
 
-    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
         return _kl(teacher_NK, student_NK)
 
@@ -140,7 +140,7 @@ class ReverseKL(_Reverse):
 
     kind: Literal["reverse_kl"] = "reverse_kl"
 
-    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
         return _kl(student_NK, teacher_NK)
 
@@ -149,12 +149,12 @@ class ReverseKL(_Reverse):
 class JSD(_Flags):
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, eq. 1: beta weighs the teacher).
 
-    It tends to 0 at both ends; `normalise="ends"` divides by beta (1 - beta), which is continuous with forward KL at
+    It tends to 0 at both ends; `normalize="ends"` divides by beta (1 - beta), which is continuous with forward KL at
     beta = 0 and reverse KL at beta = 1.
     """
 
-    beta: Scalar = 0.5
-    normalise: Literal["none", "ends"] = "none"
+    beta: Schedule = 0.5
+    normalize: Literal["none", "ends"] = "none"
     kind: Literal["jsd"] = "jsd"
 
     def __post_init__(self) -> None:
@@ -162,31 +162,31 @@ class JSD(_Flags):
 
     @property
     def needs_support(self) -> bool:
-        return self.normalise == "ends" and bounds(self.beta)[1] == 1  # the reverse KL
+        return self.normalize == "ends" and bounds(self.beta)[1] == 1  # the reverse KL
 
-    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
-        beta = number(self.beta)
+        beta = value_of(self.beta)
         if beta in (0.0, 1.0):
-            if self.normalise == "none":
+            if self.normalize == "none":
                 return (student_NK.exp() * 0).sum(1)  # the limit itself, with a graph
             return _kl(teacher_NK, student_NK) if beta == 0 else _kl(student_NK, teacher_NK)
         mixture = log_mixture(teacher_NK, student_NK, beta)
         value = beta * _kl(teacher_NK, mixture) + (1 - beta) * _kl(student_NK, mixture)
-        return value / (beta * (1 - beta)) if self.normalise == "ends" else value
+        return value / (beta * (1 - beta)) if self.normalize == "ends" else value
 
 
 @dataclass(frozen=True)
 class SkewKL(_Flags):
     """KL(p || alpha p + (1 - alpha) q), at most -log alpha (DistiLLM, eq. 4)."""
 
-    alpha: Scalar | SequenceSkew = 0.1
+    alpha: Schedule | SequenceSkew = 0.1
     kind: Literal["skew_kl"] = "skew_kl"
 
     def __post_init__(self) -> None:
         _check_alpha("skew_kl", self.alpha)
 
-    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         alpha = _alpha(self.alpha, rows)
         if isinstance(alpha, float) and alpha == 1:
             return (student_NK.exp() * 0).sum(1)  # the limit itself, with a graph
@@ -200,7 +200,7 @@ class SkewReverseKL(_Flags):
     `detached` treats the mixture as a constant of the gradient (DistiLLM-2).
     """
 
-    alpha: Scalar | SequenceSkew = 0.1
+    alpha: Schedule | SequenceSkew = 0.1
     detached: bool = False
     kind: Literal["skew_reverse_kl"] = "skew_reverse_kl"
 
@@ -211,7 +211,7 @@ class SkewReverseKL(_Flags):
     def needs_support(self) -> bool:
         return not isinstance(self.alpha, SequenceSkew) and bounds(self.alpha)[0] == 0
 
-    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         mixture = log_mixture(student_NK, teacher_NK, _alpha(self.alpha, rows))
         return _kl(student_NK, mixture.detach() if self.detached else mixture)
 
@@ -222,7 +222,7 @@ class TotalVariation(_Flags):
 
     kind: Literal["total_variation"] = "total_variation"
 
-    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
         return 0.5 * (teacher_NK.exp() - student_NK.exp()).abs().sum(1)
 
@@ -233,7 +233,7 @@ class TeacherArgmax(_Flags):
 
     kind: Literal["teacher_argmax"] = "teacher_argmax"
 
-    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
         return -student_NK.gather(1, teacher_NK.argmax(1, keepdim=True)).squeeze(1)
 
@@ -246,18 +246,18 @@ class AdaptiveKL(_Reverse):
     Rows with p = q count 0.
     """
 
-    head: Scalar = 0.5
+    head: Schedule = 0.5
     kind: Literal["adaptive_kl"] = "adaptive_kl"
 
     def __post_init__(self) -> None:
         check_range("adaptive_kl", "head", self.head, 0, 1)
 
-    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
         with torch.no_grad():
             teacher, order = teacher_NK.exp().sort(dim=1, descending=True, stable=True)
             gap = (teacher - student_NK.exp().gather(1, order)).abs()
-            in_head = teacher.cumsum(1) <= number(self.head)
+            in_head = teacher.cumsum(1) <= value_of(self.head)
             in_head[:, 0] = True
             total = gap.sum(1)
             share = (gap * in_head).sum(1) / total.clamp_min(torch.finfo(gap.dtype).tiny)
@@ -279,7 +279,7 @@ class ToDi(_Reverse):
         if not self.sharpness >= 0:
             raise VarkdError(f"todi: sharpness must be at least 0, got {self.sharpness}")
 
-    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
         excluded = torch.isneginf(student_NK) & torch.isneginf(teacher_NK)
         ratio = torch.where(excluded, 0.0, teacher_NK) - torch.where(excluded, 0.0, student_NK)
@@ -294,19 +294,19 @@ class TAID(_Flags):
     The interpolation is geometric (of logits). At t = 1 it is the forward KL, at t = 0 it has no gradient.
     """
 
-    time: Scalar = TaidTime()
+    time: Schedule = TaidTime()
     kind: Literal["taid"] = "taid"
 
     def __post_init__(self) -> None:
         check_range("taid", "time", self.time, 0, 1)
 
-    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
-        time = number(self.time)
+        time = value_of(self.time)
         excluded = torch.isneginf(student_NK) | torch.isneginf(teacher_NK)
         student, teacher = (torch.where(excluded, 0.0, logp) for logp in (student_NK.detach(), teacher_NK))
         between = torch.where(excluded, -torch.inf, (1 - time) * student + time * teacher)
-        return _kl(renormalised(between), student_NK)
+        return _kl(renormalized(between), student_NK)
 
 
 @dataclass(frozen=True)
@@ -324,7 +324,7 @@ class Ranking(_Flags):
         if self.top_k < 1:
             raise VarkdError(f"ranking: top_k must be at least 1, got {self.top_k}")
 
-    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
         count = min(self.top_k, student_NK.shape[1])
         of_teacher, of_student = (logp.topk(count, dim=1).indices for logp in (teacher_NK, student_NK.detach()))
@@ -348,12 +348,12 @@ class Decoupled(_Flags):
     of: Literal["code", "argmax"] = "code"
     kind: Literal["decoupled"] = "decoupled"
 
-    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         g_N1 = teacher_NK.argmax(1, keepdim=True) if self.of == "argmax" else rows.target_N.unsqueeze(1)
-        # The others are renormalised from their own logits, never by log(1 - p(g)), which cancels when p(g) nears 1.
+        # The others are renormalized from their own logits, never by log(1 - p(g)), which cancels when p(g) nears 1.
         student, teacher = (logp.scatter(1, g_N1, -torch.inf) for logp in (student_NK, teacher_NK))
         if self.part == "rest":
-            return _kl(renormalised(teacher), renormalised(student))
+            return _kl(renormalized(teacher), renormalized(student))
         student, teacher = (torch.cat([logp.gather(1, g_N1), log_mass(others)], dim=1)
                             for logp, others in ((student_NK, student), (teacher_NK, teacher)))  # fmt: skip
         return _kl(teacher, student)
@@ -374,7 +374,7 @@ class EmbeddingMoments(_Flags):
     def __post_init__(self) -> None:
         check_range("embedding_moments", "second", self.second, 0, float("inf"))
 
-    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         vectors_KE = rows.vectors_VE.to(student_NK.dtype)
         gap_NK = teacher_NK.exp() - student_NK.exp()
         value_N = (gap_NK @ vectors_KE).square().sum(1)
@@ -390,15 +390,15 @@ Divergence = (
 )  # fmt: skip
 
 
-def _check_alpha(owner: str, alpha: Scalar | SequenceSkew) -> None:
+def _check_alpha(owner: str, alpha: Schedule | SequenceSkew) -> None:
     if not isinstance(alpha, SequenceSkew):
         check_range(owner, "alpha", alpha, 0, 1)
 
 
-def _alpha(alpha: Scalar | SequenceSkew, rows: Rows) -> float | Tensor:
+def _alpha(alpha: Schedule | SequenceSkew, rows: TargetRows) -> float | Tensor:
     """The skew as one number, or as one per row (N, 1)."""
     if not isinstance(alpha, SequenceSkew):
-        return float(number(alpha))
+        return float(value_of(alpha))
     if rows.alpha_N is None:
         raise ValueError("a sequence skew needs the skew of every row (Rows.alpha_N)")
     return rows.alpha_N.unsqueeze(1)
@@ -430,7 +430,7 @@ def log_mass(logp: Tensor) -> Tensor:
     return torch.where(empty, -torch.inf, mass)
 
 
-def renormalised(logp_NK: Tensor) -> Tensor:
+def renormalized(logp_NK: Tensor) -> Tensor:
     """Log-probabilities that sum to 1 over the outcomes that are left; -inf throughout where none is."""
     mass_N1 = log_mass(logp_NK)
     return logp_NK - torch.where(torch.isneginf(mass_N1), 0.0, mass_N1)

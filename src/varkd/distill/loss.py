@@ -1,4 +1,4 @@
-"""The distillation loss of a micro-batch: select, then heads in chunks, then space, divergence, one normaliser.
+"""The distillation loss of a micro-batch: select, then heads in chunks, then space, divergence, one normalizer.
 
 The logits of a whole batch are never held. A chunk of rows is projected by both heads, every term is evaluated on it,
 and its gradient is pushed back to the hidden states and the head at once; only (N, D) gradients survive the chunk.
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 from varkd.backbones.protocol import Backbone
 from varkd.distill.audit import Stats, kept_divergence, sequence_stats, teacher_drift
-from varkd.distill.divergences import Rows
+from varkd.distill.divergences import TargetRows
 from varkd.distill.method import Method, Term, skew_key, threshold_key
 from varkd.distill.scene import merge
-from varkd.distill.schedule import number
-from varkd.distill.scores import Scores, Sides, chunks, of_student, position_scores
+from varkd.distill.schedule import value_of
+from varkd.distill.scores import ScoreInputs, Scores, chunks, of_student, position_scores
 from varkd.distill.selection import All, Confidence, kept_share
-from varkd.distill.spaces import CODEBOOK, Products
+from varkd.distill.spaces import CODEBOOK, CodebookTables
 from varkd.distill.target import Guided, Target
 from varkd.errors import VarkdError
-from varkd.rollout import double, evaluating
+from varkd.rollout import evaluating, with_null_branch
 from varkd.types import Context, Part
 from varkd.world import Rng, World
 
@@ -66,7 +66,7 @@ class LossInputs:
     student: Backbone
     teacher: Backbone | None
     state: Mapping[str, Tensor]
-    products: Products
+    codebook_tables: CodebookTables
     rng: Rng
     chunk_rows: int = DEFAULT_CHUNK_ROWS
     audit: bool = False
@@ -75,7 +75,7 @@ class LossInputs:
 def distill_loss(
     inputs: LossInputs, context: Context, denominators: Mapping[str, float], gradient_scale: float = 1.0
 ) -> tuple[Tensor, Stats]:
-    """The loss of one micro-batch, to be summed over the micro-batches of an optimiser step.
+    """The loss of one micro-batch, to be summed over the micro-batches of an optimizer step.
 
     Args:
         inputs: the method (schedules already turned into numbers), the models, state and products.
@@ -99,10 +99,10 @@ def distill_loss(
 
 @torch.no_grad()
 def denominators(inputs: LossInputs, context: Context, world: World) -> dict[str, float]:
-    """One denominator per term, over the whole optimiser step and all ranks; at least 1."""
+    """One denominator per term, over the whole optimizer step and all ranks; at least 1."""
     counts = []
     for term in inputs.method.terms:
-        if term.normaliser == "total":
+        if term.normalizer == "total":
             counts.append(sum(part.codes_BL.numel() for part in context.parts if part.source in term.on))
         else:
             counts.append(_selected_mass(inputs, context, term))
@@ -156,7 +156,7 @@ def _teacher_rows(inputs: LossInputs, part: Part) -> TeacherRows | None:
         if not isinstance(target, Guided):
             hidden_BLD = teacher(part.codes_BL, part.condition, part.plan)
             return TeacherRows(teacher.head, target, hidden_BLD.flatten(0, 1))
-        condition, plan = double(teacher, part.condition, part.plan)
+        condition, plan = with_null_branch(teacher, part.condition, part.plan)
         both_2BLD = teacher(torch.cat([part.codes_BL, part.codes_BL]), condition, plan)
         hidden_BLD, null_BLD = both_2BLD.chunk(2)
         scale_BL = target.scale_BL(part, teacher)
@@ -165,7 +165,7 @@ def _teacher_rows(inputs: LossInputs, part: Part) -> TeacherRows | None:
 
 @dataclass(frozen=True)
 class TermRows:
-    """What a term makes of every row of a group: its weight (source, sequence, selection, credit; not normalised), the
+    """What a term makes of every row of a group: its weight (source, sequence, selection, credit; not normalized), the
     skew of its sequence where there is one, and for an audit its `kept_share` (-1 on rows of other sources)."""
 
     weight_N: Tensor
@@ -222,8 +222,8 @@ def _scores(
         head, hidden_ND = inputs.student.head, student_hidden_ND
         student = lambda rows: head(hidden_ND[rows])
     codes = part.supervision_BL.flatten(), part.codes_BL.flatten()
-    sides = Sides(codes[0], teacher.logits if teacher else None, student, uniform_N2, seen_N=codes[1])
-    found = position_scores(names, sides, inputs.products, inputs.chunk_rows)
+    sides = ScoreInputs(codes[0], teacher.logits if teacher else None, student, uniform_N2, seen_N=codes[1])
+    found = position_scores(names, sides, inputs.codebook_tables, inputs.chunk_rows)
     return {name: score_N.view(shape) for name, score_N in found.items()}
 
 
@@ -254,7 +254,7 @@ def _group_loss(
     rows_of: Mapping[str, TermRows], denominators: Mapping[str, float], stats: Stats,
 ) -> Tensor:  # fmt: skip
     terms = inputs.method.terms
-    factor_T = [number(term.weight) / denominators[term.name] for term in terms]
+    factor_T = [value_of(term.weight) / denominators[term.name] for term in terms]
     scaled_TN = torch.stack([rows_of[t.name].weight_N.double() * f for t, f in zip(terms, factor_T, strict=True)])
     # Rows that no term selects need neither head: this saves compute as well as noise.
     row_N = (scaled_TN != 0).any(0).nonzero().squeeze(1)
@@ -269,7 +269,7 @@ def _group_loss(
         for index, term in enumerate(terms):
             weight_N = scaled_TN[index, rows]
             about = _about(inputs, term, code_N[rows], chosen[term.name].select(rows))
-            value_N = _term_value(term, student_NV, teacher_NV, about, inputs.products)
+            value_N = _term_value(term, student_NV, teacher_NV, about, inputs.codebook_tables)
             # A row of weight 0 may hold anything, also a non-finite value, without reaching the sum.
             weighed = torch.where(weight_N != 0, value_N, 0.0).double() * weight_N
             total = total + weighed.sum()
@@ -307,20 +307,22 @@ def _audit(
         with torch.autocast(hidden_ND.device.type, enabled=False):  # as in the loss
             for term, kept_N in audited:
                 about = _about(inputs, term, code_N[rows], rows_of[term.name].select(rows))
-                value_N = _term_value(term, student_NV, teacher_NV, about, inputs.products)
+                value_N = _term_value(term, student_NV, teacher_NV, about, inputs.codebook_tables)
                 kept_divergence(term, value_N, kept_N[rows], stats)
 
 
-def _about(inputs: LossInputs, term: Term, code_N: Tensor, rows: TermRows) -> Rows:
+def _about(inputs: LossInputs, term: Term, code_N: Tensor, rows: TermRows) -> TargetRows:
     """What the divergence of `term` may know of some rows."""
-    return Rows(code_N, rows.alpha_N, inputs.products.get(CODEBOOK) if term.needs_codebook else None)
+    return TargetRows(code_N, rows.alpha_N, inputs.codebook_tables.get(CODEBOOK) if term.needs_codebook else None)
 
 
-def _term_value(term: Term, student_NV: Tensor, teacher_NV: Tensor | None, rows: Rows, products: Products) -> Tensor:
+def _term_value(
+    term: Term, student_NV: Tensor, teacher_NV: Tensor | None, rows: TargetRows, codebook_tables: CodebookTables
+) -> Tensor:
     if teacher_NV is None and term.divergence.needs_teacher:
         raise VarkdError(f"the term '{term.name}' compares with a teacher: give teacher=RUN")
     value_N = torch.zeros((), device=student_NV.device)
-    for view in term.space(student_NV, teacher_NV, rows, products):
+    for view in term.space(student_NV, teacher_NV, rows, codebook_tables):
         teacher_NK = cast(Tensor, view.teacher_NK)  # None only for a divergence that does not look at it
         value_N = value_N + view.weight * term.divergence(view.student_NK, teacher_NK, view.rows)
     return value_N

@@ -15,10 +15,10 @@ from varkd.distill.divergences import Divergence, SequenceSkew
 from varkd.distill.filtering import AllImages, DifferenceSampling
 from varkd.distill.prefixes import Data
 from varkd.distill.scene import State
-from varkd.distill.schedule import Scalar, adaptives, check_range, resolve
+from varkd.distill.schedule import Schedule, adaptives, check_range, resolve
 from varkd.distill.scores import of_teacher
 from varkd.distill.selection import All, Confidence, Selection
-from varkd.distill.spaces import CODEBOOK, Clusters, Full, Neighbours, Products, Space
+from varkd.distill.spaces import CODEBOOK, Clusters, CodebookTables, Full, Neighbors, Space
 from varkd.distill.target import Guided, Plain, Target, Truncated
 from varkd.errors import VarkdError
 from varkd.types import Context, Source
@@ -30,7 +30,7 @@ class Term:
     """One summand of the loss: on the parts of the sources `on`, D over `space` at the positions of `selection`.
 
     `credit` multiplies D at each position: by a sampled reward (policy gradients) or by a weight of its prefix.
-    `normaliser` is the denominator over the whole optimiser step and all ranks: `total` counts every position of those
+    `normalizer` is the denominator over the whole optimizer step and all ranks: `total` counts every position of those
     parts, `selected` the selection weights (which needs the scores of the whole step before the first gradient).
     """
 
@@ -39,16 +39,16 @@ class Term:
     on: tuple[Source, ...] = ("data", "student", "teacher")
     selection: Selection = All()
     space: Space = Full()
-    weight: Scalar = 1.0
-    normaliser: Literal["total", "selected"] = "total"
+    weight: Schedule = 1.0
+    normalizer: Literal["total", "selected"] = "total"
     credit: Credit = NoCredit()
 
     def __post_init__(self) -> None:
         check_range(f"term '{self.name}'", "weight", self.weight, 0, float("inf"))
         self.selection.score_names(self.space)  # refuses a score that this space does not have
-        if self.needs_codebook and not isinstance(self.space, Full | Neighbours):
+        if self.needs_codebook and not isinstance(self.space, Full | Neighbors):
             raise VarkdError(f"term '{self.name}': {self.divergence.kind} compares the vectors of codes, and the space "
-                             f"{self.space.kind} merges codes: use full or neighbours")  # fmt: skip
+                             f"{self.space.kind} merges codes: use full or neighbors")  # fmt: skip
 
     @property
     def score_names(self) -> tuple[str, ...]:
@@ -79,7 +79,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Method:
-    """What to train on and what to minimise. `methods.METHODS` holds the presets.
+    """What to train on and what to minimize. `methods.METHODS` holds the presets.
 
     Raises:
         VarkdError: parts that do not go together, with the reason.
@@ -133,32 +133,32 @@ class Method:
         if self.contexts.splices and student.residual_codes:
             raise VarkdError(
                 f"this method exchanges single codes of data sequences, but later codes of a {student.family} "
-                "image encode what the earlier ones left over, so they would have to be quantised again: use a method "
+                "image encode what the earlier ones left over, so they would have to be quantized again: use a method "
                 "with data, rollout or replay contexts"
             )
-        if isinstance(self.target, Guided) and teacher is not None and teacher.scale_conditioned:
+        if isinstance(self.target, Guided) and teacher is not None and teacher.guidance_conditioned:
             raise VarkdError("this teacher already takes the guidance scale as an input: use target plain")
         wants_scale = isinstance(self.target, Guided) and self.target.highest is not None
-        if wants_scale and not student.scale_conditioned:
+        if wants_scale and not student.guidance_conditioned:
             raise VarkdError("a range of guidance scales needs a student that is told the scale: "
-                             "set model.scale_conditioned=true, or target.highest=null")  # fmt: skip
+                             "set model.guidance_conditioned=true, or target.highest=null")  # fmt: skip
 
     def at(self, progress: float, state: Mapping[str, Tensor] | None = None) -> Method:
         """The method at a fraction of training: every schedule and adaptive value turned into its number."""
         return resolve(self, progress, state)
 
-    def prepare(self, codebook_VE: Tensor) -> Products:
+    def prepare(self, codebook_VE: Tensor) -> CodebookTables:
         """Everything that is made once before training (cluster maps, kernels, a copy of the codebook)."""
-        products = self.contexts.prepare(codebook_VE)
+        codebook_tables = self.contexts.prepare(codebook_VE)
         for term in self.terms:
-            products.update(term.space.prepare(codebook_VE))
-            products.update(term.selection.prepare(codebook_VE))
+            codebook_tables.update(term.space.prepare(codebook_VE))
+            codebook_tables.update(term.selection.prepare(codebook_VE))
             if term.needs_codebook:
-                products[CODEBOOK] = codebook_VE.detach().float()
-        return products
+                codebook_tables[CODEBOOK] = codebook_VE.detach().float()
+        return codebook_tables
 
     def update(self, state: State, context: Context, observed: Mapping[str, Tensor], rng: Rng) -> State:
-        """The state after an optimiser step.
+        """The state after an optimizer step.
 
         Args:
             context: this rank's context of the step (fresh rollouts enter the replay buffer).

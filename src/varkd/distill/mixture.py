@@ -13,17 +13,17 @@ from varkd.distill.bestof import BestOf
 from varkd.distill.prefixes import (
     Completions,
     Data,
-    Interleaved,
+    MixtureSampling,
     ParallelSampling,
     PrefixRestart,
     Rollout,
     ScheduledSampling,
-    TokenMix,
+    SpeculativeSampling,
 )
 from varkd.distill.replay import Replay
 from varkd.distill.scene import Prefixes, Scene, State
-from varkd.distill.schedule import Scalar, check_range, number
-from varkd.distill.spaces import Products
+from varkd.distill.schedule import Schedule, check_range, value_of
+from varkd.distill.spaces import CodebookTables
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
 from varkd.types import Batch, Context, Part, Source
@@ -32,8 +32,8 @@ from varkd.world import Rng
 Single = (
     Data
     | Rollout
-    | TokenMix
-    | Interleaved
+    | MixtureSampling
+    | SpeculativeSampling
     | PrefixRestart
     | ScheduledSampling
     | ParallelSampling
@@ -48,7 +48,7 @@ class Share:
     """One source of a mixture and the fraction of the rows that it gets; "rest" is 1 minus the others."""
 
     contexts: Single
-    fraction: Scalar | Literal["rest"]
+    fraction: Schedule | Literal["rest"]
 
     def __post_init__(self) -> None:
         if self.fraction != "rest":
@@ -97,15 +97,15 @@ class Mixture(Prefixes):
         reasons = [reason for contexts in makers if (reason := contexts.no_reward(source))]
         return reasons[0] if reasons else None
 
-    def prepare(self, codebook_VE: Tensor) -> Products:
-        products: Products = {}
+    def prepare(self, codebook_VE: Tensor) -> CodebookTables:
+        codebook_tables: CodebookTables = {}
         for share in self.shares:
-            products.update(share.contexts.prepare(codebook_VE))
-        return products
+            codebook_tables.update(share.contexts.prepare(codebook_VE))
+        return codebook_tables
 
     def fractions(self) -> tuple[float, ...]:
         """The fraction of every share, as numbers."""
-        fixed = [None if share.fraction == "rest" else number(share.fraction) for share in self.shares]
+        fixed = [None if share.fraction == "rest" else value_of(share.fraction) for share in self.shares]
         rest = max(0.0, 1.0 - sum(fraction for fraction in fixed if fraction is not None))
         return tuple(rest if fraction is None else fraction for fraction in fixed)
 

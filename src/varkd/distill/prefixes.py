@@ -2,8 +2,8 @@
 
     Data               the images' own codes                       DAgger's and everyone's starting point
     Rollout            the student (or the teacher) samples        GKD, f-DISTILL, SeqKD
-    TokenMix           every code from the teacher or the student  MiniLLM (Gu et al. 2023, 2306.08543)
-    Interleaved        the student proposes, the teacher vetoes    SKD (Xu et al. 2024, 2410.11325)
+    MixtureSampling           every code from the teacher or the student  MiniLLM (Gu et al. 2023, 2306.08543)
+    SpeculativeSampling        the student proposes, the teacher vetoes    SKD (Xu et al. 2024, 2410.11325)
     PrefixRestart      data prefix, student continuation           exposure-bias probes, Pozzi et al. 2025
     ScheduledSampling  data with student codes strewn in           Bengio et al. 2015, 1506.03099
     ParallelSampling   the same in one pass per round              TIE-KD (2305.08096) feeds back the argmax
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from varkd.distill.divergences import log_mixture
 from varkd.distill.scene import Prefixes, Scene, filtered
-from varkd.distill.schedule import Scalar, check_range, number
+from varkd.distill.schedule import Schedule, check_range, value_of
 from varkd.distill.scores import chunks
-from varkd.distill.spaces import CODEBOOK, Products, log_softmax
+from varkd.distill.spaces import CODEBOOK, CodebookTables, log_softmax
 from varkd.errors import VarkdError
-from varkd.rollout import Companion, Sampler, evaluating, filter_logits, pick, rollout
+from varkd.rollout import JointDecoding, Sampler, evaluating, filter_logits, rollout, sample_inverse_cdf
 from varkd.types import Batch, Condition, Context, Part, Plan, Source
 
 
@@ -75,7 +75,7 @@ class Rollout(Prefixes):
         uniform_BL = scene.rng.uniform(f"rollout/{self.by}", batch.row_B, plan.order_BL.shape[1])
         samples = rollout(scene.model(self.by), batch.condition, plan, self.sampler, uniform_BL)
         part = Part.of(self.by, samples.codes_BL, batch.condition, plan, batch.row_B)
-        return Context((replace(part, behaviour_logp_BL=samples.logp_BL),))
+        return Context((replace(part, behavior_logp_BL=samples.logp_BL),))
 
 
 @dataclass(frozen=True)
@@ -106,35 +106,35 @@ class _TwoModels(Prefixes):
         plan = self.sampler.plan(scene.student, scene.rng, batch.row_B)
         length = plan.order_BL.shape[1]
         uniform_BL, spare_BL = (scene.rng.uniform(name, batch.row_B, length) for name in ("propose", "resample"))
-        companion = Companion(scene.model("teacher"), self.choose, spare_BL)
-        samples = rollout(scene.student, batch.condition, plan, self.sampler, uniform_BL, companion=companion)
+        joint = JointDecoding(scene.model("teacher"), self.choose, spare_BL)
+        samples = rollout(scene.student, batch.condition, plan, self.sampler, uniform_BL, joint=joint)
         part = Part.of("student", samples.codes_BL, batch.condition, plan, batch.row_B)
-        return Context((replace(part, behaviour_logp_BL=samples.logp_BL, accept_BL=samples.accept_BL),))
+        return Context((replace(part, behavior_logp_BL=samples.logp_BL, accept_BL=samples.accept_BL),))
 
 
 @dataclass(frozen=True)
-class TokenMix(_TwoModels):
+class MixtureSampling(_TwoModels):
     """Every code comes from the teacher with probability `alpha`, else from the student (MiniLLM's mixed sampling).
 
     It is drawn from the mixture alpha p + (1 - alpha) q at once, which is the same law and has the log-probability
     that importance weights need.
     """
 
-    alpha: Scalar = 0.2
-    kind: Literal["token_mix"] = "token_mix"
+    alpha: Schedule = 0.2
+    kind: Literal["mixture_sampling"] = "mixture_sampling"
 
     def __post_init__(self) -> None:
-        check_range("token_mix", "alpha", self.alpha, 0, 1)
+        check_range("mixture_sampling", "alpha", self.alpha, 0, 1)
 
     def choose(
         self, student_BnV: Tensor, teacher_BnV: Tensor, uniform_Bn: Tensor, spare_Bn: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         del spare_Bn
-        return *pick(log_mixture(teacher_BnV, student_BnV, number(self.alpha)), uniform_Bn), None
+        return *sample_inverse_cdf(log_mixture(teacher_BnV, student_BnV, value_of(self.alpha)), uniform_Bn), None
 
 
 @dataclass(frozen=True)
-class Interleaved(_TwoModels):
+class SpeculativeSampling(_TwoModels):
     """The student proposes each code; one outside the teacher's `top_k` / `top_p` set is drawn again from the teacher.
 
     For image codes the set is better given by mass than by count: the 25 likeliest of 16,384 codes may hold little of
@@ -143,21 +143,22 @@ class Interleaved(_TwoModels):
 
     top_k: int = 0
     top_p: float = 0.9
-    kind: Literal["interleaved"] = "interleaved"
+    kind: Literal["speculative_sampling"] = "speculative_sampling"
 
     def __post_init__(self) -> None:
         if not (self.top_k >= 0 and 0 < self.top_p <= 1) or (self.top_k == 0 and self.top_p == 1):
             raise VarkdError(
-                f"interleaved: need top_k > 0 or top_p in (0, 1), got top_k {self.top_k} and top_p {self.top_p}"
+                "speculative_sampling: need top_k > 0 or top_p in (0, 1), "
+                f"got top_k {self.top_k} and top_p {self.top_p}"
             )
 
     def choose(
         self, student_BnV: Tensor, teacher_BnV: Tensor, uniform_Bn: Tensor, spare_Bn: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         allowed_BnV = ~torch.isneginf(filter_logits(teacher_BnV, self.top_k, self.top_p))
-        proposed_Bn, _ = pick(student_BnV, uniform_Bn)
+        proposed_Bn, _ = sample_inverse_cdf(student_BnV, uniform_Bn)
         accept_Bn = allowed_BnV.gather(-1, proposed_Bn.unsqueeze(-1)).squeeze(-1)
-        codes_Bn = torch.where(accept_Bn, proposed_Bn, pick(teacher_BnV, spare_Bn)[0])
+        codes_Bn = torch.where(accept_Bn, proposed_Bn, sample_inverse_cdf(teacher_BnV, spare_Bn)[0])
         accepted_BnV = student_BnV.masked_fill(~allowed_BnV, -torch.inf)
         rejected_Bn1 = student_BnV.exp().masked_fill(allowed_BnV, 0).sum(-1, keepdim=True)
         law_BnV = torch.logaddexp(accepted_BnV, rejected_Bn1.log() + teacher_BnV)
@@ -171,8 +172,8 @@ class PrefixRestart(Prefixes):
     The share of the sequence that is kept is drawn for each row from [low, high], and cut to whole steps.
     """
 
-    low: Scalar = 0.0
-    high: Scalar = 1.0
+    low: Schedule = 0.0
+    high: Schedule = 1.0
     sampler: Sampler = Sampler()
     kind: Literal["prefix_restart"] = "prefix_restart"
 
@@ -190,7 +191,7 @@ class PrefixRestart(Prefixes):
 
     def __call__(self, batch: Batch, scene: Scene) -> Context:
         plan = self.sampler.plan(scene.student, scene.rng, batch.row_B)
-        low, high = number(self.low), number(self.high)
+        low, high = value_of(self.low), value_of(self.high)
         share_B1 = low + (high - low) * scene.rng.uniform("restart", batch.row_B, 1)
         uniform_BL = scene.rng.uniform("rollout/restart", batch.row_B, plan.order_BL.shape[1])
         kept_BL = leading(plan, share_B1)
@@ -198,7 +199,7 @@ class PrefixRestart(Prefixes):
             scene.student, batch.condition, plan, self.sampler, uniform_BL, batch.codes_BL, kept_BL
         )  # fmt: skip
         part = Part.of("student", samples.codes_BL, batch.condition, plan, batch.row_B)
-        return Context((replace(part, behaviour_logp_BL=samples.logp_BL),))
+        return Context((replace(part, behavior_logp_BL=samples.logp_BL),))
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class ScheduledSampling(Prefixes):
     Sequential: the student sees the codes that were strewn in before. The data's codes stay the targets everywhere.
     """
 
-    share: Scalar = 0.25
+    share: Schedule = 0.25
     sampler: Sampler = Sampler()
     kind: Literal["scheduled_sampling"] = "scheduled_sampling"
 
@@ -225,7 +226,7 @@ class ScheduledSampling(Prefixes):
 
     def __call__(self, batch: Batch, scene: Scene) -> Context:
         plan, length = self.sampler.plan(scene.student, scene.rng, batch.row_B), batch.codes_BL.shape[1]
-        kept_BL = scene.rng.uniform("coins", batch.row_B, length) >= number(self.share)
+        kept_BL = scene.rng.uniform("coins", batch.row_B, length) >= value_of(self.share)
         uniform_BL = scene.rng.uniform("rollout/scheduled", batch.row_B, length)
         samples = rollout(
             scene.student, batch.condition, plan, self.sampler, uniform_BL, batch.codes_BL, kept_BL
@@ -243,7 +244,7 @@ class ParallelSampling(Prefixes):
     samples. With `with_data` the data and all rounds are parts of the context, else only the last round.
     """
 
-    share: Scalar = 0.25
+    share: Schedule = 0.25
     rounds: int = 1
     greedy: bool = False
     with_data: bool = False
@@ -270,7 +271,7 @@ class ParallelSampling(Prefixes):
                        for name in ("propose", "coins"))  # fmt: skip
             uniform_BL, coin_BL = streams
             proposed_BL = self._predict(parts[-1], scene, uniform_BL)
-            codes_BL = torch.where(coin_BL < number(self.share), proposed_BL, batch.codes_BL)
+            codes_BL = torch.where(coin_BL < value_of(self.share), proposed_BL, batch.codes_BL)
             part = Part.of("student", codes_BL, batch.condition, plan, batch.row_B)
             parts.append(replace(part, supervision_BL=batch.codes_BL))
         return Context(tuple(parts if self.with_data else parts[-1:]))
@@ -296,7 +297,7 @@ class Completions(Prefixes):
     """
 
     count: int = 4
-    prefix: Scalar = 0.5
+    prefix: Schedule = 0.5
     sampler: Sampler = Sampler()
     kind: Literal["completions"] = "completions"
 
@@ -317,20 +318,20 @@ class Completions(Prefixes):
     def samplers(self) -> tuple[Sampler, ...]:
         return (self.sampler,)
 
-    def prepare(self, codebook_VE: Tensor) -> Products:
+    def prepare(self, codebook_VE: Tensor) -> CodebookTables:
         return {CODEBOOK: codebook_VE.detach().float()}
 
     def __call__(self, batch: Batch, scene: Scene) -> Context:
         plan, length = self.sampler.plan(scene.student, scene.rng, batch.row_B), batch.codes_BL.shape[1]
-        kept_BL = leading(plan, torch.full((len(batch), 1), number(self.prefix), device=batch.codes_BL.device))
+        kept_BL = leading(plan, torch.full((len(batch), 1), value_of(self.prefix), device=batch.codes_BL.device))
         uniforms = [scene.rng.uniform(f"complete/{nth}", batch.row_B, length) for nth in range(self.count)]
-        scales = None if batch.scale_B is None else batch.scale_B.repeat(self.count)
+        scales = None if batch.guidance_B is None else batch.guidance_B.repeat(self.count)
         condition = Condition(batch.label_B.repeat(self.count), scales)
         plans = Plan(plan.order_BL.repeat(self.count, 1), plan.sizes)
         gold, kept = batch.codes_BL.repeat(self.count, 1), kept_BL.repeat(self.count, 1)
         model = scene.model("teacher")
         samples = rollout(model, condition, plans, self.sampler, torch.cat(uniforms), gold, kept)
-        codebook_VE = scene.products[CODEBOOK]
+        codebook_VE = scene.codebook_tables[CODEBOOK]
         distance_M = (codebook_VE[samples.codes_BL] - codebook_VE[gold]).square().sum((1, 2))
         nearest_B = distance_M.view(self.count, -1).argmin(0)
         codes_BL = samples.codes_BL.view(self.count, len(batch), -1)[nearest_B, torch.arange(len(batch))]
@@ -345,4 +346,4 @@ def leading(plan: Plan, share_B1: Tensor) -> Tensor:
 
 
 def _pick_rows(logp_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    return pick(logp_NV.unsqueeze(1), uniform_N.unsqueeze(1))[0].squeeze(1)
+    return sample_inverse_cdf(logp_NV.unsqueeze(1), uniform_N.unsqueeze(1))[0].squeeze(1)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from varkd.distill.bestof import BestOf
-from varkd.distill.prefixes import Interleaved, PrefixRestart, Rollout, TokenMix
+from varkd.distill.prefixes import MixtureSampling, PrefixRestart, Rollout, SpeculativeSampling
 from varkd.distill.scene import Prefixes, Scene, State, in_row_order, merge
-from varkd.distill.schedule import Scalar, check_range, number
+from varkd.distill.schedule import Schedule, check_range, value_of
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
 from varkd.types import Batch, Condition, Context, Part, Source
@@ -28,9 +28,9 @@ class Replay(Prefixes):
     With `fresh`, each row is instead sampled anew with that probability in every step (DistiLLM lets it fall to 0).
     """
 
-    rollout: Rollout | PrefixRestart | TokenMix | Interleaved | BestOf = Rollout()
+    rollout: Rollout | PrefixRestart | MixtureSampling | SpeculativeSampling | BestOf = Rollout()
     every: int = 4
-    fresh: Scalar | None = None
+    fresh: Schedule | None = None
     capacity: int = 4
     max_age: int = 20
     kind: Literal["replay"] = "replay"
@@ -82,7 +82,7 @@ class Replay(Prefixes):
         """The rows to be sampled anew whatever their rings hold, bool (B,)."""
         if self.fresh is None:
             return torch.full_like(batch.row_B, rng.step % self.every == 0, dtype=torch.bool)
-        return rng.uniform("replay-fresh", batch.row_B, 1).squeeze(1) < number(self.fresh)
+        return rng.uniform("replay-fresh", batch.row_B, 1).squeeze(1) < value_of(self.fresh)
 
     def _usable(self, age_BC: Tensor) -> Tensor:
         return (age_BC >= 0) & (age_BC <= self.max_age)
@@ -99,12 +99,12 @@ class Replay(Prefixes):
         pick_B = ((usable_BC.cumsum(1) > nth_B.unsqueeze(1)) & usable_BC).int().argmax(1)
         codes_BL, logp_BL = (state[f"rows/replay_{name}"][slot_B, pick_B] for name in ("codes", "logp"))
         scales = state.get("rows/replay_scale")
-        scale_B = None if scales is None else scales[slot_B, pick_B]
-        condition = Condition(state["rows/replay_label"][slot_B, pick_B], scale_B)
+        guidance_B = None if scales is None else scales[slot_B, pick_B]
+        condition = Condition(state["rows/replay_label"][slot_B, pick_B], guidance_B)
         order_BL = state["rows/replay_order"][slot_B, pick_B]  # the very order in which the codes were sampled
         plan = self.rollout.sampler.plan(scene.student, scene.rng, batch.row_B, order_BL)
         part = Part.of(self.sources[0], codes_BL, condition, plan, batch.row_B)
-        return replace(part, behaviour_logp_BL=logp_BL, age_B=age_BC.gather(1, pick_B.unsqueeze(1)).squeeze(1))
+        return replace(part, behavior_logp_BL=logp_BL, age_B=age_BC.gather(1, pick_B.unsqueeze(1)).squeeze(1))
 
     def update(self, context: Context, state: State, rng: Rng) -> State:
         """Push the fresh sequences (age 0) of `context` into the rings of their rows."""
@@ -116,13 +116,13 @@ class Replay(Prefixes):
             return state
         slot_B = self._slots(part.row_B, state)
         place_B = state["rows/replay_born"][slot_B].argmin(1)  # the oldest entry, or an empty one (-1e9)
-        assert part.behaviour_logp_BL is not None
+        assert part.behavior_logp_BL is not None
         values = {
-            "codes": part.codes_BL, "logp": part.behaviour_logp_BL, "label": part.condition.label_B,
+            "codes": part.codes_BL, "logp": part.behavior_logp_BL, "label": part.condition.label_B,
             "born": torch.full_like(part.row_B, rng.step), "order": part.plan.order_BL,
         }  # fmt: skip
-        if part.condition.scale_B is not None:
-            values["scale"] = part.condition.scale_B
+        if part.condition.guidance_B is not None:
+            values["scale"] = part.condition.guidance_B
         updated = dict(state)
         for name, value in values.items():
             updated[f"rows/replay_{name}"] = state[f"rows/replay_{name}"].index_put((slot_B, place_B), value)
@@ -144,7 +144,7 @@ class Replay(Prefixes):
             "label": part.row_B.new_zeros(shape),
             "born": part.row_B.new_full(shape, -(10**9)),
         }
-        if part.condition.scale_B is not None:
+        if part.condition.guidance_B is not None:
             empty["scale"] = torch.zeros(shape, device=row.device)
         grown = {**state, "rows/replay_row": row[order]}
         for name, blank in empty.items():

@@ -16,7 +16,7 @@ from varkd.distill.prefixes import Rollout
 from varkd.distill.replay import Replay
 from varkd.distill.scene import Prefixes, Scene, State
 from varkd.distill.schedule import check_range
-from varkd.distill.spaces import Products
+from varkd.distill.spaces import CodebookTables
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
 from varkd.types import Batch, Context, Part, Source
@@ -52,7 +52,7 @@ class _Weighed(Prefixes):
     def no_reward(self, source: Source) -> str | None:
         return self.contexts.no_reward(source)
 
-    def prepare(self, codebook_VE: Tensor) -> Products:
+    def prepare(self, codebook_VE: Tensor) -> CodebookTables:
         return self.contexts.prepare(codebook_VE)
 
     def update(self, context: Context, state: State, rng: Rng) -> State:
@@ -93,8 +93,8 @@ class _Weighed(Prefixes):
 class Reweighted(_Weighed):
     """Sequence weights on student contexts by how plausible the teacher finds them.
 
-    w(x) = clip(B softmax(kappa r(x)), 1/clip, clip) with r(x) the mean over positions of log p - log q, renormalised to
-    mean 1. kappa = 0 is uniform; the number of codes L would be self-normalised importance weighting, which collapses
+    w(x) = clip(B softmax(kappa r(x)), 1/clip, clip) with r(x) the mean over positions of log p - log q, renormalized to
+    mean 1. kappa = 0 is uniform; the number of codes L would be self-normalized importance weighting, which collapses
     on one sequence. So kappa is lowered, by bisection, until the effective sample size (sum w)^2 / sum w^2 is at least
     `ess_floor` of the batch. `shuffle=True` is the control: the same weights on the wrong sequences.
     An independent reading of "student samples with a reweighted distillation signal" (arXiv 2606.06078).
@@ -136,7 +136,7 @@ class PrefixReweighted(_Weighed):
     """Position weights on student contexts by how plausible the teacher finds the prefix, and only the prefix.
 
     w_t = clip(exp(kappa S), 0, clip) with S the sum of log p - log q over the codes of strictly earlier steps,
-    renormalised over the batch to mean 1 at every generation rank. kappa = 1 is the importance weight that turns the
+    renormalized over the batch to mean 1 at every generation rank. kappa = 1 is the importance weight that turns the
     student's prefixes into the teacher's (before clipping); 1 / L is mild. Late codes of drifted samples count less,
     early ones as before. Nothing keeps the effective sample size up: watch `ess/student`.
     """

@@ -1,6 +1,6 @@
 """What every source of prefixes has in common: what it may look at, and what it says of itself.
 
-A context is `(batch, scene) -> Context`, for a whole optimiser step. Every rule is row-local and every random number
+A context is `(batch, scene) -> Context`, for a whole optimizer step. Every rule is row-local and every random number
 belongs to a global row, so a context does not depend on how rows are spread over ranks. Gradients never flow through
 sampling.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
 from varkd.distill.scores import code_logp
-from varkd.distill.spaces import Products
+from varkd.distill.spaces import CodebookTables
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler, evaluating
 from varkd.types import Batch, Condition, Context, Part, Source
@@ -41,7 +41,7 @@ class Scene:
     rng: Rng
     world: World = field(default_factory=World)
     chunk_rows: int = 2048
-    products: Mapping[str, Tensor] = field(default_factory=dict)
+    codebook_tables: Mapping[str, Tensor] = field(default_factory=dict)
     reference: Backbone | None = None
 
     def model(self, name: Role) -> Backbone:
@@ -92,7 +92,7 @@ class Prefixes(ABC):
 
     @property
     def samplers(self) -> tuple[Sampler, ...]:
-        """Every sampler inside: their plans are what the teacher must be able to honour."""
+        """Every sampler inside: their plans are what the teacher must be able to honor."""
         return ()
 
     def no_reward(self, source: Source) -> str | None:
@@ -100,13 +100,13 @@ class Prefixes(ABC):
         del source
         return "their codes were not sampled one by one under a known probability"
 
-    def prepare(self, codebook_VE: Tensor) -> Products:
+    def prepare(self, codebook_VE: Tensor) -> CodebookTables:
         """What it needs of the tokenizer, made once before training."""
         del codebook_VE
         return {}
 
     def update(self, context: Context, state: State, rng: Rng) -> State:
-        """The state after the optimiser step that used `context`."""
+        """The state after the optimizer step that used `context`."""
         del context, rng
         return state
 
@@ -131,9 +131,9 @@ def in_row_order(parts: list[Part]) -> Part:
 def merge(parts: list[Part]) -> Part:
     """Stack parts whose plans have the same step sizes. The source is that of the first."""
     first = parts[0]
-    logp = [part.behaviour_logp_BL for part in parts]
+    logp = [part.behavior_logp_BL for part in parts]
     accept = [part.accept_BL for part in parts]
-    scales = [part.condition.scale_B for part in parts]
+    scales = [part.condition.guidance_B for part in parts]
     weighed = any(part.position_weight_BL is not None for part in parts)
     ones = [torch.ones(part.codes_BL.shape, device=part.codes_BL.device) for part in parts] if weighed else []
     position = [one if part.position_weight_BL is None else part.position_weight_BL
@@ -147,7 +147,7 @@ def merge(parts: list[Part]) -> Part:
         row_B=torch.cat([part.row_B for part in parts]),
         weight_B=torch.cat([part.weight_B for part in parts]),
         age_B=torch.cat([part.age_B for part in parts]),
-        behaviour_logp_BL=_cat_if_all(logp),
+        behavior_logp_BL=_cat_if_all(logp),
         accept_BL=_cat_if_all(accept),
         position_weight_BL=torch.cat(position) if weighed else None,
     )

@@ -1,7 +1,7 @@
 """Numbers that change over training. `method.at(progress, state)` turns each one into a plain float before it is used.
 
-`Ramp` and `Decay` are functions of progress. Adaptive ones (`TaidTime`, `Plateau`) are moved by what training reports;
-their memory is a tensor in the method's state, so a resumed run goes on bit by bit.
+`LinearSchedule` and `ExponentialSchedule` are functions of progress. Adaptive ones (`TaidTime`, `Plateau`) are moved by
+what training reports; their memory is a tensor in the method's state, so a resumed run goes on bit by bit.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ V = TypeVar("V")
 
 
 @dataclass(frozen=True)
-class Ramp:
+class LinearSchedule:
     """Linear from `start` to `end` between the fractions `begin` and `until` of training; constant outside."""
 
     start: float
     end: float
     begin: float = 0.0
     until: float = 1.0
-    kind: Literal["ramp"] = "ramp"
+    kind: Literal["linear"] = "linear"
 
     def __post_init__(self) -> None:
         if not 0 <= self.begin <= self.until <= 1:
-            raise VarkdError(f"ramp: need 0 <= begin <= until <= 1, got {self.begin} and {self.until}")
+            raise VarkdError(f"linear: need 0 <= begin <= until <= 1, got {self.begin} and {self.until}")
 
     def at(self, progress: float) -> float:
         if progress >= self.until:
@@ -43,17 +43,17 @@ class Ramp:
 
 
 @dataclass(frozen=True)
-class Decay:
+class ExponentialSchedule:
     """From `start` towards `end` by base^(-progress): after all of training 1/base of the way is left (ImitKD)."""
 
     start: float
     end: float
     base: float = 200.0
-    kind: Literal["decay"] = "decay"
+    kind: Literal["exponential"] = "exponential"
 
     def __post_init__(self) -> None:
         if not self.base > 1:
-            raise VarkdError(f"decay: base must be above 1, got {self.base}")
+            raise VarkdError(f"exponential: base must be above 1, got {self.base}")
 
     def at(self, progress: float) -> float:
         return self.end + (self.start - self.end) * self.base**-progress
@@ -69,7 +69,7 @@ class Adaptive:
         return self.start if memory is None else float(memory[0])
 
     def after_update(self, memory: Tensor | None, progress: float, loss: float) -> Tensor | None:
-        """The memory after an optimiser step with this loss, `progress` of training being done."""
+        """The memory after an optimizer step with this loss, `progress` of training being done."""
         del progress, loss
         return memory
 
@@ -124,24 +124,24 @@ class Plateau(Adaptive):
         return torch.tensor([value, reference], dtype=torch.float64)
 
 
-SCHEDULES = (Ramp, Decay, Adaptive)
-Scalar = float | Ramp | Decay | TaidTime | Plateau
+SCHEDULES = (LinearSchedule, ExponentialSchedule, Adaptive)
+Schedule = float | LinearSchedule | ExponentialSchedule | TaidTime | Plateau
 
 
-def number(value: Scalar) -> float:
+def value_of(value: Schedule) -> float:
     """The float of a value that `resolve` has already fixed."""
     if isinstance(value, SCHEDULES):
         raise TypeError("this value still changes over training: call method.at(progress, state) first")
     return value
 
 
-def bounds(value: Scalar) -> tuple[float, float]:
+def bounds(value: Schedule) -> tuple[float, float]:
     """The smallest and the largest number that a value takes."""
     ends = (value.start, value.end) if isinstance(value, SCHEDULES) else (value,)
     return min(ends), max(ends)
 
 
-def check_range(owner: str, name: str, value: Scalar, low: float, high: float) -> None:
+def check_range(owner: str, name: str, value: Schedule, low: float, high: float) -> None:
     """Raise `VarkdError` unless every number that `value` takes lies in [low, high]."""
     smallest, largest = bounds(value)
     if not (low <= smallest and largest <= high):
@@ -170,7 +170,7 @@ def adaptives(value: Any, where: str = "") -> Iterator[tuple[str, Adaptive]]:
 def _resolve(value: Any, progress: float, state: Mapping[str, Tensor], where: str) -> Any:
     if isinstance(value, Adaptive):
         return value.at(state.get(f"adaptive{where}"))
-    if isinstance(value, Ramp | Decay):
+    if isinstance(value, LinearSchedule | ExponentialSchedule):
         return value.at(progress)
     inner = [(name, old, _resolve(old, progress, state, f"{where}.{name}")) for name, old in _inner(value)]
     if isinstance(value, tuple):

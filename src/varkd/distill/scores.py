@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from varkd.distill.divergences import log_mass
 from varkd.distill.spaces import Clusters, cluster_logp, log_softmax
-from varkd.rollout import filter_logits, pick
+from varkd.rollout import filter_logits, sample_inverse_cdf
 
 Scores = dict[str, Tensor]
 
@@ -23,7 +23,7 @@ def chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class Sides:
+class ScoreInputs:
     """What scores are made of: the logits of both models chunk by chunk, the codes, and chance.
 
     `code_N` are the targets, `seen_N` the codes that stand in the sequence (the same unless data were spliced).
@@ -52,7 +52,9 @@ def of_teacher(name: str) -> bool:
 
 
 @torch.no_grad()
-def position_scores(names: Iterable[str], sides: Sides, products: Mapping[str, Tensor], chunk_rows: int) -> Scores:
+def position_scores(
+    names: Iterable[str], sides: ScoreInputs, codebook_tables: Mapping[str, Tensor], chunk_rows: int
+) -> Scores:
     """Scores of every row, float32 (N,) each, without gradient.
 
     The teacher's confidence, higher = surer: `max_prob`: max p; `entropy`: -H(p) / ln V, in [-1, 0]; `margin`:
@@ -74,7 +76,7 @@ def position_scores(names: Iterable[str], sides: Sides, products: Mapping[str, T
         seen_N = sides.code_N if sides.seen_N is None else sides.seen_N
         chunk = _Chunk(teacher, student, sides.code_N[rows], seen_N[rows], uniform_N2)
         for name in names:
-            found[name].append(_score(name, chunk, products).float())
+            found[name].append(_score(name, chunk, codebook_tables).float())
     empty = torch.zeros(0, device=sides.code_N.device)
     return {name: torch.cat(parts) if parts else empty for name, parts in found.items()}
 
@@ -90,7 +92,7 @@ class _Chunk:
     uniform_N2: Tensor | None
 
 
-def _score(name: str, rows: _Chunk, products: Mapping[str, Tensor]) -> Tensor:
+def _score(name: str, rows: _Chunk, codebook_tables: Mapping[str, Tensor]) -> Tensor:
     kind, _, setting = name.partition(":")
     if kind == "student_logp":
         return _of_code(_given(rows.student_NV, name), rows.code_N)
@@ -105,10 +107,14 @@ def _score(name: str, rows: _Chunk, products: Mapping[str, Tensor]) -> Tensor:
         case "in_nucleus":
             allowed = ~torch.isneginf(filter_logits(teacher, top_p=float(setting)))
             return _of_code(allowed, rows.seen_N).float()
-    return _of_both(name, teacher, rows, products) if kind in _OF_BOTH else _confidence(name, products)(teacher)
+    return (
+        _of_both(name, teacher, rows, codebook_tables)
+        if kind in _OF_BOTH
+        else _confidence(name, codebook_tables)(teacher)
+    )
 
 
-def _of_both(name: str, teacher: Tensor, rows: _Chunk, products: Mapping[str, Tensor]) -> Tensor:
+def _of_both(name: str, teacher: Tensor, rows: _Chunk, codebook_tables: Mapping[str, Tensor]) -> Tensor:
     kind, _, setting = name.partition(":")
     student = _given(rows.student_NV, name)
     match kind:
@@ -121,7 +127,7 @@ def _of_both(name: str, teacher: Tensor, rows: _Chunk, products: Mapping[str, Te
         case "code_ratio":
             return (_of_code(teacher, rows.seen_N) - _of_code(student, rows.seen_N)).exp().clamp_max(1)
         case "near_ratio":
-            near_N = log_mass(teacher.gather(1, products[setting][rows.seen_N])).squeeze(1)
+            near_N = log_mass(teacher.gather(1, codebook_tables[setting][rows.seen_N])).squeeze(1)
             return (near_N - _of_code(student, rows.seen_N)).exp().clamp_max(1)
     tiny = torch.finfo(student.dtype).tiny  # a student that is certain: whatever the teacher does not know counts
     return _entropy(teacher) / _entropy(student).clamp_min(tiny)
@@ -159,7 +165,7 @@ def _surprise(teacher: Tensor, code_N: Tensor) -> Tensor:
 
 def _accepted(teacher: Tensor, student: Tensor, uniform_N2: Tensor) -> Tensor:
     propose_N, verify_N = uniform_N2.unbind(1)
-    proposed_N = pick(student.unsqueeze(1), propose_N.unsqueeze(1))[0].squeeze(1)
+    proposed_N = sample_inverse_cdf(student.unsqueeze(1), propose_N.unsqueeze(1))[0].squeeze(1)
     ratio_N = (_of_code(teacher, proposed_N) - _of_code(student, proposed_N)).exp()
     return (verify_N < ratio_N).float()
 
@@ -180,7 +186,7 @@ def code_logp(head: nn.Linear, hidden_BLD: Tensor, codes_BL: Tensor, chunk_rows:
     return torch.cat(parts).view(codes_BL.shape)
 
 
-def _confidence(name: str, products: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+def _confidence(name: str, codebook_tables: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     if name == "max_prob":
         return lambda logp: logp.max(-1).values.exp()
     if name == "entropy":
@@ -188,6 +194,6 @@ def _confidence(name: str, products: Mapping[str, Tensor]) -> Callable[[Tensor],
     if name == "margin":
         return lambda logp: -logp.exp().topk(2).values.diff(dim=-1).squeeze(-1)
     if name.startswith("cluster_mass:"):
-        members = products[name.removeprefix("cluster_mass:") + "/members"]
+        members = codebook_tables[name.removeprefix("cluster_mass:") + "/members"]
         return lambda logp: cluster_logp(logp, members).max(-1).values.exp()
     raise ValueError(f"unknown score '{name}'")

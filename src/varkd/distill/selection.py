@@ -1,7 +1,7 @@
 """Which positions count, and how much: `(scores, part, space, state, rng) -> weight_BL` in [0, 1], detached.
 
 A selection reads scores and thresholds that were fixed before the step, never the step's own batch: so the loss does
-not depend on how the batch is split. Thresholds adapt in `update`, once per optimiser step, from all ranks.
+not depend on how the batch is split. Thresholds adapt in `update`, once per optimizer step, from all ranks.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from varkd.distill.neighbours import nearest_codes
-from varkd.distill.schedule import Scalar, check_range, number
+from varkd.distill.neighbors import nearest_codes
+from varkd.distill.schedule import Schedule, check_range, value_of
 from varkd.distill.scores import Scores, cluster_mass_name
-from varkd.distill.spaces import Clusters, Products, Space
+from varkd.distill.spaces import Clusters, CodebookTables, Space
 from varkd.errors import VarkdError
 from varkd.types import Part
 from varkd.world import Rng
@@ -33,7 +33,7 @@ class SelectionRule:
         del space
         return ()
 
-    def prepare(self, codebook_VE: Tensor) -> Products:
+    def prepare(self, codebook_VE: Tensor) -> CodebookTables:
         """What it needs of the tokenizer, made once before training."""
         del codebook_VE
         return {}
@@ -60,7 +60,7 @@ class Confidence(SelectionRule):
     target code. `side="low"` keeps the positions at and below the quantile instead.
     """
 
-    quantile: Scalar = 0.5
+    quantile: Schedule = 0.5
     score: ScoreName = "max_prob"
     floor: float = 0.1
     decay: float = 0.9
@@ -71,7 +71,7 @@ class Confidence(SelectionRule):
     def __post_init__(self) -> None:
         check_range("confidence", "quantile", self.quantile, 0, 1)
         check_range("confidence", "floor", self.floor, 0, 1)
-        check_range("confidence", "decay", self.decay, 0, 1)
+        check_range("confidence", "exponential", self.decay, 0, 1)
 
     def score_names(self, space: Space) -> tuple[str, ...]:
         return (self.score_name(space),)
@@ -92,7 +92,7 @@ class Confidence(SelectionRule):
     def updated_threshold(self, threshold_L: Tensor | None, score_by_rank_BL: Tensor) -> Tensor:
         """Move the threshold, (L,) or (1,), towards the quantile of this step's scores (all rows of all ranks)."""
         scores = score_by_rank_BL if self.per_position else score_by_rank_BL.reshape(-1, 1)
-        fresh_L = scores.quantile(number(self.quantile), dim=0)
+        fresh_L = scores.quantile(value_of(self.quantile), dim=0)
         return fresh_L if threshold_L is None else self.decay * threshold_L + (1 - self.decay) * fresh_L
 
 
@@ -100,7 +100,7 @@ class Confidence(SelectionRule):
 class Random(SelectionRule):
     """The control of `Confidence`: the same kept fraction (1 - quantile), chosen by chance."""
 
-    quantile: Scalar = 0.5
+    quantile: Schedule = 0.5
     floor: float = 0.1
     kind: Literal["random"] = "random"
 
@@ -111,7 +111,7 @@ class Random(SelectionRule):
     def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
         del scores, space, threshold_L
         uniform_BL = rng.uniform("select", part.row_B, part.codes_BL.shape[1])
-        return torch.where(uniform_BL >= number(self.quantile), 1.0, self.floor)
+        return torch.where(uniform_BL >= value_of(self.quantile), 1.0, self.floor)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Threshold(SelectionRule):
     `Confidence` it keeps as much as teacher and tokenizer make it keep: see `kept/<term>` in the log.
     """
 
-    threshold: Scalar
+    threshold: Schedule
     score: ScoreName = "max_prob"
     floor: float = 0.1
     softness: float = 0.0
@@ -139,7 +139,7 @@ class Threshold(SelectionRule):
     def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
         del part, threshold_L, rng
         (name,) = self.score_names(space)
-        above_BL = scores[name] - number(self.threshold)
+        above_BL = scores[name] - value_of(self.threshold)
         if self.softness == 0:
             return torch.where(above_BL >= 0, 1.0, self.floor)
         return self.floor + (1 - self.floor) * torch.sigmoid(above_BL / self.softness)
@@ -152,46 +152,46 @@ class Accepted(SelectionRule):
     `top_k`: the student's likeliest code is among the teacher's `top_k` likeliest. `speculative`: y ~ q passes with
     probability min(1, p(y) / q(y)) (our reading of "non-greedy propose-and-verify"). The others judge the code that
     stands in the sequence, so they ask whether the prefix goes on plausibly: `nucleus`, it lies in the teacher's
-    nucleus of mass `top_p`; `code`, the weight rises from `floor` to 1 with min(1, p / q); `neighbours`, the same with
-    the teacher's mass over the codes nearest to it (`neighbours` of them, itself included: LANTERN, 2410.03355).
+    nucleus of mass `top_p`; `code`, the weight rises from `floor` to 1 with min(1, p / q); `neighbors`, the same with
+    the teacher's mass over the codes nearest to it (`neighbors` of them, itself included: LANTERN, 2410.03355).
     """
 
-    rule: Literal["top_k", "speculative", "code", "nucleus", "neighbours"] = "top_k"
+    rule: Literal["top_k", "speculative", "code", "nucleus", "neighbors"] = "top_k"
     top_k: int = 5
     floor: float = 0.1
     top_p: float = 0.9
-    neighbours: int = 8
+    neighbors: int = 8
     kind: Literal["accepted"] = "accepted"
 
     def __post_init__(self) -> None:
         check_range("accepted", "floor", self.floor, 0, 1)
         check_range("accepted", "top_p", self.top_p, 0, 1)
-        for name in ("top_k", "neighbours"):
+        for name in ("top_k", "neighbors"):
             if getattr(self, name) < 1:
                 raise VarkdError(f"accepted: {name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def nearest_key(self) -> str:
         """Where the products keep the nearest codes."""
-        return f"nearest/{self.neighbours}"
+        return f"nearest/{self.neighbors}"
 
-    def prepare(self, codebook_VE: Tensor) -> Products:
-        if self.rule != "neighbours":
+    def prepare(self, codebook_VE: Tensor) -> CodebookTables:
+        if self.rule != "neighbors":
             return {}
-        return {self.nearest_key: nearest_codes(codebook_VE, self.neighbours)[0]}
+        return {self.nearest_key: nearest_codes(codebook_VE, self.neighbors)[0]}
 
     def score_names(self, space: Space) -> tuple[str, ...]:
         del space
         names = {
             "top_k": f"top_k_agrees:{self.top_k}", "speculative": "accepted", "code": "code_ratio",
-            "nucleus": f"in_nucleus:{self.top_p}", "neighbours": f"near_ratio:{self.nearest_key}",
+            "nucleus": f"in_nucleus:{self.top_p}", "neighbors": f"near_ratio:{self.nearest_key}",
         }  # fmt: skip
         return (names[self.rule],)
 
     def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
         del part, threshold_L, rng
         (name,) = self.score_names(space)
-        if self.rule in ("code", "neighbours"):
+        if self.rule in ("code", "neighbors"):
             return self.floor + (1 - self.floor) * scores[name]
         return torch.where(scores[name] > 0, 1.0, self.floor)
 
@@ -200,7 +200,7 @@ class Accepted(SelectionRule):
 class EntropyRatio(SelectionRule):
     """Weight 1 where H(p) is at most `ratio` times H(q): the teacher is surer than the student, so it can teach."""
 
-    ratio: Scalar = 1.0
+    ratio: Schedule = 1.0
     floor: float = 0.1
     kind: Literal["entropy_ratio"] = "entropy_ratio"
 
@@ -214,17 +214,17 @@ class EntropyRatio(SelectionRule):
 
     def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
         del part, space, threshold_L, rng
-        return torch.where(scores["entropy_ratio"] <= number(self.ratio), 1.0, self.floor)
+        return torch.where(scores["entropy_ratio"] <= value_of(self.ratio), 1.0, self.floor)
 
 
 @dataclass(frozen=True)
 class Horizon(SelectionRule):
     """Weight 1 where fewer than a `share` of the sequence's codes come in earlier steps, `floor` after that.
 
-    A `Ramp` lets the horizon grow. A step counts as a whole.
+    A `LinearSchedule` lets the horizon grow. A step counts as a whole.
     """
 
-    share: Scalar = 0.5
+    share: Schedule = 0.5
     floor: float = 0.0
     kind: Literal["horizon"] = "horizon"
 
@@ -235,7 +235,7 @@ class Horizon(SelectionRule):
     def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
         del scores, space, threshold_L, rng
         before_BL = part.plan.before(torch.ones(part.codes_BL.shape, device=part.codes_BL.device))
-        edge = number(self.share) * part.codes_BL.shape[1] - 1e-6  # 0.07 * 100 is a hair above 7
+        edge = value_of(self.share) * part.codes_BL.shape[1] - 1e-6  # 0.07 * 100 is a hair above 7
         return torch.where(before_BL < edge, 1.0, self.floor)
 
 

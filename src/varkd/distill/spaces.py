@@ -2,7 +2,7 @@
 
 A view is one weighted comparison. `Full` gives one view of all codes; `Clusters` compresses the code space: near-equal
 codes count as one outcome, so the student is not asked to copy the teacher's arbitrary split of mass between them.
-`TopK` keeps the likeliest codes apart and counts all others as one outcome. `Neighbours` blurs codes that look alike.
+`TopK` keeps the likeliest codes apart and counts all others as one outcome. `Neighbors` blurs codes that look alike.
 The loss of a space is sum over views of weight * D(view), for any divergence D.
 """
 
@@ -16,43 +16,45 @@ import torch
 from torch import Tensor
 
 from varkd.distill.clustering import Assignment, assign_clusters
-from varkd.distill.divergences import Rows, log_mass, renormalised
-from varkd.distill.neighbours import half_way_bandwidth, log_kernel, nearest_codes, smoothed
-from varkd.distill.schedule import Scalar, check_range, number
+from varkd.distill.divergences import TargetRows, log_mass, renormalized
+from varkd.distill.neighbors import half_way_bandwidth, log_kernel, nearest_codes, smoothed
+from varkd.distill.schedule import Schedule, check_range, value_of
 from varkd.errors import VarkdError
 
-Products = dict[str, Tensor]
+CodebookTables = dict[str, Tensor]
 """What a method makes once, before training, from the tokenizer: cluster maps by the key of the space."""
 CODEBOOK = "codebook"
 """The key of the codebook itself, among the products of a method that compares vectors."""
 
 
-class View(NamedTuple):
+class Comparison(NamedTuple):
     """Log-probabilities over K outcomes for both sides, and the rows in this space's numbering."""
 
     weight: float
     student_NK: Tensor
     teacher_NK: Tensor | None
-    rows: Rows
+    rows: TargetRows
 
 
 @dataclass(frozen=True)
 class Full:
     """Every code, at a temperature: softmax(logits / T) on both sides, scaled by T^2 (Hinton et al. 2015)."""
 
-    temperature: Scalar = 1.0
+    temperature: Schedule = 1.0
     kind: Literal["full"] = "full"
 
     def __post_init__(self) -> None:
         check_range("full", "temperature", self.temperature, 1e-3, 1e3)
 
-    def __call__(self, student_NV: Tensor, teacher_NV: Tensor | None, rows: Rows, products: Products) -> list[View]:
-        del products
-        temperature = number(self.temperature)
+    def __call__(
+        self, student_NV: Tensor, teacher_NV: Tensor | None, rows: TargetRows, codebook_tables: CodebookTables
+    ) -> list[Comparison]:
+        del codebook_tables
+        temperature = value_of(self.temperature)
         teacher_logp = None if teacher_NV is None else log_softmax(teacher_NV, temperature)
-        return [View(temperature**2, log_softmax(student_NV, temperature), teacher_logp, rows)]
+        return [Comparison(temperature**2, log_softmax(student_NV, temperature), teacher_logp, rows)]
 
-    def prepare(self, codebook_VE: Tensor) -> Products:
+    def prepare(self, codebook_VE: Tensor) -> CodebookTables:
         del codebook_VE
         return {}
 
@@ -69,7 +71,7 @@ class Clusters:
     """
 
     count: int | None = None
-    within: Scalar = 0.3
+    within: Schedule = 0.3
     assignment: Assignment = "kmeans"
     seed: int = 0
     kind: Literal["clusters"] = "clusters"
@@ -83,25 +85,31 @@ class Clusters:
     def key(self) -> str:
         return f"clusters/{self.assignment}-{self.count or 'sqrt'}-seed{self.seed}"
 
-    def prepare(self, codebook_VE: Tensor) -> Products:
+    def prepare(self, codebook_VE: Tensor) -> CodebookTables:
         """The cluster of each code, int64 (V,), and the codes of each cluster, from the tokenizer's codebook."""
         count = self.count or math.isqrt(len(codebook_VE) - 1) + 1
         cluster_V = assign_clusters(codebook_VE, count, self.assignment, self.seed)
         return {self.key: cluster_V, f"{self.key}/members": cluster_members(cluster_V)}
 
-    def __call__(self, student_NV: Tensor, teacher_NV: Tensor | None, rows: Rows, products: Products) -> list[View]:
-        if self.key not in products:
+    def __call__(
+        self, student_NV: Tensor, teacher_NV: Tensor | None, rows: TargetRows, codebook_tables: CodebookTables
+    ) -> list[Comparison]:
+        if self.key not in codebook_tables:
             raise VarkdError(f"no cluster map '{self.key}': call method.prepare(codebook) before training")
-        cluster_V, members, within = products[self.key], products[f"{self.key}/members"], number(self.within)
+        cluster_V, members, within = (
+            codebook_tables[self.key],
+            codebook_tables[f"{self.key}/members"],
+            value_of(self.within),
+        )
         student = log_softmax(student_NV)
         teacher = None if teacher_NV is None else log_softmax(teacher_NV)
         views = []
         if within > 0:
-            views.append(View(within, student, teacher, rows))
+            views.append(Comparison(within, student, teacher, rows))
         if within < 1:
             coarse = replace(rows, code_N=cluster_V[rows.target_N], codebook_VE=None)
             coarse_teacher = None if teacher is None else cluster_logp(teacher, members)
-            views.append(View(1 - within, cluster_logp(student, members), coarse_teacher, coarse))
+            views.append(Comparison(1 - within, cluster_logp(student, members), coarse_teacher, coarse))
         return views
 
 
@@ -110,7 +118,7 @@ class TopK:
     """The `count` likeliest codes of one side, and one bucket with the mass of all others.
 
     Merging the others leaves a true divergence, on `count` + 1 outcomes and at most the full one; a sum of
-    p (log p - log q) over the likeliest codes alone is none, for it can fall below 0. `tail=False` renormalises both
+    p (log p - log q) over the likeliest codes alone is none, for it can fall below 0. `tail=False` renormalizes both
     sides over the likeliest codes instead and does not see the mass outside. Which codes they are is a constant of the
     gradient. There is no default count: the number that holds most of the mass of text may hold little of an image's.
     """
@@ -126,8 +134,10 @@ class TopK:
             raise VarkdError(f"top_k: count must be at least {smallest} with tail={str(self.tail).lower()}, "
                              f"got {self.count}")  # fmt: skip
 
-    def __call__(self, student_NV: Tensor, teacher_NV: Tensor | None, rows: Rows, products: Products) -> list[View]:
-        del products
+    def __call__(
+        self, student_NV: Tensor, teacher_NV: Tensor | None, rows: TargetRows, codebook_tables: CodebookTables
+    ) -> list[Comparison]:
+        del codebook_tables
         student = log_softmax(student_NV)
         teacher = None if teacher_NV is None else log_softmax(teacher_NV)
         judge = student if self.of == "student" else teacher
@@ -136,9 +146,9 @@ class TopK:
                              "that looks at it, or set space.of=student")  # fmt: skip
         code_NK = judge.detach().topk(min(self.count, judge.shape[1]), dim=1).indices
         teacher_NK = None if teacher is None else self._merged(teacher, code_NK)
-        return [View(1.0, self._merged(student, code_NK), teacher_NK, self._places(rows, code_NK))]
+        return [Comparison(1.0, self._merged(student, code_NK), teacher_NK, self._places(rows, code_NK))]
 
-    def prepare(self, codebook_VE: Tensor) -> Products:
+    def prepare(self, codebook_VE: Tensor) -> CodebookTables:
         del codebook_VE
         return {}
 
@@ -146,11 +156,11 @@ class TopK:
         """Log-probabilities of the codes `code_NK`, and of the tail behind them (N, K + 1)."""
         kept_NK = logp_NV.gather(1, code_NK)
         if not self.tail:
-            return renormalised(kept_NK)
+            return renormalized(kept_NK)
         # Summed over the others themselves: log(1 - sum) has no digits left where the likeliest codes hold nearly all.
         return torch.cat([kept_NK, log_mass(logp_NV.scatter(1, code_NK, -torch.inf))], dim=1)
 
-    def _places(self, rows: Rows, code_NK: Tensor) -> Rows:
+    def _places(self, rows: TargetRows, code_NK: Tensor) -> TargetRows:
         """The rows in this space's numbering: the place of the target code among `code_NK`, or the tail, K."""
         if not self.tail:
             return replace(rows, code_N=None, codebook_VE=None)
@@ -160,57 +170,59 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbors:
     """Codes blurred over their `count` nearest: D(K p, K q), K_uv falling with the distance of u and v as a Gaussian.
 
     K gives each code's mass to the codes nearest to it (itself included), shares exp(-|e_u - e_v|^2 / 2 h^2) that sum
-    to 1. With both sides blurred a divergence can only shrink, and p stays a minimiser (others with the same K p may
+    to 1. With both sides blurred a divergence can only shrink, and p stays a minimizer (others with the same K p may
     exist). `sides="teacher"` blurs the target alone: then the student converges to K p, which has more entropy, so
     sample it at a lower temperature. h is `bandwidth`, in distances of the codebook; "auto" moves mass as far, in the
-    mean square, as half the distance to the nearest other code, where quantisation cells meet (`half_way_bandwidth`).
+    mean square, as half the distance to the nearest other code, where quantization cells meet (`half_way_bandwidth`).
     Codes of a residual (next-scale) tokenizer mean other things at other scales, and here they share one kernel.
     """
 
     count: int = 16
     bandwidth: float | Literal["auto"] = "auto"
     sides: Literal["both", "teacher"] = "both"
-    kind: Literal["neighbours"] = "neighbours"
+    kind: Literal["neighbors"] = "neighbors"
 
     def __post_init__(self) -> None:
         if self.count < 2:
-            raise VarkdError(f"neighbours: count must be at least 2 (a code and one more), got {self.count}")
+            raise VarkdError(f"neighbors: count must be at least 2 (a code and one more), got {self.count}")
         if self.bandwidth != "auto" and not self.bandwidth > 0:
-            raise VarkdError(f"neighbours: bandwidth must be above 0 (or auto), got {self.bandwidth}")
+            raise VarkdError(f"neighbors: bandwidth must be above 0 (or auto), got {self.bandwidth}")
 
     @property
     def key(self) -> str:
-        return f"neighbours/{self.count}-{self.bandwidth}"
+        return f"neighbors/{self.count}-{self.bandwidth}"
 
-    def prepare(self, codebook_VE: Tensor) -> Products:
-        """The neighbours of each code, int64 (V, n), and the log-shares that they get of its mass."""
+    def prepare(self, codebook_VE: Tensor) -> CodebookTables:
+        """The neighbors of each code, int64 (V, n), and the log-shares that they get of its mass."""
         index_Vn, squared_Vn = nearest_codes(codebook_VE, self.count)
         width = half_way_bandwidth(squared_Vn) if self.bandwidth == "auto" else self.bandwidth
         return {self.key: index_Vn, f"{self.key}/log_weight": log_kernel(squared_Vn, width).float()}
 
-    def __call__(self, student_NV: Tensor, teacher_NV: Tensor | None, rows: Rows, products: Products) -> list[View]:
-        if self.key not in products:
+    def __call__(
+        self, student_NV: Tensor, teacher_NV: Tensor | None, rows: TargetRows, codebook_tables: CodebookTables
+    ) -> list[Comparison]:
+        if self.key not in codebook_tables:
             raise VarkdError(f"no kernel '{self.key}': call method.prepare(codebook) before training")
-        kernel = products[self.key], products[f"{self.key}/log_weight"]
+        kernel = codebook_tables[self.key], codebook_tables[f"{self.key}/log_weight"]
         student, teacher = log_softmax(student_NV), None
         if teacher_NV is not None:
             teacher = smoothed(log_softmax(teacher_NV), *kernel)
-        return [View(1.0, smoothed(student, *kernel) if self.sides == "both" else student, teacher, rows)]
+        return [Comparison(1.0, smoothed(student, *kernel) if self.sides == "both" else student, teacher, rows)]
 
 
-Space = Full | Clusters | TopK | Neighbours
+Space = Full | Clusters | TopK | Neighbors
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities in float32 at least: bfloat16 loses three digits over thousands of codes."""
-    return (widened(logits) if temperature == 1 else widened(logits) / temperature).log_softmax(-1)
+    return (at_least_float32(logits) if temperature == 1 else at_least_float32(logits) / temperature).log_softmax(-1)
 
 
-def widened(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
     """Logits in float32 at least."""
     return logits if logits.dtype == torch.float64 else logits.float()
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone, GuidanceKind
-from varkd.distill.schedule import Scalar, check_range, number
-from varkd.distill.spaces import widened
+from varkd.distill.schedule import Schedule, check_range, value_of
+from varkd.distill.spaces import at_least_float32
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler, filter_logits, guidance_per_step
 from varkd.types import Part
@@ -32,7 +32,7 @@ class Plain:
 class Temperature:
     """The teacher at another temperature than the student: below 1 its target is sharper, and the student with it."""
 
-    temperature: Scalar = 0.8
+    temperature: Schedule = 0.8
     kind: Literal["temperature"] = "temperature"
 
     def __post_init__(self) -> None:
@@ -40,12 +40,12 @@ class Temperature:
 
     def __call__(self, logits_NV: Tensor, null_NV: Tensor | None, scale_N: Tensor | None) -> Tensor:
         del null_NV, scale_N
-        return widened(logits_NV) / number(self.temperature)
+        return at_least_float32(logits_NV) / value_of(self.temperature)
 
 
 @dataclass(frozen=True)
 class Truncated:
-    """The teacher without its tail: top-k, then top-p, renormalised. The student is taught to sample like a filter."""
+    """The teacher without its tail: top-k, then top-p, renormalized. The student is taught to sample like a filter."""
 
     top_k: int = 0
     top_p: float = 0.95
@@ -59,7 +59,7 @@ class Truncated:
 
     def __call__(self, logits_NV: Tensor, null_NV: Tensor | None, scale_N: Tensor | None) -> Tensor:
         del null_NV, scale_N
-        return filter_logits(widened(logits_NV), self.top_k, self.top_p)
+        return filter_logits(at_least_float32(logits_NV), self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Guided:
 
     `scale` is the largest s while an image is decoded; how s gets there is `schedule`, by default the teacher family's
     own (`rollout.guidance_per_step`). With `highest`, each sequence draws its own scale from [scale, highest] and a
-    student with `model.scale_conditioned` is told which (Meng et al. 2023, 2210.03142, for diffusion). Where the label
+    student with `model.guidance_conditioned` is told which (Meng et al. 2023, 2210.03142). Where the label
     was dropped both branches are the null branch, and so is the target.
     """
 
@@ -86,10 +86,10 @@ class Guided:
     def __call__(self, logits_NV: Tensor, null_NV: Tensor | None, scale_N: Tensor | None) -> Tensor:
         if null_NV is None or scale_N is None:
             raise ValueError("a guided target needs the null branch and the scales")
-        null = widened(null_NV)
-        return null + scale_N.unsqueeze(1) * (widened(logits_NV) - null)
+        null = at_least_float32(null_NV)
+        return null + scale_N.unsqueeze(1) * (at_least_float32(logits_NV) - null)
 
-    def scale_B(self, row_B: Tensor, rng: Rng) -> Tensor | None:
+    def guidance_B(self, row_B: Tensor, rng: Rng) -> Tensor | None:
         """This step's scale for each global row, float32 (B,); None where one scale serves all."""
         if self.highest is None:
             return None
@@ -97,7 +97,7 @@ class Guided:
 
     def scale_BL(self, part: Part, teacher: Backbone) -> Tensor:
         """The scale at every position of `part`, by the schedule, float32 (B, L)."""
-        given_B = part.condition.scale_B
+        given_B = part.condition.guidance_B
         largest = [self.scale] if given_B is None else given_B.tolist()
         scale_XS = torch.stack([
             guidance_per_step(self._sampler(each), part.plan, teacher.guidance) for each in largest

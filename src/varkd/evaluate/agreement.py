@@ -1,4 +1,4 @@
-"""How well a student agrees with its teacher, in the units that are optimised, on data and on its own contexts.
+"""How well a student agrees with its teacher, in the units that are optimized, on data and on its own contexts.
 
 A low divergence on data prefixes that is higher on student prefixes is exposure bias. By position, it shows where.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
-from varkd.distill.divergences import CrossEntropy, Rows
+from varkd.distill.divergences import CrossEntropy, TargetRows
 from varkd.distill.scores import chunks
 from varkd.distill.spaces import log_softmax
 from varkd.evaluate.diagnostics import CHUNK_ROWS, CodeSpace, Sequences, measure
@@ -34,7 +34,7 @@ def cross_entropy(model: Backbone, batches: Iterable[Batch], device: torch.devic
             code_N = codes_BL.flatten()
             for rows in chunks(len(code_N), CHUNK_ROWS):
                 logp_NV = log_softmax(model.head(hidden_ND[rows]))
-                total += float(CrossEntropy()(logp_NV, None, Rows(code_N[rows])).double().sum())
+                total += float(CrossEntropy()(logp_NV, None, TargetRows(code_N[rows])).double().sum())
             count += code_N.numel()
     return total / max(1, count)
 

@@ -1,4 +1,4 @@
-"""What a method keeps, and whom it favours: its own selection and its own sequence weights, applied to given sequences.
+"""What a method keeps, and whom it favors: its own selection and its own sequence weights, applied to given sequences.
 
 A selection by confidence may keep easy positions on which both models agree, and then nothing is learnt: so the share
 of positions kept stands beside the share of the KL kept. Weights may rest on a few sequences, or on those nearest to
@@ -16,11 +16,11 @@ from torch import Tensor
 from varkd.backbones.protocol import Backbone
 from varkd.distill.method import Method, Term, threshold_key
 from varkd.distill.reweighted import effective_share, sequence_weights
-from varkd.distill.scores import Sides, of_student, position_scores
+from varkd.distill.scores import ScoreInputs, of_student, position_scores
 from varkd.distill.target import Guided
 from varkd.errors import VarkdError
 from varkd.evaluate.diagnostics import CHUNK_ROWS, Sequences
-from varkd.evaluate.intervals import Estimate, centred_bootstrap, centred_curve
+from varkd.evaluate.intervals import Estimate, centered_bootstrap, centered_curve
 from varkd.rollout import evaluating
 from varkd.types import Part, Source
 from varkd.world import Rng
@@ -29,7 +29,7 @@ from varkd.world import Rng
 @torch.no_grad()
 def kept_positions(
     method: Method, term: Term, source: Source, sequences: Sequences, student: Backbone, teacher: Backbone,
-    state: Mapping[str, Tensor], products: Mapping[str, Tensor], seed: int, batch_size: int = 128,
+    state: Mapping[str, Tensor], codebook_tables: Mapping[str, Tensor], seed: int, batch_size: int = 128,
 ) -> Tensor:  # fmt: skip
     """Where the term's selection gives full weight: bool (B, L), raster order, on the CPU.
 
@@ -44,14 +44,14 @@ def kept_positions(
     row_B = torch.arange(len(sequences), device=device)
     for chunk, row in zip(sequences.split(batch_size), row_B.split(batch_size), strict=True):
         part = Part.of(source, chunk.codes_BL, chunk.condition, chunk.plan, row)
-        scores = _scores(method, term, part, student, teacher, products, rng)
+        scores = _scores(method, term, part, student, teacher, codebook_tables, rng)
         weight_BL = term.selection(scores, part, term.space, state.get(threshold_key(term)), rng)
         kept.append((weight_BL == 1).cpu())
     return torch.cat(kept)
 
 
 def _scores(
-    method: Method, term: Term, part: Part, student: Backbone, teacher: Backbone, products: Mapping[str, Tensor],
+    method: Method, term: Term, part: Part, student: Backbone, teacher: Backbone, codebook_tables: Mapping[str, Tensor],
     rng: Rng,
 ) -> dict[str, Tensor]:  # fmt: skip
     names = term.selection.score_names(term.space)
@@ -60,13 +60,13 @@ def _scores(
         looks = any(map(of_student, names))
         q_ND = student(part.codes_BL, part.condition, part.plan).flatten(0, 1) if looks else None
     length = part.codes_BL.shape[1]
-    sides = Sides(
+    sides = ScoreInputs(
         part.codes_BL.flatten(),
         lambda rows: method.target(teacher.head(p_ND[rows]), None, None),
         None if q_ND is None else lambda rows: student.head(q_ND[rows]),
         rng.uniform("verify", part.row_B, 2 * length).view(-1, 2),
     )
-    found = position_scores(names, sides, products, CHUNK_ROWS)
+    found = position_scores(names, sides, codebook_tables, CHUNK_ROWS)
     return {name: score_N.view(part.codes_BL.shape) for name, score_N in found.items()}
 
 
@@ -88,13 +88,13 @@ def kept_share(kept_BL: Tensor, kl_BL: Tensor, resamples: int = 200, seed: int =
         share_R = torch.where(total_R > 1e-9, counts_RN @ mass_N / total_R.clamp_min(1e-9), 1.0)
         return torch.stack([counts_RN @ fraction_N / len(fraction_N), share_R], dim=1)
 
-    curve = centred_curve(statistic, len(fraction_N), resamples, seed, bounds=(0, 1))
+    curve = centered_curve(statistic, len(fraction_N), resamples, seed, bounds=(0, 1))
     return Kept(*(Estimate(*(float(part[i]) for part in curve)) for i in range(2)))
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Sequence weights of optimiser steps of `batch` rows each, and the mean effective share of those steps."""
+    """Sequence weights of optimizer steps of `batch` rows each, and the mean effective share of those steps."""
 
     weight_N: Tensor
     effective: float
@@ -121,11 +121,11 @@ def rank_correlation(first_N: Tensor, second_N: Tensor, resamples: int = 200, se
         scale = ((aa - a * a) * (bb - b * b)).clamp_min(0).sqrt()
         return torch.where(scale > 1e-12, (ab - a * b) / scale.clamp_min(1e-12), 0.0)
 
-    return centred_bootstrap(statistic, len(a_N), resamples, seed, bounds=(-1, 1))
+    return centered_bootstrap(statistic, len(a_N), resamples, seed, bounds=(-1, 1))
 
 
 def _ranks(value_N: Tensor) -> Tensor:
-    """Ranks from 0 to 1, centred."""
+    """Ranks from 0 to 1, centered."""
     value_N = value_N.double()
     _, inverse_N, count_U = torch.unique(value_N, return_inverse=True, return_counts=True)
     last_U = count_U.cumsum(0).double()

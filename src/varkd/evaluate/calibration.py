@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from varkd.evaluate.intervals import Estimate, centred_curve
+from varkd.evaluate.intervals import Estimate, centered_curve
 
 NUM_BINS = 10
 
@@ -43,7 +43,7 @@ def calibration(
         whole_B = sums_NB.sum(0) / count_NB.sum(0).clamp_min(1)
         return torch.where(drawn_RB > 0, counts_RN @ sums_NB / drawn_RB.clamp_min(1), whole_B)
 
-    curve, total_B = centred_curve(statistic, len(value_NL), resamples, seed), count_NB.sum(0)
+    curve, total_B = centered_curve(statistic, len(value_NL), resamples, seed), count_NB.sum(0)
     return [
         Bin(b / bins, (b + 1) / bins, int(total_B[b]), float(confidence_B[b] / total_B[b]),
             Estimate(*(float(part[b]) for part in curve)))

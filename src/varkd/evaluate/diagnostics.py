@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
-from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL, ReverseKL, Rows, TotalVariation
-from varkd.distill.neighbours import nearest_codes
-from varkd.distill.scores import Sides, chunks, position_scores
+from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL, ReverseKL, TargetRows, TotalVariation
+from varkd.distill.neighbors import nearest_codes
+from varkd.distill.scores import ScoreInputs, chunks, position_scores
 from varkd.distill.spaces import Clusters, cluster_logp, log_softmax
 from varkd.rollout import Sampler, evaluating, rollout
 from varkd.types import Condition, Plan
@@ -29,7 +29,7 @@ CHUNK_ROWS = 2048
 CHUNK_NUMBERS = 2**24  # rows times codes: a dozen such arrays live at once
 MASS = 0.9
 TOP = 5
-MOST_NEIGHBOURS = 10
+MOST_NEIGHBORS = 10
 SLACK = 0.1
 Values = dict[str, Tensor]
 
@@ -38,26 +38,26 @@ Values = dict[str, Tensor]
 class CodeSpace:
     """What is known of the codes: the cluster of each, int64 (V,), and for some quantities more.
 
-    `members_KM` are the codes of each cluster (`spaces.cluster_members`), `codebook_VE` the vectors, `neighbour_Vk` the
+    `members_KM` are the codes of each cluster (`spaces.cluster_members`), `codebook_VE` the vectors, `neighbor_Vk` the
     nearest other codes of each code, nearest first, and `radius` the distance within which codes count as near.
     """
 
     cluster_V: Tensor
     members_KM: Tensor | None = None
     codebook_VE: Tensor | None = None
-    neighbour_Vk: Tensor | None = None
+    neighbor_Vk: Tensor | None = None
     radius: float = 0.0
 
     @classmethod
     def of(cls, codebook_VE: Tensor, clusters: Clusters, device: torch.device) -> CodeSpace:
-        """Clusters, and the k = min(10, sqrt V) nearest neighbours; the radius is their mean largest distance."""
+        """Clusters, and the k = min(10, sqrt V) nearest neighbors; the radius is their mean largest distance."""
         codebook_VE = codebook_VE.detach().float().cpu()
-        products = clusters.prepare(codebook_VE)
-        count = max(1, min(MOST_NEIGHBOURS, math.isqrt(len(codebook_VE)), len(codebook_VE) - 1))
+        codebook_tables = clusters.prepare(codebook_VE)
+        count = max(1, min(MOST_NEIGHBORS, math.isqrt(len(codebook_VE)), len(codebook_VE) - 1))
         index_Vn, squared_Vn = nearest_codes(codebook_VE, count + 1)  # each code is its own nearest
-        members = products[f"{clusters.key}/members"]
+        members = codebook_tables[f"{clusters.key}/members"]
         return cls(
-            products[clusters.key].to(device), members.to(device), codebook_VE.to(device),
+            codebook_tables[clusters.key].to(device), members.to(device), codebook_VE.to(device),
             index_Vn[:, 1:].to(device), float(squared_Vn[:, -1].sqrt().mean()),
         )  # fmt: skip
 
@@ -72,8 +72,8 @@ class Pair:
     space: CodeSpace
 
     @property
-    def rows(self) -> Rows:
-        return Rows(self.code_N)
+    def rows(self) -> TargetRows:
+        return TargetRows(self.code_N)
 
     @cached_property
     def p_NV(self) -> Tensor:
@@ -133,15 +133,15 @@ def near_mass(probability_NV: Tensor, code_N: Tensor, codebook_VE: Tensor, radiu
     return (probability_NV * (distance_NV <= radius * (1 + 1e-6))).sum(1)
 
 
-def neighbour_acceptance(pair: Pair, slack: float = SLACK) -> Tensor:
+def neighbor_acceptance(pair: Pair, slack: float = SLACK) -> Tensor:
     """LANTERN's acceptance (Jang et al. 2024, 2410.03355): sum_v min(q(v), sum over A(v) of p).
 
-    A(v) is v and the longest run of its nearest neighbours whose mass is at most `slack`.
+    A(v) is v and the longest run of its nearest neighbors whose mass is at most `slack`.
     """
-    neighbour_Vk = _known(pair.space.neighbour_Vk)
+    neighbor_Vk = _known(pair.space.neighbor_Vk)
     extra_NV, open_NV = torch.zeros_like(pair.p_NV), torch.ones_like(pair.p_NV, dtype=torch.bool)
-    for neighbour_V in neighbour_Vk.unbind(1):
-        grown_NV = extra_NV + pair.p_NV[:, neighbour_V]
+    for neighbor_V in neighbor_Vk.unbind(1):
+        grown_NV = extra_NV + pair.p_NV[:, neighbor_V]
         open_NV &= grown_NV <= slack
         extra_NV = torch.where(open_NV, grown_NV, extra_NV)
     return torch.minimum(pair.q_NV, pair.p_NV + extra_NV).sum(1)
@@ -149,7 +149,7 @@ def neighbour_acceptance(pair: Pair, slack: float = SLACK) -> Tensor:
 
 def _score(pair: Pair, name: str) -> Tensor:
     """A score that selections read too."""
-    sides = Sides(pair.code_N, lambda rows: pair.teacher_NV[rows], lambda rows: pair.student_NV[rows])
+    sides = ScoreInputs(pair.code_N, lambda rows: pair.teacher_NV[rows], lambda rows: pair.student_NV[rows])
     return position_scores([name], sides, {}, max(1, len(pair.code_N)))[name]
 
 
@@ -174,7 +174,7 @@ QUANTITIES: dict[str, Callable[[Pair], Tensor]] = {
     "jsd": lambda pair: JSD(0.5)(pair.student_NV, pair.teacher_NV, pair.rows),
     "total_variation": lambda pair: TotalVariation()(pair.student_NV, pair.teacher_NV, pair.rows),
     "acceptance": lambda pair: 1 - TotalVariation()(pair.student_NV, pair.teacher_NV, pair.rows),
-    "acceptance_neighbours": neighbour_acceptance,
+    "acceptance_neighbors": neighbor_acceptance,
     "top1": lambda pair: (pair.student_top_N == pair.top_N).float(),
     "top5": lambda pair: _score(pair, f"top_k_agrees:{TOP}"),
     "top1_cluster": lambda pair: (pair.space.cluster_V[pair.student_top_N] == pair.space.cluster_V[pair.top_N]).float(),

@@ -12,13 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varkd.evaluate.intervals import Curve, Estimate, centred_bootstrap, centred_curve
+from varkd.evaluate.intervals import Curve, Estimate, centered_bootstrap, centered_curve
 
 
 def accumulated(error_NL: Tensor, resamples: int = 200, seed: int = 0) -> Curve:
     """R(l) for l = 1 .. L, from errors by generation rank."""
     sums_NL = error_NL.double().cumsum(1)
-    return centred_curve(lambda counts_RN: counts_RN @ sums_NL / len(sums_NL), len(sums_NL), resamples, seed)
+    return centered_curve(lambda counts_RN: counts_RN @ sums_NL / len(sums_NL), len(sums_NL), resamples, seed)
 
 
 def excess_accumulated(student_NL: Tensor, data_NL: Tensor, resamples: int = 200, seed: int = 0) -> Curve:
@@ -32,16 +32,16 @@ def excess_accumulated(student_NL: Tensor, data_NL: Tensor, resamples: int = 200
         top_RL, bottom_RL = counts_RN @ student, counts_RN @ data
         return (top_RL - bottom_RL) / bottom_RL.clamp_min(1e-9)
 
-    return centred_curve(statistic, len(student), resamples, seed)
+    return centered_curve(statistic, len(student), resamples, seed)
 
 
 def risk(surprise_NL: Tensor, resamples: int = 200, seed: int = 0) -> Estimate:
     """The mean of -log of the other model over codes, in nats per code."""
     mean_N = surprise_NL.double().mean(1)
-    return centred_bootstrap(lambda counts_RN: counts_RN @ mean_N / len(mean_N), len(mean_N), resamples, seed)
+    return centered_bootstrap(lambda counts_RN: counts_RN @ mean_N / len(mean_N), len(mean_N), resamples, seed)
 
 
 def difference(first_NL: Tensor, second_NL: Tensor, resamples: int = 200, seed: int = 0) -> Curve:
     """Mean of `first` minus mean of `second`, position by position, over pairs of rows."""
     gap_NL = torch.as_tensor(first_NL).double() - second_NL.double()
-    return centred_curve(lambda counts_RN: counts_RN @ gap_NL / len(gap_NL), len(gap_NL), resamples, seed)
+    return centered_curve(lambda counts_RN: counts_RN @ gap_NL / len(gap_NL), len(gap_NL), resamples, seed)

@@ -1,6 +1,6 @@
 """The small feature network that varkd's sample metrics are measured in, and its fit.
 
-A convolutional classifier of the data set itself (residual blocks with batch normalisation, He et al. 2016), trained
+A convolutional classifier of the data set itself (residual blocks with batch normalization, He et al. 2016), trained
 once in minutes on a CPU. Its distances are comparable between runs that share its hash, and with nothing else: they are
 *not* Inception FIDs. Data with a single class has no classifier; there the network learns to tell turns of the image
 apart (Gidaris et al. 2018), and class accuracy and class entropy are null.
@@ -94,13 +94,13 @@ class FeatureNet(nn.Module):
         self.project = nn.Linear(widths[-1], config.feature_dim)
         # Without weights of its own it gives every feature unit variance on the data, so that the distances are in
         # standard deviations of the real images and no direction counts for more by its arbitrary scale.
-        self.standardise = nn.BatchNorm1d(config.feature_dim, affine=False)
+        self.standardize = nn.BatchNorm1d(config.feature_dim, affine=False)
         self.head = nn.Linear(config.feature_dim, config.num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """The penultimate layer before its non-linearity, standardised per feature: (B, feature_dim)."""
+        """The penultimate layer before its non-linearity, standardized per feature: (B, feature_dim)."""
         pooled = self.stages(self.stem(images)).mean(dim=(2, 3))
-        return self.standardise(self.project(pooled))
+        return self.standardize(self.project(pooled))
 
     def logits(self, features: Tensor) -> Tensor:
         return self.head(features.relu())
@@ -161,7 +161,7 @@ def fit_features(
         torch.manual_seed(rng.generator("features/init").initial_seed())
         net = FeatureNet(config)
     updates, precision = fit.updates_for(len(train)), _precision(torch.device(device))
-    _optimise(net.to(device).train(), train, fit, rng, precision, quiet)
+    _optimize(net.to(device).train(), train, fit, rng, precision, quiet)
     net.eval()
     accuracy = _task_accuracy(net, validation, fit.batch_size)
     record = {
@@ -204,15 +204,15 @@ def _precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _optimise(
+def _optimize(
     net: FeatureNet, train: ImageSet, fit: FitFeatures, rng: Rng, precision: torch.dtype, quiet: bool
 ) -> None:
     """AdamW under a triangle of the learning rate, on the device of the network."""
     updates = fit.updates_for(len(train))
-    optimiser = torch.optim.AdamW(net.parameters(), lr=fit.learning_rate, weight_decay=fit.weight_decay)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=fit.learning_rate, weight_decay=fit.weight_decay)
     warmup = max(1, updates // 7)
     triangle = lambda done: min((done + 1) / warmup, (updates - done) / (updates - warmup + 1))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, triangle)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, triangle)
     generator = rng.generator("features/augment")
     order = _endless_batches(len(train), fit.batch_size, rng.generator("features/order"))
     labels = torch.from_numpy(train.labels)
@@ -229,9 +229,9 @@ def _optimise(
             loss = F.cross_entropy(logits.float(), target_B.to(net.device))
             if not loss.isfinite():
                 raise VarkdError("the feature network diverged: lower its learning rate")
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             running.update(done)
 

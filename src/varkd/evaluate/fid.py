@@ -25,8 +25,8 @@ def gaussian(features_NF: Tensor) -> tuple[Tensor, Tensor]:
     """
     features_NF = check_features(features_NF)
     mean_F = features_NF.mean(0)
-    centred_NF = features_NF - mean_F
-    return mean_F, centred_NF.T @ centred_NF / (len(features_NF) - 1)
+    centered_NF = features_NF - mean_F
+    return mean_F, centered_NF.T @ centered_NF / (len(features_NF) - 1)
 
 
 def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> float:
@@ -46,26 +46,26 @@ def frechet_draws(
 ) -> tuple[float, Tensor]:
     """The distance of N samples' features to a fixed Gaussian, and its bootstrap draws (see `bootstrap`)."""
     mean_a, covariance_a = gaussian(features_NF)
-    centred_NF = features_NF.double() - mean_a
-    num, root_b = len(centred_NF), _root(covariance_b)
+    centered_NF = features_NF.double() - mean_a
+    num, root_b = len(centered_NF), _root(covariance_b)
 
     def statistic(counts_RN: Tensor) -> Tensor:
         if (counts_RN == 1).all():  # the data itself: the very number that `frechet_distance` gives
             return _distance(mean_a, covariance_a, mean_b, covariance_b, root_b)[None]
-        shift_RF = counts_RN @ centred_NF / num
+        shift_RF = counts_RN @ centered_NF / num
         outer_RFF = shift_RF[:, :, None] * shift_RF[:, None, :]
-        covariance_RFF = (_second_moments(counts_RN, centred_NF) - num * outer_RFF) / (num - 1)
+        covariance_RFF = (_second_moments(counts_RN, centered_NF) - num * outer_RFF) / (num - 1)
         return _distance(mean_a + shift_RF, covariance_RFF, mean_b, covariance_b, root_b)
 
     return bootstrap(statistic, num, resamples, seed)
 
 
-def _second_moments(counts_RN: Tensor, centred_NF: Tensor) -> Tensor:
+def _second_moments(counts_RN: Tensor, centered_NF: Tensor) -> Tensor:
     """The sums of counts * x x^T for every resample, (R, F, F): one large matrix product over the pairs of features."""
-    width = centred_NF.shape[1]
+    width = centered_NF.shape[1]
     first, second = torch.triu_indices(width, width)
     sums_RP = counts_RN.new_zeros(len(counts_RN), len(first))
-    for counts, rows in zip(counts_RN.split(_ROWS, dim=1), centred_NF.split(_ROWS), strict=True):
+    for counts, rows in zip(counts_RN.split(_ROWS, dim=1), centered_NF.split(_ROWS), strict=True):
         sums_RP += counts @ (rows[:, first] * rows[:, second])
     moments_RFF = sums_RP.new_empty(len(counts_RN), width, width)
     moments_RFF[:, first, second] = sums_RP

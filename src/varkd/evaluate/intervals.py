@@ -1,4 +1,4 @@
-"""Intervals for sample metrics: Wilson's for a share, a centred bootstrap for everything else.
+"""Intervals for sample metrics: Wilson's for a share, a centered bootstrap for everything else.
 
 Statistics that are biased at finite N (a Fréchet distance, an entropy, recall) are biased once more on a resample, so
 the plain percentile bootstrap (Efron & Tibshirani 1993) can miss its own point estimate altogether. Here the resamples
@@ -39,7 +39,7 @@ class Curve(NamedTuple):
     high: Tensor
 
 
-def centred_bootstrap(
+def centered_bootstrap(
     statistic: Callable[[Tensor], Tensor],
     num: int,
     resamples: int = 200,
@@ -47,7 +47,7 @@ def centred_bootstrap(
     *,
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Estimate:
-    """The statistic of `num` samples and its centred bootstrap interval.
+    """The statistic of `num` samples and its centered bootstrap interval.
 
     `statistic` maps counts (R, num) float64, how often each sample occurs in each of R resamples, to R numbers; all
     counts one is the data itself. `bounds` are the values that the statistic can take: the interval is cut there.
@@ -75,7 +75,7 @@ def interval(value: float, draw_R: Tensor, *, bounds: tuple[float, float] = (-ma
     return Estimate(*(part.item() for part in _limits(torch.tensor(value, dtype=torch.float64), draw_R, bounds)))
 
 
-def centred_curve(
+def centered_curve(
     statistic: Callable[[Tensor], Tensor],
     num: int,
     resamples: int = 200,
@@ -83,7 +83,7 @@ def centred_curve(
     *,
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Curve:
-    """`centred_bootstrap` for a statistic that gives (R, ...) numbers: every one of them gets its own interval.
+    """`centered_bootstrap` for a statistic that gives (R, ...) numbers: every one of them gets its own interval.
 
     Raises:
         VarkdError: fewer than 2 samples or resamples.
@@ -94,7 +94,7 @@ def centred_curve(
 def mean_curve(value_N: Tensor, resamples: int = 200, seed: int = 0) -> Curve:
     """The mean over the first axis of (N, ...) numbers."""
     flat_NM = value_N.double().flatten(1)
-    curve = centred_curve(lambda counts_RN: counts_RN @ flat_NM / len(flat_NM), len(flat_NM), resamples, seed)
+    curve = centered_curve(lambda counts_RN: counts_RN @ flat_NM / len(flat_NM), len(flat_NM), resamples, seed)
     return Curve(*(part.view(value_N.shape[1:]) for part in curve))
 
 
@@ -121,9 +121,9 @@ def share(successes: int, num: int) -> Estimate:
     if num < 2 or not 0 <= successes <= num:
         raise VarkdError(f"a share needs at least 2 samples and 0 to all of them counted, not {successes} of {num}")
     value, z = successes / num, NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
-    centre = (value + z * z / (2 * num)) / (1 + z * z / num)
+    center = (value + z * z / (2 * num)) / (1 + z * z / num)
     half = z / (1 + z * z / num) * math.sqrt(value * (1 - value) / num + z * z / (4 * num * num))
-    return Estimate(value, max(0.0, min(value, centre - half)), min(1.0, max(value, centre + half)))
+    return Estimate(value, max(0.0, min(value, center - half)), min(1.0, max(value, center + half)))
 
 
 def _counts(resamples: int, num: int, generator: torch.Generator) -> Tensor:

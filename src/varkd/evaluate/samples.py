@@ -1,6 +1,6 @@
 """What samples are worth: the "metrics" object of `metrics.json`, against a named set of real images.
 
-A Fréchet distance rewards memorising, so the distance to the nearest training image and the share of copies stand
+A Fréchet distance rewards memorizing, so the distance to the nearest training image and the share of copies stand
 beside it. All intervals are over the samples, with the reference held fixed.
 """
 
@@ -22,8 +22,8 @@ from varkd.data.images import ImageSet
 from varkd.errors import VarkdError
 from varkd.evaluate.features import FeatureNet, features_of
 from varkd.evaluate.fid import frechet_distance, frechet_draws, gaussian
-from varkd.evaluate.intervals import Estimate, centred_bootstrap, interval, share
-from varkd.evaluate.precision_recall import MAX_POINTS, NEIGHBOURS, precision_recall
+from varkd.evaluate.intervals import Estimate, centered_bootstrap, interval, share
+from varkd.evaluate.precision_recall import MAX_POINTS, NEIGHBORS, precision_recall
 from varkd.files import atomic_folder, read_json, sha256_of, write_json
 from varkd.progress import track
 from varkd.world import Rng
@@ -70,7 +70,7 @@ class ReferenceSet:
             "key": self.key,
             "copy_distance": self.copy_distance,
             "flips": self.flips,
-            "precision_recall": {"neighbours": NEIGHBOURS, "max_points": MAX_POINTS},
+            "precision_recall": {"neighbors": NEIGHBORS, "max_points": MAX_POINTS},
         }
 
 
@@ -92,9 +92,9 @@ def reference_set(
     Raises:
         VarkdError: fewer than 4 training or 2 validation images, or images of another shape than the network's.
     """
-    if len(train) <= NEIGHBOURS or len(validation) < 2:
+    if len(train) <= NEIGHBORS or len(validation) < 2:
         raise VarkdError(
-            f"a reference needs at least {NEIGHBOURS + 1} training and 2 validation images, "
+            f"a reference needs at least {NEIGHBORS + 1} training and 2 validation images, "
             f"not {len(train)} and {len(validation)}"
         )
     options = f"{flips} {max_images} {seed} {_NEAREST_SIDE} {MAX_HELD_OUT} {COPY_QUANTILE}"
@@ -193,7 +193,7 @@ def sample_metrics(
         "recall": manifolds.recall,
         "accuracy": None,
         "class_entropy": None,
-        "nearest": centred_bootstrap(
+        "nearest": centered_bootstrap(
             lambda counts_RB: counts_RB @ nearest_B / num, num, resamples, seed, bounds=(0, 1)
         ),
         "copies": share(int((nearest_B <= reference.copy_distance).sum()), num),
@@ -224,8 +224,8 @@ def floors(
 
 
 def _check_samples(images_BCHW: Tensor, label_B: Tensor, reference: ReferenceSet, net: FeatureNet) -> None:
-    if len(images_BCHW) <= NEIGHBOURS:
-        raise VarkdError(f"sample metrics need at least {NEIGHBOURS + 1} samples, not {len(images_BCHW)}: draw more")
+    if len(images_BCHW) <= NEIGHBORS:
+        raise VarkdError(f"sample metrics need at least {NEIGHBORS + 1} samples, not {len(images_BCHW)}: draw more")
     if label_B.shape != images_BCHW.shape[:1]:
         raise VarkdError(f"{len(images_BCHW)} samples need as many labels, not shape {tuple(label_B.shape)}")
     if reference.net_hash != net.hash:
@@ -241,7 +241,7 @@ def _class_entropy(probability_BK: Tensor, resamples: int, seed: int) -> Estimat
     def entropy(counts_RB: Tensor) -> Tensor:
         return torch.special.entr(counts_RB @ probability_BK / num).sum(1)
 
-    return centred_bootstrap(entropy, num, resamples, seed, bounds=(0.0, math.log(num_classes)))
+    return centered_bootstrap(entropy, num, resamples, seed, bounds=(0.0, math.log(num_classes)))
 
 
 def _nearest(images_BCHW: Tensor, pixels_ND: Tensor, flips: bool, device: torch.device) -> Tensor:
@@ -254,12 +254,12 @@ def _nearest(images_BCHW: Tensor, pixels_ND: Tensor, flips: bool, device: torch.
 
 
 def _nearest_rows(rows_BD: Tensor, pixels_ND: Tensor, device: torch.device) -> Tensor:
-    centred = lambda pixels: pixels.to(device).float() / 255 - 0.5
-    rows = centred(rows_BD)
+    centered = lambda pixels: pixels.to(device).float() / 255 - 0.5
+    rows = centered(rows_BD)
     best_B = torch.full((len(rows),), math.inf, device=device)
     index_B = torch.zeros(len(rows), dtype=torch.int64, device=device)
     for start in range(0, len(pixels_ND), _ROWS):
-        candidates = centred(pixels_ND[start : start + _ROWS])
+        candidates = centered(pixels_ND[start : start + _ROWS])
         # |row|^2 is left out: it is the same for all candidates of a row.
         scores = torch.addmm(candidates.square().sum(1), rows, candidates.T, alpha=-2)
         least_B, where_B = scores.min(1)

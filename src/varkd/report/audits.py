@@ -166,8 +166,8 @@ def calibration(found: Analysis) -> Section:
         f"in the least to {plain(high)} in the most confident bin, so confidence "
         f"{'does' if falls else 'is not seen to'} predict it{after}",
         [
-            ("Realised accuracy on data; the diagonal is perfect calibration.", figures.lines(
-                "d12-data", [diagonal, *(line("data", name) for name in labels)], "confidence", "realised accuracy",
+            ("Realized accuracy on data; the diagonal is perfect calibration.", figures.lines(
+                "d12-data", [diagonal, *(line("data", name) for name in labels)], "confidence", "realized accuracy",
                 legend=True, marked=True)),
             (f"{what[0].upper()}{what[1:]} on student samples.", figures.lines(
                 "d12-student", [line("student", name) for name in labels], "confidence", ylabel, legend=True,
@@ -242,7 +242,7 @@ def weights(found: Analysis) -> Section:
     control = "; the method then deals its weights out at random (a control), which breaks these links"
     shuffled = control if about["shuffled"] else ""
     return Section(
-        "D14", "Weight audit", "Whom do sequence weights favour?",
+        "D14", "Weight audit", "Whom do sequence weights favor?",
         "Drawn is r(x), the mean of log p - log q over a student's sequence, its histogram and its link to the "
         f"distance to the nearest training image in the feature network, and the weights ({whose}; kappa "
         f"{about['kappa']:g}, {about['rows_per_step']} sequences a step).",

@@ -20,8 +20,8 @@ _NUMBERS = {
     "teacher_entropy": "Teacher entropy H(p), nats", "ce_teacher": "Teacher's -log p of the codes, nats",
     "typicality": "Typicality z, sd", "forward_kl": "KL(teacher || student), nats",
     "reverse_kl": "KL(student || teacher), nats", "total_variation": "Total variation", "top1": "Same top code",
-    "top1_cluster": "Same top cluster", "acceptance": "Acceptance", "acceptance_neighbours": "Acceptance with "
-    "neighbours",
+    "top1_cluster": "Same top cluster", "acceptance": "Acceptance", "acceptance_neighbors": "Acceptance with "
+    "neighbors",
     "mean_gap": "|mu_p - mu_q|^2", "n90": "N90 of the teacher, codes", "max_prob": "Largest p",
 }  # fmt: skip
 

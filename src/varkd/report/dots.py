@@ -22,7 +22,7 @@ _LABEL_HEIGHT = 9.0
 
 @dataclass(frozen=True)
 class Dot:
-    """A point: `style` is the number of its colour and shape. `x` may have an interval; a forest needs no `y`."""
+    """A point: `style` is the number of its color and shape. `x` may have an interval; a forest needs no `y`."""
 
     label: str
     style: int
@@ -56,17 +56,17 @@ def forest(name: str, dots: Sequence[Dot], references: Sequence[tuple[str, float
 
 
 def _row(axes: Any, row: int, dot: Dot, window: tuple[float, float]) -> None:
-    colour, shape = RUN.format(dot.style), SHAPES[dot.style % len(SHAPES)]
+    color, shape = RUN.format(dot.style), SHAPES[dot.style % len(SHAPES)]
     low, high = window
     if not low <= dot.x <= high:
         edge, arrow = (high, "→") if dot.x > high else (low, "←")
         side = "right" if dot.x > high else "left"
-        axes.text(edge, row, f"{dot.x:.3g} {arrow}", color=colour, fontsize=9, ha=side, va="center")
+        axes.text(edge, row, f"{dot.x:.3g} {arrow}", color=color, fontsize=9, ha=side, va="center")
         return
     if dot.low is not None and dot.high is not None:
         ends = (max(dot.low, low), min(dot.high, high))
-        axes.hlines(row, *ends, color=colour, linewidth=1.6)
-    axes.plot([dot.x], [row], marker=shape, markersize=5, color=colour, linestyle="")
+        axes.hlines(row, *ends, color=color, linewidth=1.6)
+    axes.plot([dot.x], [row], marker=shape, markersize=5, color=color, linestyle="")
 
 
 def _reference(axes: Any, label: str, x: float, level: int, limits: tuple[float, float]) -> None:
@@ -140,11 +140,11 @@ Box = tuple[float, float, float, float]
 def _label(axes: Any, dots: Sequence[Dot], places: Sequence[tuple[float, float]], named: set[str]) -> None:
     """Greedy: every label takes the first free place around its point, further out with a thin line back to it."""
     scale = 72 / axes.figure.dpi
-    centres = [tuple(axes.transData.transform(place) * scale) for place in places]
+    centers = [tuple(axes.transData.transform(place) * scale) for place in places]
     frame = axes.get_window_extent()
     limits = (frame.x0 * scale, frame.y0 * scale, frame.x1 * scale, frame.y1 * scale)
-    taken: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y in centres]
-    for dot, (x, y), place in sorted(zip(dots, centres, places, strict=True), key=lambda item: item[1][1]):
+    taken: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y in centers]
+    for dot, (x, y), place in sorted(zip(dots, centers, places, strict=True), key=lambda item: item[1][1]):
         if dot.label not in named:
             continue
         text = _short(dot.label) if dot.y <= axes.get_ylim()[1] else f"{_short(dot.label)} ({dot.y:.3g} ↑)"

@@ -1,8 +1,8 @@
 """Figures as inline SVG that follows the theme of the page.
 
-matplotlib draws with stand-in colours; they are replaced by `currentColor` and by the page's own variables
+matplotlib draws with stand-in colors; they are replaced by `currentColor` and by the page's own variables
 (`--run-0`, `--run-1`, ...), so that one drawing is readable in light and dark. Runs differ in their dashes as
-well as in colour.
+well as in color.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 INK = "#010203"
 RUN = "#fe01{:02x}"
-NUM_COLOURS = 7
+NUM_COLORS = 7
 DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2), (4, 1, 1, 1, 1, 1), (10, 3))
 TEACHER = -1
 _LEGEND_CHARACTERS = 76  # of nine points on five inches, the samples of the lines included
@@ -50,7 +50,7 @@ class Bars:
 
 def dash(style: int) -> tuple[int, ...]:
     """The dash pattern of a run, in points; empty is solid."""
-    return () if style == TEACHER else DASHES[(style + style // NUM_COLOURS) % len(DASHES)]
+    return () if style == TEACHER else DASHES[(style + style // NUM_COLORS) % len(DASHES)]
 
 
 def lines(
@@ -68,9 +68,9 @@ def lines(
         for curve in curves:
             pattern = dash(curve.style)
             if curve.low is not None and curve.high is not None:
-                axes.fill_between(curve.x, curve.low, curve.high, color=_colour(curve.style), alpha=0.2, linewidth=0)
+                axes.fill_between(curve.x, curve.low, curve.high, color=_color(curve.style), alpha=0.2, linewidth=0)
             axes.plot(
-                curve.x, curve.y, color=_colour(curve.style), linewidth=1.6, linestyle=(0, pattern) if pattern else "-",
+                curve.x, curve.y, color=_color(curve.style), linewidth=1.6, linestyle=(0, pattern) if pattern else "-",
                 marker="o" if len(curve.x) == 1 or marked else None, markersize=4, label=curve.label,
             )  # fmt: skip
         axes.set_xlabel(xlabel)
@@ -95,7 +95,7 @@ def bars(name: str, groups: Sequence[str], series: Sequence[Bars], ylabel: str) 
                     continue
                 x = group + (index + 0.5) * width - 0.4
                 first = all(other is None for other in each.value[:group])
-                axes.bar(x, value, 0.92 * width, color=_colour(each.style), alpha=0.75,
+                axes.bar(x, value, 0.92 * width, color=_color(each.style), alpha=0.75,
                          label=each.label if first else None)  # fmt: skip
                 if low is not None and high is not None:
                     axes.plot([x, x], [low, high], color=INK, linewidth=1.0)
@@ -117,7 +117,7 @@ def histogram(name: str, values: Sequence[float], xlabel: str, ylabel: str, refe
     """How often values fall into twenty bins of equal width; `reference` is marked by an upright line."""
     with styled(name):
         figure, (axes,) = new_figure(1, 1, 3.0)
-        axes.hist(values, bins=20, color=_colour(1), alpha=0.75)
+        axes.hist(values, bins=20, color=_color(1), alpha=0.75)
         if reference is not None:
             axes.axvline(reference, color=INK, linewidth=1.0)
         axes.set_xlabel(xlabel)
@@ -131,15 +131,15 @@ def scatter(name: str, x: Sequence[float], y: Sequence[float], xlabel: str, ylab
     """One dot per pair of values."""
     with styled(name):
         figure, (axes,) = new_figure(1, 1, 3.0)
-        axes.scatter(x, y, s=9, color=_colour(1), alpha=0.5, linewidths=0)
+        axes.scatter(x, y, s=9, color=_color(1), alpha=0.5, linewidths=0)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.grid(color=INK, alpha=0.15, linewidth=0.6)
         return as_svg(figure, name, f"{ylabel} against {xlabel}, {len(x)} dots")
 
 
-def _colour(style: int) -> str:
-    return INK if style == TEACHER else RUN.format(style % NUM_COLOURS)
+def _color(style: int) -> str:
+    return INK if style == TEACHER else RUN.format(style % NUM_COLORS)
 
 
 def _legend(figure, axes) -> None:
@@ -153,7 +153,7 @@ def _legend(figure, axes) -> None:
 
 
 def maps(name: str, panels: Sequence[tuple[str, NDArray[np.floating]]], ylabel: str) -> str:
-    """The same quantity over the image grid, one (h, w) panel per run, on one colour scale."""
+    """The same quantity over the image grid, one (h, w) panel per run, on one color scale."""
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     values = np.concatenate([panel.ravel() for _, panel in panels])

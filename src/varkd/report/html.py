@@ -1,4 +1,4 @@
-"""One self-contained page: everything that the template shows is computed here or in a neighbour."""
+"""One self-contained page: everything that the template shows is computed here or in a neighbor."""
 
 from __future__ import annotations
 

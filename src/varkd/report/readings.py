@@ -215,20 +215,20 @@ def _bars(found: Analysis, names: Sequence[str] | dict[str, str], table: str = "
 
 def acceptance(found: Analysis) -> Section:
     space = found.info["code_space"]
-    plain_rate, wide = found.mean("student", "acceptance"), found.mean("student", "acceptance_neighbours")
+    plain_rate, wide = found.mean("student", "acceptance"), found.mean("student", "acceptance_neighbors")
     gap = found.mean("student - data", "acceptance")
     verdict = judged(gap, "the rate is higher on student samples", "the rate is lower on student samples",
                      "the rate is not seen to differ between student samples and data")  # fmt: skip
     return Section(
         "D6", "Acceptance", "How often would speculative sampling keep the student's code?",
         "Drawn is sum min(p, q), the rate at which a draft of the student is accepted, and the same with the mass "
-        f"of up to {space['neighbours']} nearest codes added (LANTERN, at most {space['slack']:g} more).",
-        f"On student samples {told(plain_rate)} of the codes are accepted, and {told(wide)} with neighbours, a gain "
+        f"of up to {space['neighbors']} nearest codes added (LANTERN, at most {space['slack']:g} more).",
+        f"On student samples {told(plain_rate)} of the codes are accepted, and {told(wide)} with neighbors, a gain "
         f"of {plain(wide.value - plain_rate.value)}; student samples minus data is {told(gap)}: {verdict}.",
         [("Acceptance by position.", figures.lines("d6", [
             found.curve("data", "acceptance", "data", 0), found.curve("student", "acceptance", "student", 1),
-            found.curve("data", "acceptance_neighbours", "data, neighbours", 2),
-            found.curve("student", "acceptance_neighbours", "student, neighbours", 3)],
+            found.curve("data", "acceptance_neighbors", "data, neighbors", 2),
+            found.curve("student", "acceptance_neighbors", "student, neighbors", 3)],
             found.xlabel, "acceptance rate", legend=True))],
     )  # fmt: skip
 
@@ -271,14 +271,14 @@ def ambiguity(found: Analysis) -> Section:
         f"The teacher needs {told(n90)} of {vocabulary} codes ({share(n90.value / vocabulary)}) and {told(clusters)} "
         f"of {count} clusters ({share(clusters.value / count)}): in shares of what there is, compression makes it "
         f"{'less' if fewer else 'not less'} ambiguous, while the mass of the likeliest outcome rises from "
-        f"{share(top.value)} to {share(mass.value)} for a cluster and {share(near.value)} for a neighbourhood.",
+        f"{share(top.value)} to {share(mass.value)} for a cluster and {share(near.value)} for a neighborhood.",
         [
             ("Outcomes that hold 90 % of the mass.", figures.lines("d8-n90", [
                 found.curve("data", "n90", "codes (N90)", 0), found.curve("data", "perplexity", "exp H", TEACHER),
                 found.curve("data", "n90_clusters", "clusters (N90)", 2)], found.xlabel, "outcomes", legend=True)),
             ("Mass of the likeliest outcome.", figures.lines("d8-mass", [
                 found.curve("data", "max_prob", "code", 0), found.curve("data", "cluster_mass", "cluster", 2),
-                found.curve("data", "near_mass", "neighbourhood", 3)], found.xlabel, "probability mass", legend=True)),
+                found.curve("data", "near_mass", "neighborhood", 3)], found.xlabel, "probability mass", legend=True)),
             *gap_map(found, "d8-map", "n90", "N90, codes"),
         ],
     )  # fmt: skip

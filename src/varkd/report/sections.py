@@ -46,19 +46,19 @@ SPEED_COLUMNS = (
 
 
 def styles(runs: Sequence[RunFolder], rows: Sequence[Row]) -> dict[str, int]:
-    """The line style of every run, the same in all figures; a teacher has the colour of the text."""
+    """The line style of every run, the same in all figures; a teacher has the color of the text."""
     teachers = {row.name for row in rows if row.role == "teacher"}
     others = [run.label for run in runs if run.label not in teachers]
     return dict.fromkeys(teachers, TEACHER) | {label: index for index, label in enumerate(others)}
 
 
 def legend(runs: Sequence[RunFolder], styles: Mapping[str, int]) -> list[tuple[str, str, str]]:
-    """(label, CSS colour, dash pattern) per run."""
+    """(label, CSS color, dash pattern) per run."""
     result = []
     for run in runs:
         style = styles[run.label]
-        colour = "currentColor" if style == TEACHER else f"var(--run-{style % figures.NUM_COLOURS})"
-        result.append((run.label, colour, " ".join(str(length) for length in figures.dash(style))))
+        color = "currentColor" if style == TEACHER else f"var(--run-{style % figures.NUM_COLORS})"
+        result.append((run.label, color, " ".join(str(length) for length in figures.dash(style))))
     return result
 
 
@@ -203,7 +203,7 @@ def _position_figures(
 
 
 def curves(runs: Sequence[RunFolder], styles: Mapping[str, int]) -> list[Panel]:
-    """The training loss and every validation number that was logged, over optimiser steps."""
+    """The training loss and every validation number that was logged, over optimizer steps."""
     series: dict[tuple[str, str], list[Line]] = {}
     for run in runs:
         for split, key in dict.fromkeys(_logged(run)):
@@ -218,8 +218,8 @@ def curves(runs: Sequence[RunFolder], styles: Mapping[str, int]) -> list[Panel]:
     for (split, key), found in series.items():
         quantity = _PER_CODE.get(key, (key, "", None))[0]
         title = f"{'training' if split == 'train' else split} {quantity[0].lower()}{quantity[1:]}"
-        svg = figures.lines(f"curve-{_slug(split)}-{_slug(key)}", found, "optimiser step", title)
-        note = "Methods minimise different losses: compare each curve with itself only." if split == "train" else ""
+        svg = figures.lines(f"curve-{_slug(split)}-{_slug(key)}", found, "optimizer step", title)
+        note = "Methods minimize different losses: compare each curve with itself only." if split == "train" else ""
         panels.append(Panel(title[0].upper() + title[1:], [(title[0].upper() + title[1:], svg)], note))
     return panels
 

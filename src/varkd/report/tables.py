@@ -63,7 +63,7 @@ class Row:
 COLUMNS = (
     Column("num_samples", "Samples N", "N", "generated samples that the run was judged by", kind="whole"),
     Column("parameters", "Parameters", "params", "weights of the model", "lower", kind="compact"),
-    Column("updates", "Updates", "steps", "optimiser steps of training", kind="whole"),
+    Column("updates", "Updates", "steps", "optimizer steps of training", kind="whole"),
     Column("seconds", "Training (s)", "train s", "wall-clock seconds of training", "lower"),
     Column("samples_per_second", "Samples/s", "img/s", "sequences of codes sampled per second", "higher"),
     Column(

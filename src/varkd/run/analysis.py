@@ -132,7 +132,7 @@ def _about(subject: Subject, contexts: Mapping[str, Sequences], split: str, aske
         "code_space": {
             "clusters": int(subject.space.cluster_V.max()) + 1, "assignment": subject.clusters.key,
             "radius": subject.space.radius, "slack": diagnostics.SLACK, "mass": diagnostics.MASS,
-            "neighbours": 0 if subject.space.neighbour_Vk is None else subject.space.neighbour_Vk.shape[1],
+            "neighbors": 0 if subject.space.neighbor_Vk is None else subject.space.neighbor_Vk.shape[1],
         },
         "versions": versions(), "device": str(subject.device), "language": None,
     }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varkd.config import Run
+from varkd.config import RunConfig
 from varkd.distill.mixture import Mixture
 from varkd.distill.prefixes import Rollout, leading
 from varkd.distill.reweighted import Reweighted
@@ -98,7 +98,7 @@ def cost(subject: Subject) -> Table:
         rows.append((f"{name} rollout", speed, "codes/s"))
         rows.append((f"{name} forward", forward_codes_per_second(model, subject.student), "codes/s"))
         rows.append((f"{name} parameters", sum(each.numel() for each in model.parameters()), "weights"))
-    where = "of tensors on the device" if subject.device.type == "cuda" else "of the analysing process"
+    where = "of tensors on the device" if subject.device.type == "cuda" else "of the analyzing process"
     memory = peak_memory(subject.device)
     if memory is not None:
         rows.append((f"peak memory {where}", memory, "MB"))
@@ -127,7 +127,7 @@ def selection(
         return {"why_not": "the target is guided, and the audit reads an unguided teacher"}
     state, step = _last_state(run, subject)
     method = run.method.at(1.0, state)
-    products = {
+    codebook_tables = {
         key: each.to(subject.device) for key, each in method.prepare(subject.codes.tokenizer.codebook_VE).items()
     }
     rows: list[tuple[Cell, ...]] = []
@@ -135,7 +135,7 @@ def selection(
     for term in (term for term in method.terms if term.name in terms):
         for source in term.on:
             kept_BL = kept_positions(method, term, source, contexts[source], subject.student, subject.teacher, state,
-                                     products, subject.seed)  # fmt: skip
+                                     codebook_tables, subject.seed)  # fmt: skip
             kept[source][f"kept/{term.name}"] = kept_BL
             found = kept_share(kept_BL, values[source]["forward_kl"], seed=subject.seed)
             rows.append((term.name, source, "positions", *found.positions, len(kept_BL)))
@@ -148,7 +148,7 @@ def selection(
     return {"terms": selected, "checkpoint": step, "thresholds": sorted(key for key in state if "threshold" in key)}
 
 
-def _last_state(run: Run, subject: Subject) -> tuple[dict[str, Tensor], int | None]:
+def _last_state(run: RunConfig, subject: Subject) -> tuple[dict[str, Tensor], int | None]:
     """What the method remembered at its last checkpoint, without replayed rows; empty where there is none."""
     checkpoints = Checkpoints(subject.folder, World(), run.train.keep, run.train.select)
     step = checkpoints.latest()
@@ -162,7 +162,7 @@ def weights(
     subject: Subject, sequences: Sequences, values: Values, images: Tensor, reference: ReferenceSet, net: FeatureNet,
     tables: dict[str, Table],
 ) -> dict[str, Any]:  # fmt: skip
-    """The method's sequence weights on student sequences (or what the default ones would be), and whom they favour."""
+    """The method's sequence weights on student sequences (or what the default ones would be), and whom they favor."""
     contexts = subject.run.method.at(1.0).contexts if subject.run else None
     own = isinstance(contexts, Reweighted)
     settings = contexts if isinstance(contexts, Reweighted) else Reweighted(Rollout())
@@ -194,8 +194,8 @@ def weights(
     }  # fmt: skip
 
 
-def _student_rows(run: Run) -> int:
-    """Student rows of one optimiser step at the end of training."""
+def _student_rows(run: RunConfig) -> int:
+    """Student rows of one optimizer step at the end of training."""
     contexts = run.method.at(1.0).contexts
     inner = contexts.contexts if isinstance(contexts, Reweighted) else contexts
     if not isinstance(inner, Mixture):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from varkd.backbones.protocol import Layout
-from varkd.config import Run
-from varkd.data.codes import CodeSet, read_manifest
+from varkd.config import RunConfig
+from varkd.data.codes import CodeDataset, read_manifest
 from varkd.data.images import ImageSet, Split, open_images
 from varkd.data.views import view_names
 from varkd.errors import VarkdError
@@ -42,7 +42,7 @@ class Codes:
         sizes = manifest["tokenizer"]["vocab_size"], len(manifest["class_names"]), tuple(manifest["grid"])
         if "scales" not in manifest:
             return Layout(*sizes)
-        num_phi, code_dim = self.tokenizer.quantiser["phi.bias"].shape
+        num_phi, code_dim = self.tokenizer.quantizer["phi.bias"].shape
         return Layout(*sizes, tuple(manifest["scales"]), code_dim, num_phi)
 
     @cached_property
@@ -61,8 +61,8 @@ class Codes:
             )
         return tokenizer
 
-    def split(self, split: Split) -> CodeSet:
-        return CodeSet.open(self.folder, split)
+    def split(self, split: Split) -> CodeDataset:
+        return CodeDataset.open(self.folder, split)
 
     def images(self, split: Split) -> ImageSet:
         """The images that were encoded."""
@@ -85,12 +85,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_tokenizer(name: str, images: ImageSet) -> tuple[Tokenizer, str | None]:
-    """A tokenizer folder, or `pixels` (17 grey levels at the images' size), and its path to record."""
+    """A tokenizer folder, or `pixels` (17 gray levels at the images' size), and its path to record."""
     if name != "pixels":
         return load_tokenizer(name), str(Path(name).resolve())
     channels, height, width = images.image_shape
     if channels != 1:
-        raise VarkdError(f"the pixels tokenizer takes grey images, these have {channels} channels: use "
+        raise VarkdError(f"the pixels tokenizer takes gray images, these have {channels} channels: use "
                          "`varkd tokenizer fit` and give its folder")  # fmt: skip
     return Pixels(PixelsConfig(height=height, width=width)), None
 
@@ -111,7 +111,7 @@ def encode(
     )  # fmt: skip
 
 
-def open_codes(run: Run) -> Codes:
+def open_codes(run: RunConfig) -> Codes:
     """The codes of a run: `data` itself, or `out`/codes encoded from `data` with `tokenizer`."""
     if not run.data:
         raise VarkdError("give data= (a codes folder from `varkd encode`, or images together with tokenizer=)")

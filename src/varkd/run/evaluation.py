@@ -12,7 +12,7 @@ from torch import Tensor
 from varkd import pictures
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import load_backbone
-from varkd.config import Evaluation, Run
+from varkd.config import EvaluationConfig, RunConfig
 from varkd.data.loader import ordered_batches
 from varkd.distill.method import Method
 from varkd.distill.spaces import Clusters
@@ -35,8 +35,8 @@ _AGREEMENT_SEQUENCES = 512
 
 
 def evaluate_run(
-    folder: Path, *, features: Path | None = None, teacher: Path | None = None, settings: Evaluation | None = None,
-    device: str = "auto", quiet: bool = False,
+    folder: Path, *, features: Path | None = None, teacher: Path | None = None,
+    settings: EvaluationConfig | None = None, device: str = "auto", quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a run and write `metrics.json` and `evaluation/samples.png` into its folder.
 
@@ -99,20 +99,20 @@ class Judge:
         net, record = feature_network(codes, features or codes.folder / "features", device, quiet)
         return cls(codes, net, record, reference_for(codes, net, quiet))
 
-    def see(self, model: Backbone, settings: Evaluation, label: str = "sample", quiet: bool = False) -> Seen:
+    def see(self, model: Backbone, settings: EvaluationConfig, label: str = "sample", quiet: bool = False) -> Seen:
         """Sample as the settings say, and measure."""
         images, label_B = self._samples(model, settings.num_samples, settings.sampler, settings, label, quiet)
         found = sample_metrics(images, label_B, self.reference, self.net, resamples=settings.resamples,
                                seed=settings.seed)  # fmt: skip
         return Seen(images, model.num_classes, found)
 
-    def distance(self, model: Backbone, num: int, sampler: Sampler, settings: Evaluation) -> float:
+    def distance(self, model: Backbone, num: int, sampler: Sampler, settings: EvaluationConfig) -> float:
         """The Fréchet distance alone, of `num` samples by `sampler`: for choosing settings."""
         images, _ = self._samples(model, num, sampler, settings, "sample", quiet=True)
         return frechet_distance(*gaussian(features_of(self.net, images)[0]), *self.reference.gaussian)
 
     def _samples(
-        self, model: Backbone, num: int, sampler: Sampler, settings: Evaluation, label: str, quiet: bool
+        self, model: Backbone, num: int, sampler: Sampler, settings: EvaluationConfig, label: str, quiet: bool
     ) -> tuple[Tensor, Tensor]:
         label_B = balanced_labels(num, model.num_classes)
         images, _ = generate(model, self.codes.tokenizer, label_B, sampler, settings.seed, settings.batch_size, label,
@@ -182,7 +182,7 @@ def _data_batches(codes: Codes) -> list[Batch]:
 
 
 def _protocol(
-    run: Run, codes: Codes, settings: Evaluation, judge: Judge, teacher: Path | None, info: dict[str, Any],
+    run: RunConfig, codes: Codes, settings: EvaluationConfig, judge: Judge, teacher: Path | None, info: dict[str, Any],
     folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     selected = read_json(folder / "checkpoints" / "selected.json")

@@ -16,22 +16,22 @@ from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import build, describe, load_backbone
-from varkd.config import Model
+from varkd.config import ModelConfig
 from varkd.data.text import Text, read_text
 from varkd.evaluate.agreement import cross_entropy
 from varkd.files import read_json, write_json
 from varkd.methods import METHODS
-from varkd.train.loop import Job, Train, train
-from varkd.train.optim import Optim
+from varkd.train.loop import Job, TrainConfig, train
+from varkd.train.optim import OptimizerConfig
 from varkd.types import Batch
 from varkd.world import Rng, World
 
 _HELD_OUT = 128  # sequences that the loop looks at
 
 
-def _train() -> Train:
-    optim = Optim(lr=4e-3, warmup=20, ema=0.97)
-    return Train(updates=900, batch_size=16, label_drop=0.0, validate_every=100, checkpoint_every=300,
+def _train() -> TrainConfig:
+    optim = OptimizerConfig(lr=4e-3, warmup=20, ema=0.97)
+    return TrainConfig(updates=900, batch_size=16, label_drop=0.0, validate_every=100, checkpoint_every=300,
                  tensorboard=False, optim=optim)  # fmt: skip
 
 
@@ -41,9 +41,9 @@ class Language:
 
     vocab_size: int = 384
     length: int = 64
-    teacher: Model = Model(num_layers=4, dim=96, num_heads=4, ffn_dim=256)
-    student: Model = Model(num_layers=2, dim=40, num_heads=2, ffn_dim=104)
-    train: Train = field(default_factory=_train)
+    teacher: ModelConfig = ModelConfig(num_layers=4, dim=96, num_heads=4, ffn_dim=256)
+    student: ModelConfig = ModelConfig(num_layers=2, dim=40, num_heads=2, ffn_dim=104)
+    train: TrainConfig = field(default_factory=_train)
     seed: int = 0
 
     @classmethod
@@ -95,7 +95,7 @@ def language_pair(folder: Path, settings: Language, device: torch.device, quiet:
 
 
 def _trained(
-    folder: Path, method: str, sizes: Model, teacher: Backbone | None, text: Text, settings: Language,
+    folder: Path, method: str, sizes: ModelConfig, teacher: Backbone | None, text: Text, settings: Language,
     device: torch.device, quiet: bool,
 ) -> Backbone:  # fmt: skip
     if not _is_done(folder):

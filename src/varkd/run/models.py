@@ -9,9 +9,9 @@ import torch
 
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import build, check_state, family_class, load_backbone, weights_hash
-from varkd.config import Run, read_run
+from varkd.config import RunConfig, read_run
 from varkd.data.codes import sequence_length
-from varkd.distill.spaces import Products
+from varkd.distill.spaces import CodebookTables
 from varkd.distill.target import Guided
 from varkd.errors import VarkdError
 from varkd.files import read_json
@@ -29,12 +29,12 @@ class Objects:
 
     student: Backbone
     teacher: Backbone | None
-    products: Products
+    codebook_tables: CodebookTables
     teacher_hash: str | None
     reference: Backbone | None = None
 
 
-def build_objects(run: Run, codes: Codes, world: World, device: torch.device) -> Objects:
+def build_objects(run: RunConfig, codes: Codes, world: World, device: torch.device) -> Objects:
     """Student and teacher on their device (sharded where there are several ranks), and the method's products.
 
     Raises:
@@ -52,58 +52,60 @@ def build_objects(run: Run, codes: Codes, world: World, device: torch.device) ->
     run.method.check(student, teacher)
     check_scale(run, student)
     teacher_hash = weights_hash(teacher) if teacher is not None else None
-    products = {name: value.to(device) for name, value in run.method.prepare(codes.tokenizer.codebook_VE).items()}
+    codebook_tables = {
+        name: value.to(device) for name, value in run.method.prepare(codes.tokenizer.codebook_VE).items()
+    }
     student = distribute(student.to(device), world, run.train.replicas)
     if teacher is not None:
         teacher = distribute(teacher.to(device).requires_grad_(False), world, run.train.replicas)
     reference = None
     if run.method.needs_reference:
         reference = distribute(new_student(run, codes).to(device).requires_grad_(False), world, run.train.replicas)
-    return Objects(student, teacher, products, teacher_hash, reference)
+    return Objects(student, teacher, codebook_tables, teacher_hash, reference)
 
 
-def new_student(run: Run, codes: Codes) -> Backbone:
+def new_student(run: RunConfig, codes: Codes) -> Backbone:
     """The student at its first step: drawn from the seed, or the weights of `init`."""
     if run.init:
         return _from_start(run, run.init, codes)
     chosen = {name: value for name, value in asdict(run.model).items() if name != "family" and value is not None}
     sizes = {**family_class(run.model.family).sizes_for(codes.layout), **chosen}
-    return build(run.model.family, sizes, _dropout(run), run.seed, quantiser=codes.tokenizer.quantiser)
+    return build(run.model.family, sizes, _dropout(run), run.seed, quantizer=codes.tokenizer.quantizer)
 
 
-def _from_start(run: Run, init: str, codes: Codes) -> Backbone:
-    """The weights of `init`, where `model.scale_conditioned` asks for it with a new embedding that adds nothing yet."""
+def _from_start(run: RunConfig, init: str, codes: Codes) -> Backbone:
+    """The weights of `init`, where `model.guidance_conditioned` asks for it with a new embedding of zeros."""
     model, info = load_backbone(init)
     check_pair(model, model, info.get("tokenizer_hash"), codes)
-    if run.model.scale_conditioned is False and model.scale_conditioned:
-        raise VarkdError(f"init={init} reads the guidance scale: leave model.scale_conditioned=false out")
+    if run.model.guidance_conditioned is False and model.guidance_conditioned:
+        raise VarkdError(f"init={init} reads the guidance scale: leave model.guidance_conditioned=false out")
     sizes = {name: value for name, value in info.items() if name not in ("family", "tokenizer_hash")}
-    if run.model.scale_conditioned:
-        sizes["scale_conditioned"] = True
+    if run.model.guidance_conditioned:
+        sizes["guidance_conditioned"] = True
     student = build(model.family, sizes, _dropout(run))
     own, start = student.state_dict(), model.state_dict()
-    fresh = {name: value for name, value in own.items() if name.startswith("scale_embedding.")}
+    fresh = {name: value for name, value in own.items() if name.startswith("guidance_embedding.")}
     check_state(student, fresh | start, f"init={init}")
     student.load_state_dict(fresh | start)
     return student
 
 
-def _dropout(run: Run) -> float:
+def _dropout(run: RunConfig) -> float:
     if run.train.dropout and run.teacher and run.method.needs_teacher:
         raise VarkdError("distillation with dropout makes the objective noisy: set train.dropout=0")
     return run.train.dropout
 
 
-def check_scale(run: Run, student: Backbone) -> None:
+def check_scale(run: RunConfig, student: Backbone) -> None:
     """Raise `VarkdError` where a student reads the guidance scale but would be taught a guided teacher as scale 1."""
     target = run.method.target
-    if student.scale_conditioned and isinstance(target, Guided) and target.highest is None:
+    if student.guidance_conditioned and isinstance(target, Guided) and target.highest is None:
         raise VarkdError(f"this student reads the guidance scale, and one scale for all is not told: set "
                          f"method.target.highest ({target.scale:g} or more)")  # fmt: skip
 
 
 def check_pair(student: Backbone, model: Backbone, tokenizer_hash: str | None, codes: Codes) -> None:
-    """Raise `VarkdError` unless `model` (teacher or initialisation) speaks of the same codes and classes."""
+    """Raise `VarkdError` unless `model` (teacher or initialization) speaks of the same codes and classes."""
     recorded = codes.manifest["tokenizer"]["hash"]
     if tokenizer_hash is not None and tokenizer_hash != recorded:
         raise VarkdError(
@@ -121,7 +123,7 @@ def check_pair(student: Backbone, model: Backbone, tokenizer_hash: str | None, c
     model.check(student.plan(1, Rng(0), torch.zeros(1, dtype=torch.long)))
 
 
-def load_trained(folder: str | Path, device: str = "auto") -> tuple[Run, Codes, Backbone]:
+def load_trained(folder: str | Path, device: str = "auto") -> tuple[RunConfig, Codes, Backbone]:
     """A run folder's settings, its codes and its model with the selected weights."""
     run = read_run(folder)
     environment_path = Path(folder) / "environment.json"

@@ -34,7 +34,7 @@ def load_official(
 
     Args:
         path: the file as published (`c2i_L_256.pt`, `var_d16.pth`, ...), a trainer's file, or an FSDP folder.
-        family: None recognises it by its tensors.
+        family: None recognizes it by its tensors.
         heads, grid, scales, model: what shapes do not tell, where the file name and `varkd zoo` do not either; `grid`
             may be one number.
         num_classes: replace the class table by one for so many classes, drawn from `seed`.
@@ -73,7 +73,7 @@ def export(source: Path, out: Path, official: bool = False) -> str:
     if official and out.suffix not in (*_PICKLES, ".safetensors"):
         raise VarkdError(f"--out {out}: an official file ends in {', '.join(_PICKLES)} or .safetensors")
     model, info = load_backbone(source)
-    if official and model.scale_conditioned:
+    if official and model.guidance_conditioned:
         raise VarkdError(f"{source} reads the guidance scale, which official files have no place for: export a model "
                          "folder (without --official)")  # fmt: skip
     if not official:
@@ -121,7 +121,7 @@ def _load(
         scales = codes.scales  # a VAR without its buffers
     model, report = convert(
         container.state, family, grid=_sides(grid), scales=scales, file_name=path.name,
-        quantiser=codes.quantiser if codes is not None else None, **options,
+        quantizer=codes.quantizer if codes is not None else None, **options,
     )  # fmt: skip
     if codes is not None:
         _check_tokenizer(model, codes)

@@ -10,7 +10,7 @@ import torch
 
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import load_backbone
-from varkd.config import Run
+from varkd.config import RunConfig
 from varkd.data.images import Split
 from varkd.distill.spaces import Clusters
 from varkd.errors import VarkdError
@@ -29,7 +29,7 @@ class Subject:
     """What is looked at: the models, the codes that they speak of, and how sequences are sampled."""
 
     folder: Path
-    run: Run | None
+    run: RunConfig | None
     codes: Codes
     student: Backbone
     teacher: Backbone

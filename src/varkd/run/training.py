@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from varkd import pictures
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import describe, load_backbone, weights_hash
-from varkd.config import Run, differences, dump, read_run
-from varkd.data.codes import CodeSet
+from varkd.config import RunConfig, differences, dump, read_run
+from varkd.data.codes import CodeDataset
 from varkd.data.loader import Loader, ordered_batches
 from varkd.distill.clustering import cluster_statistics
 from varkd.distill.filtering import DifferenceSampling, difference_scores
@@ -38,7 +38,7 @@ _OURS = ("run.yaml", "environment.json", "config.json", "log.jsonl", "status.jso
          "checkpoints", "samples", "evaluation", "tensorboard", "images.npy")  # fmt: skip
 
 
-def train_run(run: Run, *, overwrite: bool = False, quiet: bool = False) -> Progress:
+def train_run(run: RunConfig, *, overwrite: bool = False, quiet: bool = False) -> Progress:
     """`varkd train`: start or resume a run.
 
     Raises:
@@ -65,7 +65,13 @@ def train_run(run: Run, *, overwrite: bool = False, quiet: bool = False) -> Prog
 
 
 def chosen_images(
-    run: Run, codes: Codes, teacher: Backbone | None, folder: Path, world: World, device: torch.device, quiet: bool
+    run: RunConfig,
+    codes: Codes,
+    teacher: Backbone | None,
+    folder: Path,
+    world: World,
+    device: torch.device,
+    quiet: bool,
 ) -> NDArray[np.int64] | None:
     """The training images that the method keeps, or None for all of them; kept in the run folder for a resume."""
     if not isinstance(run.method.images, DifferenceSampling) or teacher is None:
@@ -87,12 +93,12 @@ def chosen_images(
     return np.load(path, allow_pickle=False)
 
 
-def _note_start(run: Run, what: str, world: World, quiet: bool) -> None:
+def _note_start(run: RunConfig, what: str, world: World, quiet: bool) -> None:
     if not run.init and world.is_main and not quiet:
         console.print(f"note: without init= the reference of {what} is an untrained student")
 
 
-def check_folder(run: Run, folder: Path, overwrite: bool, world: World) -> None:
+def check_folder(run: RunConfig, folder: Path, overwrite: bool, world: World) -> None:
     """Whether the run folder is ours to use: new, or the same run to resume, or (with `overwrite`) any former run.
 
     Raises:
@@ -114,7 +120,7 @@ def _foreign(folder: Path) -> bool:
     return folder.is_dir() and any(path.name != "codes" for path in folder.iterdir())
 
 
-def claim_folder(run: Run, folder: Path, overwrite: bool, world: World) -> None:
+def claim_folder(run: RunConfig, folder: Path, overwrite: bool, world: World) -> None:
     """Make the run folder ours, with `overwrite` emptied of a former run.
 
     Raises:
@@ -136,7 +142,7 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _record(run: Run, codes: Codes, folder: Path, objects: Objects, world: World) -> None:
+def _record(run: RunConfig, codes: Codes, folder: Path, objects: Objects, world: World) -> None:
     """Write `config.json` and `environment.json`; refuse to resume on another teacher or other codes."""
     if not world.is_main:
         return
@@ -144,13 +150,13 @@ def _record(run: Run, codes: Codes, folder: Path, objects: Objects, world: World
         "teacher_hash": objects.teacher_hash,
         "tokenizer_hash": codes.manifest["tokenizer"]["hash"],
         "codes": str(codes.folder.resolve()),
-        "products_hash": state_hash(codes.manifest["tokenizer"]["hash"], objects.products),
+        "codebook_tables_hash": state_hash(codes.manifest["tokenizer"]["hash"], objects.codebook_tables),
         "init_hash": weights_hash(load_backbone(run.init)[0]) if run.init else None,
     }
     path = folder / "environment.json"
     if path.is_file():
         before = read_json(path)
-        for name in ("teacher_hash", "tokenizer_hash", "init_hash", "products_hash"):
+        for name in ("teacher_hash", "tokenizer_hash", "init_hash", "codebook_tables_hash"):
             if before.get(name) != recorded[name]:
                 old, new = (str(values.get(name))[:12] for values in (before, recorded))
                 what = name.removesuffix("_hash")
@@ -158,12 +164,12 @@ def _record(run: Run, codes: Codes, folder: Path, objects: Objects, world: World
     plain = objects.student if world.size == 1 else new_student(run, codes)
     write_json(folder / "config.json", describe(plain, recorded["tokenizer_hash"]))
     codebook_VE = codes.tokenizer.codebook_VE
-    clusters = {key: cluster_statistics(codebook_VE, objects.products[key]) for key in run.method.cluster_keys}
+    clusters = {key: cluster_statistics(codebook_VE, objects.codebook_tables[key]) for key in run.method.cluster_keys}
     write_json(path, {**recorded, **({"clusters": clusters} if clusters else {}), **environment(world)})
 
 
 def _job(
-    run: Run, codes: Codes, folder: Path, objects: Objects, world: World, device: torch.device, quiet: bool
+    run: RunConfig, codes: Codes, folder: Path, objects: Objects, world: World, device: torch.device, quiet: bool
 ) -> Job:
     validation = codes.split("validation")
 
@@ -181,13 +187,13 @@ def _job(
         return new_student(run, codes).to(device)
 
     return Job(
-        objects.student, objects.teacher, run.method, objects.products,
+        objects.student, objects.teacher, run.method, objects.codebook_tables,
         Loader(codes.split("train"), run.train.batch_size, run.seed, world), run.train, run.seed, folder, world, device,
         plain_copy, validate, draw_grid, label=run.name or folder.name, quiet=quiet, reference=objects.reference,
     )  # fmt: skip
 
 
-def _first(codes: CodeSet, num: int, batch_size: int) -> Iterator[Batch]:
+def _first(codes: CodeDataset, num: int, batch_size: int) -> Iterator[Batch]:
     seen = 0
     for batch in ordered_batches(codes, batch_size):
         if seen >= num:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from varkd.config import Evaluation, Run, dump_value, load_run, load_value, read_value
+from varkd.config import EvaluationConfig, RunConfig, dump_value, load_run, load_value, read_value
 from varkd.errors import VarkdError, did_you_mean
 from varkd.files import write_text
 from varkd.methods import METHODS
@@ -51,10 +51,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Study:
-    """What `varkd study` runs. Counts are optimiser updates and samples.
+    """What `varkd study` runs. Counts are optimizer updates and samples.
 
     `seeds` are reported; `validation_seed` chooses. All methods of a pair train on from one warm-started student
-    (`starts="per_seed"`: from one per seed, which says more about other initialisations and costs one run each).
+    (`starts="per_seed"`: from one per seed, which says more about other initializations and costs one run each).
     """
 
     out: str = ""
@@ -72,7 +72,7 @@ class Study:
     search_samples: int = 1000
     search_sampling_seed: int = 4321
     time_points: int = 20
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     workers: int | None = None
     executor: Literal["processes", "ray"] = "processes"
     ray_address: str | None = None
@@ -151,7 +151,9 @@ def _check(study: Study) -> None:
                 student_run(study, name, method, setting, study.seeds[0], study.updates, "")
 
 
-def student_run(study: Study, pair: str, method: str, setting: Setting, seed: int, updates: int, folder: str) -> Run:
+def student_run(
+    study: Study, pair: str, method: str, setting: Setting, seed: int, updates: int, folder: str
+) -> RunConfig:
     """The run of one method: the student's recipe, the method's changes, one setting of its sweep."""
     entry, chosen = study.entry(method), study.pairs[pair]
     changes = _explicit(chosen.student, (*chosen.student_set, f"method={study.preset(method)}"), (*entry.set, *setting))
@@ -164,7 +166,7 @@ def student_run(study: Study, pair: str, method: str, setting: Setting, seed: in
     return replace(run, evaluation=study.evaluation, out=folder, name=name)
 
 
-def recipe_run(study: Study, pair: str, role: Literal["teacher", "student"], seed: int, folder: str) -> Run:
+def recipe_run(study: Study, pair: str, role: Literal["teacher", "student"], seed: int, folder: str) -> RunConfig:
     """The run that makes the teacher, or the warm-started student, of a pair."""
     chosen = study.pairs[pair]
     recipe, changes = (

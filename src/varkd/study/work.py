@@ -17,7 +17,7 @@ from typing import Any
 
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import checkpoint_path, load_backbone
-from varkd.config import Evaluation, Run
+from varkd.config import EvaluationConfig, RunConfig
 from varkd.errors import VarkdError
 from varkd.files import read_json, write_json
 from varkd.run.data import Codes, encode, pick_device
@@ -97,7 +97,7 @@ def search(study: Study, judge: Judge, loaded: Backbone) -> tuple[list[dict[str,
     return tried, {name: best[name] for name in ("temperature", "guidance")}
 
 
-def settings_of(study: Study, sampler: dict[str, float]) -> Evaluation:
+def settings_of(study: Study, sampler: dict[str, float]) -> EvaluationConfig:
     """The reported evaluation, at a chosen temperature and guidance."""
     return replace(study.evaluation, sampler=replace(study.evaluation.sampler, **sampler))
 
@@ -198,7 +198,7 @@ def timed(study: Study, pair: str, method: str, seed: int, budget: float) -> Non
 
 
 def _judged(
-    study: Study, pair: str, run: Run, loaded: Backbone, sampler: dict[str, float], picture: Path | None
+    study: Study, pair: str, run: RunConfig, loaded: Backbone, sampler: dict[str, float], picture: Path | None
 ) -> dict[str, Any]:
     judge = Judge.of(Codes(codes_folder(study, pair)), study.device, quiet=True)
     seen = judge.see(loaded, settings_of(study, sampler), quiet=True)
@@ -209,7 +209,9 @@ def _judged(
     return {"metrics": seen.metrics, "agreement": means, "ce": judge.cross_entropy(loaded), "sampler": sampler}
 
 
-def _student(study: Study, pair: str, method: str, setting: Setting, seed: int, updates: int, folder: Path) -> Run:
+def _student(
+    study: Study, pair: str, method: str, setting: Setting, seed: int, updates: int, folder: Path
+) -> RunConfig:
     run = student_run(study, pair, method, setting, seed, updates, str(folder))
     init = Path(study.out) / pair / study.start_of(seed)
     teacher = str(teacher_folder(study, pair)) if run.method.needs_teacher else None

@@ -46,7 +46,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the resolution: nearest neighbour, then a convolution."""
+    """Twice the resolution: nearest neighbor, then a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Upsample(nn.Module):
 
 
 def norm(width: int, groups: int) -> nn.GroupNorm:
-    """Group normalisation with the official epsilon."""
+    """Group normalization with the official epsilon."""
     return nn.GroupNorm(groups, width, eps=NORM_EPS)
 
 

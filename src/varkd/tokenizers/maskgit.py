@@ -91,7 +91,7 @@ class MaskGIT(Tokenizer):
 
     @property
     def codebook_VE(self) -> Tensor:
-        """The codebook as it is: rows are compared by their Euclidean distance, not normalised."""
+        """The codebook as it is: rows are compared by their Euclidean distance, not normalized."""
         return self.quantize.embedding.weight
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class MaskGIT(Tokenizer):
         Raises:
             VarkdError: the images have another shape.
         """
-        return self.quantise(self.latents(images_BCHW))
+        return self.quantize_latents(self.latents(images_BCHW))
 
     def decode(self, codes_BL: Tensor) -> Tensor:
         """Codes -> images in [-1, 1], not clamped: (B, C, H, W).
@@ -117,7 +117,7 @@ class MaskGIT(Tokenizer):
         check_images(images_BCHW, self.image_shape)
         return self.encoder((images_BCHW + 1) / 2)
 
-    def quantise(self, latents_BEhw: Tensor) -> Tensor:
+    def quantize_latents(self, latents_BEhw: Tensor) -> Tensor:
         """Latents -> the codes (B, L) nearest to them. Always in the precision of the codebook."""
         with torch.autocast(latents_BEhw.device.type, enabled=False):
             vectors_NE = latents_BEhw.to(self.codebook_VE.dtype).movedim(1, -1).flatten(0, 2)

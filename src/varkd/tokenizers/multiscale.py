@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from varkd.containers import count_numbered
 from varkd.errors import VarkdError
-from varkd.residual import Quantiser
+from varkd.residual import Quantizer
 from varkd.tokenizers.layers import (
     OFFICIAL_GROUPS,
     Downsample,
@@ -160,15 +160,15 @@ class MultiScale(Tokenizer):
 
     @property
     def codebook_VE(self) -> Tensor:
-        """The codebook as it is: rows are compared by their Euclidean distance, not normalised."""
+        """The codebook as it is: rows are compared by their Euclidean distance, not normalized."""
         return self.quantize.embedding.weight
 
     @property
-    def quantiser(self) -> dict[str, Tensor]:
+    def quantizer(self) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in self.residual.tensors().items()}
 
     @property
-    def residual(self) -> Quantiser:
+    def residual(self) -> Quantizer:
         """From codes to features; carries gradients into codebook and convolutions."""
         return self.quantize.residual(self.config.scales)
 
@@ -178,7 +178,7 @@ class MultiScale(Tokenizer):
         Raises:
             VarkdError: the images have another shape.
         """
-        return torch.cat([scale.codes_Bn for scale in self.quantise(self.latents(images_BCHW))], dim=1)
+        return torch.cat([scale.codes_Bn for scale in self.quantize_latents(self.latents(images_BCHW))], dim=1)
 
     def decode(self, codes_BL: Tensor) -> Tensor:
         """Codes -> images in [-1, 1], not clamped: (B, C, H, W).
@@ -195,8 +195,8 @@ class MultiScale(Tokenizer):
         check_images(images_BCHW, self.image_shape)
         return self.quant_conv(self.encoder(images_BCHW))
 
-    def quantise(self, latents_BEPP: Tensor) -> list[Scale]:
-        """Algorithm 1. Always in the precision of the codebook: bfloat16 cannot tell neighbours apart.
+    def quantize_latents(self, latents_BEPP: Tensor) -> list[Scale]:
+        """Algorithm 1. Always in the precision of the codebook: bfloat16 cannot tell neighbors apart.
 
         The features carry gradients into codebook and convolutions, not into the latents.
         """
@@ -233,11 +233,11 @@ class ResidualCodebook(nn.Module):
         # The official usage statistics; they take no part in encoding or decoding.
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(config.scales), config.vocab_size))
 
-    def residual(self, scales: tuple[int, ...]) -> Quantiser:
+    def residual(self, scales: tuple[int, ...]) -> Quantizer:
         phis: list[nn.Conv2d] = list(self.quant_resi.qresi_ls)  # pyright: ignore[reportAssignmentType]
         weight_KEE33 = torch.stack([phi.weight for phi in phis])
         bias_KE = torch.stack([phi.bias for phi in phis])  # pyright: ignore[reportArgumentType]
-        return Quantiser(self.embedding.weight, weight_KEE33, bias_KE, scales)
+        return Quantizer(self.embedding.weight, weight_KEE33, bias_KE, scales)
 
 
 class Phis(nn.Module):

@@ -1,7 +1,7 @@
-"""Grey levels as codes: a tokenizer without weights, for images small enough to model pixel by pixel.
+"""Gray levels as codes: a tokenizer without weights, for images small enough to model pixel by pixel.
 
 Every pixel is one code, so a digit of 8 x 8 pixels is a sequence of 64 codes; nothing is lost on images that use
-no more than `levels` evenly spaced grey levels (scikit-learn's digits have 17).
+no more than `levels` evenly spaced gray levels (scikit-learn's digits have 17).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _RANGE_SLACK = 1e-3  # rounding of a float image; far below half the distance of
 
 @dataclass(frozen=True)
 class PixelsConfig:
-    """`levels` grey levels from black (-1) to white (+1) on images of `height` x `width` pixels."""
+    """`levels` gray levels from black (-1) to white (+1) on images of `height` x `width` pixels."""
 
     levels: int = 17
     height: int = 8
@@ -31,7 +31,7 @@ class PixelsConfig:
 
 
 class Pixels(Tokenizer):
-    """Grey images (B, 1, H, W) <-> level ids (B, H * W)."""
+    """Gray images (B, 1, H, W) <-> level ids (B, H * W)."""
 
     kind = "pixels"
     levels_V: Tensor
@@ -56,7 +56,7 @@ class Pixels(Tokenizer):
 
     @property
     def codebook_VE(self) -> Tensor:
-        """The grey level of each code in [-1, 1]: float32 (V, 1)."""
+        """The gray level of each code in [-1, 1]: float32 (V, 1)."""
         return self.levels_V[:, None]
 
     def encode(self, images_BCHW: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Tokenizer(nn.Module, ABC):
     @property
     @abstractmethod
     def codebook_VE(self) -> Tensor:
-        """The codebook as it is compared (l2-normalised where the quantiser does): the metric space of the codes."""
+        """The codebook as it is compared (l2-normalized where the quantizer does): the metric space of the codes."""
 
     @abstractmethod
     def encode(self, images_BCHW: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Tokenizer(nn.Module, ABC):
         return to_uint8(images)
 
     @property
-    def quantiser(self) -> dict[str, Tensor]:
+    def quantizer(self) -> dict[str, Tensor]:
         """What a next-scale backbone needs to read its own codes (`residual.py`); empty for one grid."""
         return {}
 

@@ -32,12 +32,12 @@ KINDS: dict[str, tuple[type[Tokenizer], type]] = {
 }
 _CONFIG, _WEIGHTS, _FIT = "config.json", "model.safetensors", "fit.json"
 T = TypeVar("T", bound=Tokenizer)
-_SIGNS = {
+_SIGNATURE_KEYS = {
     "vq": ("encoder.conv_blocks.0.res.0.conv1.weight",),
     "multiscale": ("encoder.down.0.block.0.conv1.weight", "encoder.mid.block_1.conv1.weight"),
     "maskgit": ("encoder.down.0.block.0.conv1.weight", "encoder.mid.0.conv1.weight"),
 }
-"""Tensors by which a state dict is recognised."""
+"""Tensors by which a state dict is recognized."""
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, fit: dict[str, Any] | None = None) -> None:
@@ -95,16 +95,16 @@ def load_official(
 
     Args:
         image_size: side of the images; the networks take any, but a grid of codes has one size.
-        kind: `vq`, `multiscale` or `maskgit`; None recognises it by its tensors.
+        kind: `vq`, `multiscale` or `maskgit`; None recognizes it by its tensors.
         scales: sides of a multi-scale tokenizer's maps, where `image_size` is none of the published ones.
 
     Raises:
         VarkdError: as `containers.read_state`; no such tokenizer in the file, or sizes that do not fit it.
     """
-    if kind is not None and kind not in _SIGNS:
-        raise VarkdError(f"no official tokenizers of kind '{kind}': {did_you_mean(kind, _SIGNS)}")
+    if kind is not None and kind not in _SIGNATURE_KEYS:
+        raise VarkdError(f"no official tokenizers of kind '{kind}': {did_you_mean(kind, _SIGNATURE_KEYS)}")
     state = read_state(path, "tokenizer").state
-    found = _recognise(state, Path(path))
+    found = _recognize(state, Path(path))
     if kind not in (None, found):
         raise VarkdError(f"{path} is a tokenizer of kind {found}, not {kind}: leave out --kind")
     if scales is not None and found != "multiscale":
@@ -125,13 +125,13 @@ def load_official(
     return _assign(tokenizer, {name: value.float() for name, value in state.items()} | unused, Path(path))
 
 
-def _recognise(state: Mapping[str, Tensor], path: Path) -> str:
-    for kind, names in _SIGNS.items():
+def _recognize(state: Mapping[str, Tensor], path: Path) -> str:
+    for kind, names in _SIGNATURE_KEYS.items():
         if all(name in state for name in names):
             return kind
     found = ", ".join(list(state)[:3])
     raise VarkdError(
-        f"{path} is no tokenizer that varkd knows ({', '.join(_SIGNS)}); its tensors begin with {found}: "
+        f"{path} is no tokenizer that varkd knows ({', '.join(_SIGNATURE_KEYS)}); its tensors begin with {found}: "
         "give the file of the tokenizer itself"
     )
 

@@ -1,7 +1,7 @@
 """The VQ tokenizer of LlamaGen (arXiv 2406.06525, section 3.1), under its official parameter names.
 
 A convolutional encoder halves the resolution once per level after the first, a 1x1 convolution maps to vectors
-of `codebook_dim`, and each l2-normalised vector becomes the code of the nearest l2-normalised codebook row; the
+of `codebook_dim`, and each l2-normalized vector becomes the code of the nearest l2-normalized codebook row; the
 decoder mirrors the encoder. How one is trained (without the paper's adversarial and perceptual losses) stands in
 `train/fit_tokenizer.py`.
 """
@@ -120,7 +120,7 @@ class VQ(Tokenizer):
 
     @property
     def codebook_VE(self) -> Tensor:
-        """The l2-normalised codebook: float32 (V, E)."""
+        """The l2-normalized codebook: float32 (V, E)."""
         return F.normalize(self.quantize.embedding.weight, dim=1)
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class VQ(Tokenizer):
         Raises:
             VarkdError: the images have another shape.
         """
-        return self.quantise(self.latents(images_BCHW))[1]
+        return self.quantize_latents(self.latents(images_BCHW))[1]
 
     def decode(self, codes_BL: Tensor) -> Tensor:
         """Codes -> images in [-1, 1], not clamped: (B, C, H, W).
@@ -141,14 +141,14 @@ class VQ(Tokenizer):
         return self.decode_entries(self._entries(codes_BL))
 
     def latents(self, images_BCHW: Tensor) -> Tensor:
-        """What the encoder says, before normalisation: (B, E, h, w)."""
+        """What the encoder says, before normalization: (B, E, h, w)."""
         check_images(images_BCHW, self.image_shape)
         return self.quant_conv(self.encoder(images_BCHW))
 
-    def quantise(self, latents_BEhw: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents -> (the normalised codebook rows (B, E, h, w) nearest to them, their codes (B, L)).
+    def quantize_latents(self, latents_BEhw: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents -> (the normalized codebook rows (B, E, h, w) nearest to them, their codes (B, L)).
 
-        The rows carry gradients into the codebook. Always float32: bfloat16 cannot tell neighbours apart.
+        The rows carry gradients into the codebook. Always float32: bfloat16 cannot tell neighbors apart.
         """
         with torch.autocast(latents_BEhw.device.type, enabled=False):
             vectors_NE = latents_BEhw.float().movedim(1, -1).flatten(0, 2)
@@ -156,7 +156,7 @@ class VQ(Tokenizer):
             return self._entries(codes_BL), codes_BL
 
     def decode_entries(self, entries_BEhw: Tensor) -> Tensor:
-        """Normalised codebook rows (B, E, h, w) -> images (B, C, H, W)."""
+        """Normalized codebook rows (B, E, h, w) -> images (B, C, H, W)."""
         return self.decoder(self.post_quant_conv(entries_BEhw))
 
     def _entries(self, codes_BL: Tensor) -> Tensor:

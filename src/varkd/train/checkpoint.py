@@ -1,6 +1,6 @@
 """Checkpoints of a run: safetensors and JSON in one folder per step, written atomically; nothing is ever unpickled.
 
-A checkpoint holds what a bit-exact resume needs: student, EMA, optimiser, the method's state (replay buffer with ages,
+A checkpoint holds what a bit-exact resume needs: student, EMA, optimizer, the method's state (replay buffer with ages,
 thresholds) and the counters. Random numbers, data order and learning rate are functions of (seed, step). The teacher
 is never saved; its hash is.
 """
@@ -93,7 +93,7 @@ class Checkpoints:
     def load(
         self, step: int, model: Backbone, ema: Ema, optimizer: torch.optim.Optimizer, rows: range
     ) -> tuple[State, Progress]:
-        """Restore models and optimiser in place; returns this rank's part of the method's state, and the counters."""
+        """Restore models and optimizer in place; returns this rank's part of the method's state, and the counters."""
         folder = self.path(step)
         load_model_state(model, load_tensors(folder / "student.safetensors"))
         average = load_tensors(folder / "ema.safetensors")

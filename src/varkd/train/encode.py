@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from varkd import pictures, progress
-from varkd.data.codes import CodeSet, read_manifest
+from varkd.data.codes import CodeDataset, read_manifest
 from varkd.data.images import ImageSet, Split, open_images
 from varkd.data.views import apply_view, check_views
 from varkd.data.writer import CodeWriter, Manifest, plan_manifest
@@ -146,7 +146,7 @@ def _reconstruction(
     device: str | torch.device,
 ) -> dict[str, Any]:
     """Decode validation codes, write reconstruction.png, return {"psnr": mean dB, "num": images}."""
-    codes = CodeSet(out, planned, "validation")
+    codes = CodeDataset(out, planned, "validation")
     num = min(len(codes), _CHECKED_IMAGES)
     psnrs: list[Tensor] = []
     for start in range(0, num, batch_size):

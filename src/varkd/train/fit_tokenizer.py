@@ -2,7 +2,7 @@
 
     loss = |x - x'| + (x - x')^2 + codebook |sg(z) - e|^2 + commitment |z - sg(e)|^2
 
-    vq          z is a normalised latent, e its nearest normalised codebook row
+    vq          z is a normalized latent, e its nearest normalized codebook row
     multiscale  z is the latent map, e the sum of the scales so far; the mean over scales (VAR, arXiv 2404.02905)
 
 The decoder sees e (of the last scale) and passes its gradient straight through to z. Codes that are hardly used are
@@ -31,7 +31,7 @@ from varkd.tokenizers.multiscale import MultiScale, MultiScaleConfig
 from varkd.tokenizers.protocol import Tokenizer, to_unit
 from varkd.tokenizers.vq import VQ, VQConfig
 from varkd.train.encode import psnr
-from varkd.train.optim import Optim
+from varkd.train.optim import OptimizerConfig
 from varkd.world import Rng
 
 _VALIDATION_BATCH = 256
@@ -117,7 +117,7 @@ def measure(tokenizer: Tokenizer, images: ImageSet, *, quiet: bool = False) -> d
 
 
 def _build(config: VQConfig | MultiScaleConfig, seed: int) -> Fitted:
-    # torch.nn initialises from the global CPU generator: seed it for this block only.
+    # torch.nn initializes from the global CPU generator: seed it for this block only.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return VQ(config) if isinstance(config, VQConfig) else MultiScale(config)
@@ -125,7 +125,9 @@ def _build(config: VQConfig | MultiScaleConfig, seed: int) -> Fitted:
 
 def _train(model: Fitted, train: ImageSet, fit: FitConfig, device: torch.device, quiet: bool) -> tuple[float, int]:
     """The training loop: (last loss, number of restarted codes)."""
-    optim = Optim(fit.lr, round(fit.warmup * fit.steps), 0.0, fit.weight_decay, betas=(0.9, 0.99), clip=fit.grad_clip)
+    optim = OptimizerConfig(
+        fit.lr, round(fit.warmup * fit.steps), 0.0, fit.weight_decay, betas=(0.9, 0.99), clip=fit.grad_clip
+    )
     optimizer = optim.build(model)
     restarter = Restarter(model.quantize.embedding.weight, optimizer, fit)
     loss = torch.tensor(0.0)
@@ -174,7 +176,7 @@ def _reconstruct_vq(model: VQ, images: Tensor, autocast: torch.autocast) -> Reco
     with autocast:
         latents = model.latents(images)
     unit = F.normalize(latents.float(), dim=1)
-    entries, codes_BL = model.quantise(unit)
+    entries, codes_BL = model.quantize_latents(unit)
     with autocast:
         reconstructed = model.decode_entries(unit + (entries - unit).detach())
     codebook, commitment = F.mse_loss(entries, unit.detach()), F.mse_loss(unit, entries.detach())
@@ -186,7 +188,7 @@ def _reconstruct_multiscale(model: MultiScale, images: Tensor, autocast: torch.a
     with autocast:
         latents = model.latents(images)
     latents = latents.float()
-    scales = model.quantise(latents)
+    scales = model.quantize_latents(latents)
     with autocast:
         reconstructed = model.decode_features(latents + (scales[-1].features_BEPP - latents).detach())
     codebook = torch.stack([F.mse_loss(scale.features_BEPP, latents.detach()) for scale in scales]).mean()

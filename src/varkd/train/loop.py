@@ -21,22 +21,22 @@ from varkd.distill.method import Method
 from varkd.distill.prefixes import Data
 from varkd.distill.scene import Scene, State
 from varkd.distill.schedule import check_range
-from varkd.distill.spaces import Products
+from varkd.distill.spaces import CodebookTables
 from varkd.distill.target import Guided
 from varkd.errors import VarkdError
 from varkd.files import write_json
 from varkd.progress import Bar, bar, console
 from varkd.train.checkpoint import Checkpoints, Progress
 from varkd.train.log import Log
-from varkd.train.optim import Ema, Optim
+from varkd.train.optim import Ema, OptimizerConfig
 from varkd.train.parallel import clip_gradients, frozen_tensors, full_tensors, gathered
 from varkd.types import Batch, Context
 from varkd.world import Rng, World
 
 
 @dataclass(frozen=True)
-class Train:
-    """How long, how much at once, and how often to look. Counts are optimiser updates and sequences."""
+class TrainConfig:
+    """How long, how much at once, and how often to look. Counts are optimizer updates and sequences."""
 
     updates: int = 1000
     batch_size: int = 64
@@ -53,7 +53,7 @@ class Train:
     chunk_rows: int = 2048
     replicas: int = 1
     tensorboard: bool = True
-    optim: Optim = field(default_factory=Optim)
+    optim: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
         check_range("train", "label_drop", self.label_drop, 0, 1)
@@ -84,9 +84,9 @@ class Job:
     student: Backbone
     teacher: Backbone | None
     method: Method
-    products: Products
+    codebook_tables: CodebookTables
     batches: Batches
-    train: Train
+    train: TrainConfig
     seed: int
     folder: Path
     world: World
@@ -138,7 +138,7 @@ def train(job: Job) -> Progress:
 
 
 class Session:
-    """A run in progress: the objects of the job, the optimiser and everything that a checkpoint holds."""
+    """A run in progress: the objects of the job, the optimizer and everything that a checkpoint holds."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -157,15 +157,16 @@ class Session:
         self.window_begun, self.window_step = time.perf_counter(), self.progress.step
 
     def update(self) -> dict[str, float]:
-        """One optimiser step; the paper's algorithm box."""
+        """One optimizer step; the paper's algorithm box."""
         job, settings, step = self.job, self.job.train, self.progress.step
         method, rng = job.method.at(step / settings.updates, self.state), Rng(job.seed, step)
         batch = self._scaled(method, _to(job.batches.batch(step), job.device), rng)
         scene = Scene(
-            job.student, job.teacher, self.state, rng, job.world, settings.chunk_rows, job.products, job.reference
+            job.student, job.teacher, self.state, rng, job.world, settings.chunk_rows, job.codebook_tables,
+            job.reference,
         )  # fmt: skip
         inputs = LossInputs(
-            method, job.student, job.teacher, self.state, job.products, rng, settings.chunk_rows,
+            method, job.student, job.teacher, self.state, job.codebook_tables, rng, settings.chunk_rows,
             audit=self._is_logged(step + 1),
         )  # fmt: skip
 
@@ -205,7 +206,7 @@ class Session:
         """With a range of guidance scales: every row draws its own."""
         if not isinstance(method.target, Guided):
             return batch
-        return replace(batch, scale_B=method.target.scale_B(batch.row_B, rng))
+        return replace(batch, guidance_B=method.target.guidance_B(batch.row_B, rng))
 
     def _drop_labels(self, context: Context, rng: Rng) -> Context:
         rate = self.job.train.label_drop
@@ -252,7 +253,7 @@ class Session:
                 console.print(f"warning at update {step}: {text}", markup=False)
 
     def validate_at_start(self) -> None:
-        """Step 0 is logged too: curves begin at the shared initialisation."""
+        """Step 0 is logged too: curves begin at the shared initialization."""
         if self.progress.step == 0:
             self._validate()
 
@@ -301,8 +302,8 @@ class Session:
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    scale_B = None if batch.scale_B is None else batch.scale_B.to(device)
-    return Batch(batch.codes_BL.to(device), batch.label_B.to(device), batch.row_B.to(device), scale_B)
+    guidance_B = None if batch.guidance_B is None else batch.guidance_B.to(device)
+    return Batch(batch.codes_BL.to(device), batch.label_B.to(device), batch.row_B.to(device), guidance_B)
 
 
 class _Received:

@@ -14,7 +14,7 @@ from varkd.errors import VarkdError
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimizerConfig:
     """How weights move. `lr` rises linearly over `warmup` updates, then falls to `min_lr_ratio` lr along a cosine."""
 
     lr: float = 1e-3
@@ -52,7 +52,7 @@ class Optim:
 class Ema:
     """A moving average of the parameters: evaluation uses it, rollouts use the live weights.
 
-    Early on the decay is (1 + n) / (10 + n), so that short runs are not dominated by their initialisation.
+    Early on the decay is (1 + n) / (10 + n), so that short runs are not dominated by their initialization.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -113,7 +113,7 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The whole optimiser state as `{parameter name}/{entry}` -> tensor (complete on rank 0)."""
+    """The whole optimizer state as `{parameter name}/{entry}` -> tensor (complete on rank 0)."""
     state = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_FULL))
     entries = state.get("state", {}).items()  # the other ranks get nothing
     return {f"{name}/{entry}": value for name, values in entries for entry, value in _entries(values)}

@@ -15,7 +15,7 @@ from torch import Tensor
 from varkd.backbones.protocol import Backbone
 from varkd.errors import VarkdError
 from varkd.files import read_json
-from varkd.rollout import Sampler, double, guidance_per_step, guide, rollout
+from varkd.rollout import Sampler, apply_cfg, guidance_per_step, rollout, with_null_branch
 from varkd.types import Condition, Plan
 
 
@@ -72,12 +72,12 @@ def forced_logits(model: Backbone, codes_BL: Tensor, condition: Condition, plan:
     By generation rank.
     """
     guidance_S = guidance_per_step(sampler, plan, model.guidance)
-    stacked_condition, stacked_plan = double(model, condition, plan)
+    stacked_condition, stacked_plan = with_null_branch(model, condition, plan)
     by_rank = codes_BL.gather(1, plan.order_BL)
     state, hidden = model.start(stacked_condition, stacked_plan)
     logits, done = [], 0
     for index, size in enumerate(plan.sizes):
-        logits.append(guide(model.head(hidden), float(guidance_S[index])))
+        logits.append(apply_cfg(model.head(hidden), float(guidance_S[index])))
         codes_Bn = by_rank[:, done : done + size]
         done += size
         if done < by_rank.shape[1]:

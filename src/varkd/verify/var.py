@@ -26,7 +26,7 @@ def checks(golden: Golden) -> Iterator[Check]:
     plan = model.plan(len(codes_BL))
     indices = phi_index(len(model.config.scales), model.config.num_phi)
     yield _equal("phi_index_per_scale", indices, size["phi_index_per_scale"])
-    yield golden.compare("tf.inputs", model.quantiser.inputs(codes_BL), tolerance["tf"])
+    yield golden.compare("tf.inputs", model.quantizer.inputs(codes_BL), tolerance["tf"])
     yield golden.compare("tf.logits", model.head(model(codes_BL, condition, plan)), tolerance["tf"])
     for name, run in golden.info["runs"].items():
         sampler = Sampler(guidance=run["cfg"] + 1)
@@ -40,7 +40,7 @@ def checks(golden: Golden) -> Iterator[Check]:
             made_BL = golden[run["codes"]]
             logits = forced_logits(model, made_BL, condition, plan, sampler)
             yield golden.compare(f"{name}.logits", logits, tolerance["runs"])
-        *_, features = model.quantiser.features(made_BL)
+        *_, features = model.quantizer.features(made_BL)
         yield golden.compare(f"{name}.f_hat", features, tolerance["runs"])
 
 
@@ -55,7 +55,7 @@ def schedule(params: dict[str, Any]) -> tuple[tuple[int, ...], Tensor]:
 
 
 def _load(golden: Golden) -> VAR:
-    """The model under its official names, and the quantiser out of the tokenizer's tensors."""
+    """The model under its official names, and the quantizer out of the tokenizer's tensors."""
     size = golden.info["config"]
     config = VARConfig(
         size["vocab_size"], size["num_classes"], tuple(size["patch_nums"]), size["code_dim"], size["depth"],
@@ -66,12 +66,12 @@ def _load(golden: Golden) -> VAR:
     state = {name: value for name, value in golden.state().items() if name in wanted}
     parts = golden.state("vq_state.quantize.")
     phis = [f"quant_resi.qresi_ls.{index}" for index in range(config.num_phi)]
-    quantiser = {
-        "quantiser_codebook": parts["embedding.weight"],
-        "quantiser_phi_weight": torch.stack([parts[f"{phi}.weight"] for phi in phis]),
-        "quantiser_phi_bias": torch.stack([parts[f"{phi}.bias"] for phi in phis]),
+    quantizer = {
+        "quantizer_codebook": parts["embedding.weight"],
+        "quantizer_phi_weight": torch.stack([parts[f"{phi}.weight"] for phi in phis]),
+        "quantizer_phi_bias": torch.stack([parts[f"{phi}.bias"] for phi in phis]),
     }
-    model.load_state_dict({**state, **quantiser})
+    model.load_state_dict({**state, **quantizer})
     return model
 
 

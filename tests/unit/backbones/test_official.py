@@ -16,7 +16,7 @@ from torch import Tensor
 
 import varkd
 from varkd.backbones import zoo
-from varkd.backbones.official import blank_model, convert, recognise
+from varkd.backbones.official import blank_model, convert, recognize
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import FAMILIES, build, family_class, load_backbone, save_backbone, weights_hash
 from varkd.cli import main, parser
@@ -55,7 +55,7 @@ def tokenizers() -> Mapping[str, Tokenizer]:
 
 
 def random_model(family: str, tokenizer: Tokenizer) -> Backbone:
-    model = build(family, {**BODY, **LAYOUTS[family]}, quantiser=tokenizer.quantiser).eval()
+    model = build(family, {**BODY, **LAYOUTS[family]}, quantizer=tokenizer.quantizer).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -128,10 +128,10 @@ def test_round_trip_in_the_library(tmp_path: Path, model: Backbone, folders: tup
 
 
 def test_half_precision_weights_become_float32(model: Backbone, tokenizers: Mapping[str, Tokenizer]):
-    quantiser = tokenizers[model.family].quantiser
+    quantizer = tokenizers[model.family].quantizer
     for dtype in (torch.float16, torch.bfloat16):
         state = {name: value.to(dtype) for name, value in model.official_state().items()}
-        again, _ = convert(state, **HELP[model.family], quantiser=quantiser)
+        again, _ = convert(state, **HELP[model.family], quantizer=quantizer)
         name = model.class_rows(model.config)[0]
         assert torch.equal(again.state_dict()[name], model.state_dict()[name].to(dtype).float())
         assert {value.dtype for value in again.state_dict().values()} == {torch.float32}
@@ -147,13 +147,13 @@ def test_upstream_state_dicts(family: str):
     options: dict[str, Any] = {"grid": (config["grid"],) * 2} if "grid" in config else {}
     if family == "var":
         resi = "vq_state.quantize.quant_resi.qresi_ls"
-        options["quantiser"] = {
+        options["quantizer"] = {
             "codebook": tensors["vq_state.quantize.embedding.weight"],
             "phi.weight": torch.stack([tensors[f"{resi}.{index}.weight"] for index in range(4)]),
             "phi.bias": torch.stack([tensors[f"{resi}.{index}.bias"] for index in range(4)]),
         }
     found, report = convert(state, heads=heads, **options)
-    assert found.family == family == recognise(state)
+    assert found.family == family == recognize(state)
     assert sorted(report.used + report.dropped) == sorted(state)
     for name in report.used:
         assert torch.equal(found.state_dict()[name], state[name]), name
@@ -237,7 +237,7 @@ def test_arguments_that_contradict_the_weights():
 
 def small(family: str, tokenizers: Mapping[str, Tokenizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = {name: value.clone() for name, value in random_model(family, tokenizers[family]).official_state().items()}
-    return state, {**HELP[family], "quantiser": tokenizers[family].quantiser}
+    return state, {**HELP[family], "quantizer": tokenizers[family].quantizer}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -286,7 +286,7 @@ def test_recomputed_tensors_are_dropped_on_purpose(tokenizers: Mapping[str, Toke
 def test_a_var_needs_its_tokenizer(tokenizers: Mapping[str, Tokenizer]):
     state, options = small("var", tokenizers)
     with pytest.raises(VarkdError, match="give --tokenizer DIR"):
-        convert(state, "var", **{**options, "quantiser": None})
+        convert(state, "var", **{**options, "quantizer": None})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -333,7 +333,7 @@ def test_new_classes_have_the_spread_of_the_old():
 def test_what_is_not_supported_is_named(name: str, words: str):
     state = {"tok_embeddings.weight": torch.ones(2, 2), name: torch.ones(2, 2)}
     with pytest.raises(VarkdError, match=words):
-        recognise(state)
+        recognize(state)
     with pytest.raises(VarkdError, match=words):
         convert(state)
     with pytest.raises(VarkdError, match=words):
@@ -421,7 +421,7 @@ def test_other_numbers_of_convolutions(tmp_path: Path):
     """The tokenizer says how many there are: no file of a VAR does."""
     config = replace(MultiScaleConfig.small(8, 1, 12, 2), num_phi=2)
     tokenizer = MultiScale(config).eval()
-    model = build("var", {**BODY, **LAYOUTS["var"], "num_phi": 2}, quantiser=tokenizer.quantiser)
+    model = build("var", {**BODY, **LAYOUTS["var"], "num_phi": 2}, quantizer=tokenizer.quantizer)
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
     save_backbone(model, tmp_path / "model")
     varkd.export(tmp_path / "model", tmp_path / "var.pth", official=True)

@@ -45,7 +45,7 @@ def test_the_config_says_which_order_a_plan_has():
     drawn = random.plan(2, rng, rows)
     assert torch.equal(drawn.order_BL, rng.uniform("order", rows, LENGTH).argsort(1)) and drawn.sizes == (1,) * LENGTH
     assert torch.equal(random.plan(1, rng, rows[1:]).order_BL[0], drawn.order_BL[1])  # a row's order is its own
-    for model in (raster, random):  # both honour any order
+    for model in (raster, random):  # both honor any order
         assert torch.equal(model.plan(2, order_BL=drawn.order_BL).order_BL, drawn.order_BL)
         model.check(drawn)
     with pytest.raises(VarkdError, match="give rng"):
@@ -61,7 +61,7 @@ def test_the_config_says_which_order_a_plan_has():
         (plan_of([0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6]), "exactly once"),
     ],
 )
-def test_plans_that_cannot_be_honoured(model: RAR, plan: Plan, message: str):
+def test_plans_that_cannot_be_honored(model: RAR, plan: Plan, message: str):
     for use in (model.check, lambda plan: model.start(Condition(torch.zeros(len(plan.order_BL)).long()), plan)):
         with pytest.raises(VarkdError, match=message):
             use(plan)

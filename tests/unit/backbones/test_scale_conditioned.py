@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varkd.backbones.layers import ScaleEmbedding
+from varkd.backbones.layers import GuidanceEmbedding
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import FAMILIES, build, weights_hash
 from varkd.distill import loss as loss_module
@@ -49,7 +49,7 @@ def make(family: str, seed: int = 0, std: float = 0.4, **changes: Any) -> Backbo
 
 
 def test_the_embedding_equals_its_formula():
-    embedding = ScaleEmbedding(5).double()
+    embedding = GuidanceEmbedding(5).double()
     scales = [0.0, 1.0, 1.5, 4.0, 16.0]
     for scale, found_D in zip(scales, embedding(torch.tensor(scales)).tolist(), strict=True):
         angles = [2.0**power * (scale - 1) for power in range(-6, 2)]
@@ -61,7 +61,7 @@ def test_the_embedding_equals_its_formula():
 
 def test_scales_are_told_apart_in_low_precision():
     """A tenth of a scale survives bfloat16 weights: the angles are computed in float32."""
-    embedding = ScaleEmbedding(8).bfloat16()
+    embedding = GuidanceEmbedding(8).bfloat16()
     found = embedding(1 + torch.arange(160) / 10)
     assert found.dtype == torch.bfloat16 and len(found.unique(dim=0)) == 160
 
@@ -69,9 +69,9 @@ def test_scales_are_told_apart_in_low_precision():
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_new_model_starts_without_an_effect_of_the_scale(family: str):
     flags = (False, True, True)
-    plain, scaled, again = (build(family, sizes_of(family, scale_conditioned=flag), seed=3) for flag in flags)
+    plain, scaled, again = (build(family, sizes_of(family, guidance_conditioned=flag), seed=3) for flag in flags)
     own = dict(scaled.named_parameters())
-    assert not own.pop("scale_embedding.linear.weight").any()
+    assert not own.pop("guidance_embedding.linear.weight").any()
     assert own.keys() == dict(plain.named_parameters()).keys()
     assert all(torch.equal(own[name], value) for name, value in plain.named_parameters())
     assert weights_hash(scaled) == weights_hash(again) != weights_hash(plain)
@@ -81,7 +81,7 @@ def test_a_new_model_starts_without_an_effect_of_the_scale(family: str):
 def test_recorded_names_of_plain_models_stay(family: str):
     """Run folders hold hashes from before there were scales; a resume compares them."""
     model = build(family, sizes_of(family))
-    known = [field.name for field in fields(model.config) if field.name != "scale_conditioned"]
+    known = [field.name for field in fields(model.config) if field.name != "guidance_conditioned"]
     described = f"{type(model.config).__name__}({', '.join(f'{n}={getattr(model.config, n)!r}' for n in known)})"
     assert weights_hash(model) == state_hash(f"({family!r}, {described})", model.state_dict())
 
@@ -92,7 +92,7 @@ def test_recorded_names_of_plain_models_stay(family: str):
 def taught(teacher: Backbone, target: Guided, part: Part) -> Tensor:
     """The log-probabilities of kd_guided's target, (B, L, V)."""
     method = replace(METHODS["kd_guided"].method, target=target)
-    student = make(teacher.family, seed=9, scale_conditioned=True)
+    student = make(teacher.family, seed=9, guidance_conditioned=True)
     found = loss_module._teacher_rows(LossInputs(method, student, teacher, {}, {}, Rng(0)), part)
     assert found is not None
     return found.logits(slice(None)).log_softmax(-1).view(*part.codes_BL.shape, -1)
@@ -127,11 +127,11 @@ def test_the_target_is_what_the_guided_teacher_samples_from(family: str, steps: 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_each_sequence_is_taught_its_own_scale(family: str):
     teacher, row_B = make(family, seed=1), torch.arange(3)
-    plan, scale_B = teacher.plan(3, Rng(4), row_B), torch.tensor([1.0, 1.7, 3.0])
+    plan, guidance_B = teacher.plan(3, Rng(4), row_B), torch.tensor([1.0, 1.7, 3.0])
     codes_BL = torch.randint(12, plan.order_BL.shape, generator=torch.Generator().manual_seed(0))
-    part = Part.of("data", codes_BL, Condition(torch.tensor([0, 1, 2]), scale_B), plan, row_B)
+    part = Part.of("data", codes_BL, Condition(torch.tensor([0, 1, 2]), guidance_B), plan, row_B)
     together = taught(teacher, Guided(1.0, highest=3.0), part)
-    for row, scale in enumerate(scale_B.tolist()):
+    for row, scale in enumerate(guidance_B.tolist()):
         alone = replace(part.select(slice(row, row + 1)), condition=Condition(part.condition.label_B[row : row + 1]))
         assert_close(taught(teacher, Guided(scale), alone)[0], together[row])
 
@@ -147,7 +147,7 @@ def test_without_a_label_the_target_is_the_null_branch(family: str):
     (part,) = context.drop_labels(1.0, teacher.null_label, [torch.zeros(3)]).parts
     null_BLV = teacher.head(teacher(codes_BL, Condition(torch.full((3,), teacher.null_label)), plan)).log_softmax(-1)
     assert_close(taught(teacher, Guided(1.0, highest=8.0), part), null_BLV)
-    assert torch.equal(part.condition.scale_B, condition.scale_B)
+    assert torch.equal(part.condition.guidance_B, condition.guidance_B)
 
 
 # ---- one pass
@@ -170,7 +170,7 @@ def counted(model: Backbone, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[i
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_rollout_takes_one_pass_at_its_scale(family: str, monkeypatch: pytest.MonkeyPatch):
     label_B, row_B = torch.tensor([0, 1, 2, 1]), torch.arange(4)
-    plain, scaled = make(family), make(family, scale_conditioned=True)
+    plain, scaled = make(family), make(family, guidance_conditioned=True)
     plan = plain.plan(4, Rng(0), row_B)
     uniform_BL = Rng(2).uniform("sample", row_B, plan.order_BL.shape[1])
     for model, rows_of_a_decode in ((plain, 8), (scaled, 4)):
@@ -186,7 +186,7 @@ def test_a_rollout_takes_one_pass_at_its_scale(family: str, monkeypatch: pytest.
 
 
 def test_a_comparison_is_at_scale_1():
-    plain, scaled = make("llamagen"), make("llamagen", scale_conditioned=True)
+    plain, scaled = make("llamagen"), make("llamagen", guidance_conditioned=True)
     teacher, cluster_V = make("llamagen", seed=5), torch.arange(12) // 4
     found = []
     for model in (plain, scaled):
@@ -231,7 +231,7 @@ def learn(student: Backbone, teacher: Backbone, method: Method, updates: int = 1
     for step in range(updates):
         rng = Rng(0, step)
         assert isinstance(method.target, Guided)
-        batch = Batch(codes_BL, label_B, row_B, method.target.scale_B(row_B, rng))
+        batch = Batch(codes_BL, label_B, row_B, method.target.guidance_B(row_B, rng))
         context = Context((Part.of("data", codes_BL, batch.condition, plan, row_B),))
         inputs = LossInputs(method, student, teacher, {}, {}, rng)
         loss, _ = distill_loss(inputs, context, denominators(inputs, context, World()))
@@ -245,7 +245,7 @@ def learn(student: Backbone, teacher: Backbone, method: Method, updates: int = 1
 def test_a_student_becomes_the_guided_distribution_at_every_scale(family: str):
     """It starts as the teacher: right at scale 1, wrong above. A class slot, and a modulation of every block."""
     sizes = {**SMALL, "num_classes": 2, "vocab_size": 3, "grid": (2, 2)}
-    teacher, student = build(family, sizes).double(), build(family, {**sizes, "scale_conditioned": True}).double()
+    teacher, student = build(family, sizes).double(), build(family, {**sizes, "guidance_conditioned": True}).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in teacher.parameters():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from varkd.backbones.protocol import Layout
 from varkd.backbones.store import build
-from varkd.backbones.var import QUANTISER, VAR, VARConfig, block_mask, scales_of
+from varkd.backbones.var import QUANTIZER, VAR, VARConfig, block_mask, scales_of
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler, rollout
 from varkd.types import Condition, Plan
@@ -158,11 +158,11 @@ def test_sizes_come_from_the_tokenizer():
 # ---- the tokenizer's frozen tensors
 
 
-def test_the_quantiser_is_given_and_saved_but_not_trained():
+def test_the_quantizer_is_given_and_saved_but_not_trained():
     given = tensors()
-    model = build("var", SIZES, quantiser=given)
-    assert not set(QUANTISER.values()) & {name for name, _ in model.named_parameters()}
-    for name, buffer in QUANTISER.items():
+    model = build("var", SIZES, quantizer=given)
+    assert not set(QUANTIZER.values()) & {name for name, _ in model.named_parameters()}
+    for name, buffer in QUANTIZER.items():
         assert torch.equal(model.state_dict()[buffer], given[name])
     codes_BL = codes_for(var())
     with torch.no_grad():
@@ -171,27 +171,27 @@ def test_the_quantiser_is_given_and_saved_but_not_trained():
 
 
 @pytest.mark.parametrize(
-    "quantiser", [{}, tensors(width=5), tensors(13), tensors(num_phi=3), {"codebook": torch.ones(12, 4)}]
+    "quantizer", [{}, tensors(width=5), tensors(13), tensors(num_phi=3), {"codebook": torch.ones(12, 4)}]
 )
-def test_another_tokenizer_is_refused(quantiser: dict[str, Tensor]):
+def test_another_tokenizer_is_refused(quantizer: dict[str, Tensor]):
     with pytest.raises(VarkdError, match="use the tokenizer of its codes"):
-        build("var", SIZES).set_quantiser(quantiser)
+        build("var", SIZES).set_quantizer(quantizer)
 
 
-def test_bfloat16_weights_keep_an_exact_quantiser():
-    model = build("var", SIZES, quantiser=tensors()).eval()
+def test_bfloat16_weights_keep_an_exact_quantizer():
+    model = build("var", SIZES, quantizer=tensors()).eval()
     assert isinstance(model, VAR)
     codes_BL = codes_for(model)
-    exact, inputs = model(codes_BL, CONDITION, model.plan(3)), model.quantiser.inputs(codes_BL)
+    exact, inputs = model(codes_BL, CONDITION, model.plan(3)), model.quantizer.inputs(codes_BL)
     model.to(torch.bfloat16)
     assert model.word_embed.weight.dtype == torch.bfloat16
-    assert torch.equal(model.quantiser.inputs(codes_BL), inputs)
+    assert torch.equal(model.quantizer.inputs(codes_BL), inputs)
     with torch.no_grad():
         narrow, cached = model(codes_BL, CONDITION, model.plan(3)), decoded(model, codes_BL)
     assert narrow.dtype == cached.dtype == torch.bfloat16
     torch.testing.assert_close(narrow.float(), exact, rtol=0.1, atol=0.1)
     torch.testing.assert_close(cached.float(), exact, rtol=0.1, atol=0.1)
-    assert model.double().quantiser_codebook.dtype == torch.float64
+    assert model.double().quantizer_codebook.dtype == torch.float64
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def test_the_table_can_be_read(options: list[str], capsys: pytest.CaptureFixture
 def test_the_table_for_programs(capsys: pytest.CaptureFixture[str]):
     assert main(["zoo", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    wanted = {"name", "family", "params", "codes", "resolution", "tokenizer", "file", "container", "licence", "fid",
+    wanted = {"name", "family", "params", "codes", "resolution", "tokenizer", "file", "container", "license", "fid",
               "sampling"}  # fmt: skip
     assert [row["name"] for row in rows] == NAMES and all(wanted <= set(row) for row in rows)
     assert rows[0]["sampling"]["guidance"] is None

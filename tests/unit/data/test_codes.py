@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from varkd.data.codes import CodeSet
+from varkd.data.codes import CodeDataset
 from varkd.data.writer import CodeWriter, plan_manifest
 from varkd.errors import VarkdError
 from varkd.files import read_json, write_json
@@ -19,7 +19,7 @@ CodesFolder = Callable[..., Path]
 
 
 def test_reads_what_was_written(codes_folder: CodesFolder) -> None:
-    codes = CodeSet.open(codes_folder(), "train", tokenizer_hash="a" * 64)
+    codes = CodeDataset.open(codes_folder(), "train", tokenizer_hash="a" * 64)
     assert (len(codes), codes.num_views, codes.sequence_length, codes.vocab_size) == (23, 3, 6, 4096)
     assert codes.class_names == ("cat", "dog", "owl") and codes.num_classes == 3 and codes.image_shape == (1, 4, 6)
     assert codes.labels.tolist() == [n % 3 for n in range(23)]
@@ -27,19 +27,19 @@ def test_reads_what_was_written(codes_folder: CodesFolder) -> None:
     codes_BL = codes.codes(index, view)
     assert codes_BL.dtype == torch.int64 and codes_BL.shape == (6, 6)
     assert codes_BL[:, 0].tolist() == index.tolist() and codes_BL[:, 1].tolist() == view.tolist()
-    validation = CodeSet.open(codes_folder(), "validation")
+    validation = CodeDataset.open(codes_folder(), "validation")
     assert (len(validation), validation.num_views) == (4, 1)
 
 
 def test_shards_are_mapped_not_read(codes_folder: CodesFolder) -> None:
-    codes = CodeSet.open(codes_folder())
+    codes = CodeDataset.open(codes_folder())
     assert len(codes._shards) == 5
     assert all(isinstance(shard, np.memmap) and not shard.flags.writeable for shard in codes._shards)
 
 
 def test_another_tokenizer(codes_folder: CodesFolder) -> None:
     with pytest.raises(VarkdError, match=r"tokenizer aaaaaaaaaaaa, not bbbbbbbbbbbb: encode the images with"):
-        CodeSet.open(codes_folder(), tokenizer_hash="b" * 64)
+        CodeDataset.open(codes_folder(), tokenizer_hash="b" * 64)
 
 
 def test_truncated_and_missing_shards(codes_folder: CodesFolder) -> None:
@@ -49,20 +49,20 @@ def test_truncated_and_missing_shards(codes_folder: CodesFolder) -> None:
     for length in (len(whole) - 6, 60, 0):
         shard.write_bytes(whole[:length])
         with pytest.raises(VarkdError, match=r"train-00002\.npy is truncated .* run `varkd encode` again"):
-            CodeSet.open(folder)
+            CodeDataset.open(folder)
     np.save(shard, np.zeros((5, 3, 7), np.uint16))
     with pytest.raises(VarkdError, match=r"holds uint16 \(5, 3, 7\), expected uint16 \(5, 3, 6\)"):
-        CodeSet.open(folder)
+        CodeDataset.open(folder)
     np.save(shard, np.array([object()]), allow_pickle=True)  # must not be unpickled
     with pytest.raises(VarkdError, match="not a shard"):
-        CodeSet.open(folder)
+        CodeDataset.open(folder)
     shard.unlink()
     with pytest.raises(VarkdError, match=r"train-00002\.npy is missing"):
-        CodeSet.open(folder)
+        CodeDataset.open(folder)
 
 
 def test_codes_outside_the_codebook(codes_folder: CodesFolder) -> None:
-    codes = CodeSet.open(codes_folder(vocab_size=20))
+    codes = CodeDataset.open(codes_folder(vocab_size=20))
     codes.codes(np.array([19]), np.array([0]))
     with pytest.raises(VarkdError, match="holds code 20 but the tokenizer has 20"):
         codes.codes(np.array([19, 20]), np.array([0, 0]))
@@ -73,7 +73,7 @@ def test_labels_outside_the_classes(codes_folder: CodesFolder, label: int) -> No
     folder = codes_folder()
     np.save(folder / "train-00004-labels.npy", np.array([0, label, 0], dtype=np.int64))
     with pytest.raises(VarkdError, match=f"label {label} but 3 classes"):
-        CodeSet.open(folder)
+        CodeDataset.open(folder)
 
 
 def test_manifests_that_are_refused(codes_folder: CodesFolder, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_manifests_that_are_refused(codes_folder: CodesFolder, tmp_path: Path) -
     def refused(match: str, **changes: object) -> None:
         write_json(folder / "manifest.json", {**manifest, **changes})
         with pytest.raises(VarkdError, match=match):
-            CodeSet.open(folder)
+            CodeDataset.open(folder)
 
     refused("is of version 2, this varkd reads", version=2)
     refused("is not a manifest of codes", format="other")
@@ -91,12 +91,12 @@ def test_manifests_that_are_refused(codes_folder: CodesFolder, tmp_path: Path) -
     refused(r"is damaged \(at 'hash'\)", tokenizer={})
     (folder / "manifest.json").write_text("[]")
     with pytest.raises(VarkdError, match="is not a manifest of codes"):
-        CodeSet.open(folder)
+        CodeDataset.open(folder)
     (folder / "manifest.json").rename(folder / "partial.json")
     with pytest.raises(VarkdError, match="is not complete: run the same"):
-        CodeSet.open(folder)
+        CodeDataset.open(folder)
     with pytest.raises(VarkdError, match="is not a codes folder"):
-        CodeSet.open(tmp_path / "missing")
+        CodeDataset.open(tmp_path / "missing")
 
 
 def test_writer_keeps_whole_shards_and_repairs_others(codes_folder: CodesFolder) -> None:

@@ -84,14 +84,14 @@ def test_folder_with_its_own_validation(tmp_path: Path, image_file: ImageFile, o
     assert (validation.batch([0])[0].numpy() == np.asarray(Image.open(held)).transpose(2, 0, 1)).all()
 
 
-def test_flat_folder_is_one_class_and_grey_stays_grey(tmp_path: Path, image_file: ImageFile) -> None:
+def test_flat_folder_is_one_class_and_grey_stays_gray(tmp_path: Path, image_file: ImageFile) -> None:
     for number in range(4):
         image_file(tmp_path / "flat" / f"{number}.png", mode="L", seed=number)
     train = open_images(str(tmp_path / "flat"), "train", validation=0.25)
     assert train.class_names == ("flat",) and train.image_shape == (1, 6, 8) and len(train) == 3
 
 
-def test_grey_images_among_colour_become_rgb(tmp_path: Path, image_file: ImageFile) -> None:
+def test_grey_images_among_color_become_rgb(tmp_path: Path, image_file: ImageFile) -> None:
     image_file(tmp_path / "0.png", mode="L")
     image_file(tmp_path / "1.png", mode="RGBA", seed=1)
     image_file(tmp_path / "2.png", mode="P", seed=2)
@@ -130,8 +130,8 @@ def test_large_sets_are_decoded_on_access(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 31), (64, 40), (100, 33)])
-def test_resize_gives_a_centred_square(size: tuple[int, int]) -> None:
-    # A horizontal ramp: the centre crop of a resize keeps its middle value in the middle.
+def test_resize_gives_a_centered_square(size: tuple[int, int]) -> None:
+    # A horizontal ramp: the center crop of a resize keeps its middle value in the middle.
     ramp = np.tile(np.linspace(0, 255, size[0]), (size[1], 1)).astype(np.uint8)
     resized = np.asarray(_resize(Image.fromarray(ramp), 8), dtype=float)
     assert resized.shape == (8, 8)
@@ -207,8 +207,8 @@ def test_size_and_channels_that_differ_are_named(tmp_path: Path, image_file: Ima
         image_file(tmp_path / "size" / f"{number}.png", size=(8, 8 + number))
     _refused_in_some_split(r"1\.png is 8x9 pixels but the first image is 8x8", tmp_path / "size")
     for number in range(200):
-        image_file(tmp_path / "colour" / f"{number:03d}.png", mode="RGB" if number == 1 else "L", size=(2, 2))
-    _refused_in_some_split(r"001\.png is in colour", tmp_path / "colour")
+        image_file(tmp_path / "color" / f"{number:03d}.png", mode="RGB" if number == 1 else "L", size=(2, 2))
+    _refused_in_some_split(r"001\.png is in color", tmp_path / "color")
 
 
 def test_deep_images_are_refused(tmp_path: Path) -> None:

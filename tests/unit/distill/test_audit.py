@@ -32,8 +32,8 @@ def inputs_of(
 ) -> tuple[LossInputs, Context]:
     method = Method(terms, contexts, **other)
     context = contexts(batch, Scene(student, teacher, {}, RNG))
-    products = method.prepare(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)))
-    return LossInputs(method, student, teacher, {}, products, RNG, chunk_rows=7, audit=True), context
+    codebook_tables = method.prepare(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)))
+    return LossInputs(method, student, teacher, {}, codebook_tables, RNG, chunk_rows=7, audit=True), context
 
 
 def step(inputs: LossInputs, context: Context, micro_batches: int = 1) -> tuple[Tensor, list[Tensor], dict[str, float]]:
@@ -110,7 +110,7 @@ def test_the_teachers_own_samples_do_not_surprise_it(teacher, make_batch):
 
 @pytest.mark.parametrize("selection", [Random(0.5, 0.0), Random(0.5, 0.1), Threshold(2 / 3, "cluster_mass", floor=0.0)])
 def test_an_audit_changes_no_bit(student, teacher, batch, selection: Selection):
-    term = Term("kd", ForwardKL(), selection=selection, space=Clusters(3, 0.3), normaliser="selected")
+    term = Term("kd", ForwardKL(), selection=selection, space=Clusters(3, 0.3), normalizer="selected")
     inputs, context = inputs_of(student, teacher, (term, Term("ce", CrossEntropy(), ("data",))), batch)
     value, gradient, means = step(inputs, context, 2)
     plain_value, plain_gradient, plain_means = step(replace(inputs, audit=False), context, 2)

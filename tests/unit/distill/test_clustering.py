@@ -19,8 +19,8 @@ def blobs(sizes: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, torch.Te
     generator = torch.Generator().manual_seed(seed)
     group_V = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     group_V = group_V[torch.randperm(len(group_V), generator=generator)]
-    centres = torch.randn(len(sizes), 4, generator=generator) * 20
-    return centres[group_V] + torch.randn(len(group_V), 4, generator=generator) * 0.3, group_V
+    centers = torch.randn(len(sizes), 4, generator=generator) * 20
+    return centers[group_V] + torch.randn(len(group_V), 4, generator=generator) * 0.3, group_V
 
 
 @pytest.mark.parametrize("assignment", UNEVEN)
@@ -66,8 +66,8 @@ def test_agglomerative_clusters_are_those_of_wards_rule_and_numbered_by_first_co
 def test_plain_k_means_has_come_to_rest_and_beats_balanced_clusters():
     codebook_VE, _ = blobs((30, 6, 4, 8))
     plain, balanced = (assign_clusters(codebook_VE, 4, kind, seed=0) for kind in ("plain", "kmeans"))
-    centres = torch.stack([codebook_VE[plain == k].mean(0) for k in range(4)])
-    assert torch.equal(torch.cdist(codebook_VE, centres).argmin(1), plain)
+    centers = torch.stack([codebook_VE[plain == k].mean(0) for k in range(4)])
+    assert torch.equal(torch.cdist(codebook_VE, centers).argmin(1), plain)
     spread = [cluster_statistics(codebook_VE, found)["within_variance"] for found in (plain, balanced)]
     assert spread[0] < 0.1 * spread[1]
 

@@ -21,17 +21,17 @@ from varkd.distill.mixture import Mixture, Share, composition
 from varkd.distill.prefixes import (
     Completions,
     Data,
-    Interleaved,
+    MixtureSampling,
     ParallelSampling,
     PrefixRestart,
     Rollout,
     ScheduledSampling,
-    TokenMix,
+    SpeculativeSampling,
 )
 from varkd.distill.replay import Replay
 from varkd.distill.reweighted import Reweighted, effective_share, log_ratio, sequence_weights
 from varkd.distill.scene import Scene, State, merge
-from varkd.distill.schedule import Plateau, Ramp, resolve
+from varkd.distill.schedule import LinearSchedule, Plateau, resolve
 from varkd.distill.scores import code_logp
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
@@ -116,7 +116,7 @@ def test_a_mixture_deals_every_row_to_one_source(student, teacher, batch):
 @pytest.mark.parametrize("by", ["student", "teacher"])
 def test_rollouts_belong_to_rows_and_not_to_batches(student, teacher, batch, by):
     whole = Rollout(by)(batch, scene(student, teacher)).parts[0]
-    assert whole.source == by and whole.behaviour_logp_BL is not None and (whole.age_B == 0).all()
+    assert whole.source == by and whole.behavior_logp_BL is not None and (whole.age_B == 0).all()
     for rows in (torch.tensor([5]), torch.tensor([7, 0, 3]), torch.arange(4, 8)):
         part = Rollout(by)(batch.select(rows), scene(student, teacher)).parts[0]
         assert torch.equal(part.codes_BL, whole.codes_BL[rows])
@@ -128,7 +128,7 @@ def test_rollouts_carry_the_log_probability_of_their_codes(student, batch):
     part = Rollout()(batch, scene(student)).parts[0]
     logp = student.head(student(part.codes_BL, part.condition, part.plan)).log_softmax(-1)
     expected = logp.gather(2, part.codes_BL.unsqueeze(2)).squeeze(2)
-    torch.testing.assert_close(part.behaviour_logp_BL, expected.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(part.behavior_logp_BL, expected.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_student_and_teacher_draw_different_numbers(student, batch):
@@ -183,7 +183,7 @@ def test_replayed_sequences_keep_their_log_probabilities(student, batch):
     contexts = run_replay(Replay(every=4), student, batch, 3)
     first, later = contexts[0].parts[0], contexts[2].parts[0]
     assert torch.equal(first.codes_BL, later.codes_BL) and (later.age_B == 2).all()
-    assert torch.equal(first.behaviour_logp_BL, later.behaviour_logp_BL)
+    assert torch.equal(first.behavior_logp_BL, later.behavior_logp_BL)
 
 
 def test_replay_keeps_the_labels_of_its_sequences(student, batch):
@@ -210,7 +210,7 @@ def test_replay_of_a_part_of_the_rows_is_the_same(student, batch):
 
 
 def test_rows_that_join_between_refreshes_are_sampled_afresh(student, batch):
-    mixture = Mixture((Share(Data(), Ramp(1.0, 0.2)), Share(Replay(every=50), Ramp(0.0, 0.8))))
+    mixture = Mixture((Share(Data(), LinearSchedule(1.0, 0.2)), Share(Replay(every=50), LinearSchedule(0.0, 0.8))))
     state: State = {}
     owned: set[int] = set()
     born_at: dict[int, int] = {}
@@ -222,7 +222,7 @@ def test_rows_that_join_between_refreshes_are_sampled_afresh(student, batch):
             if part.source == "student":
                 for row, age, codes in zip(part.row_B.tolist(), part.age_B.tolist(), part.codes_BL, strict=True):
                     born_at.setdefault(row, step)
-                    assert step - age == born_at[row]  # its own ring, never a neighbour's
+                    assert step - age == born_at[row]  # its own ring, never a neighbor's
                     fresh = Rollout()(batch, scene(student, step=born_at[row])).parts[0]
                     assert torch.equal(codes, fresh.codes_BL[row])
                     owned.add(row)
@@ -289,7 +289,7 @@ def test_the_plan_of_a_replayed_part_gives_the_log_probabilities_it_was_drawn_wi
     def logp(part: Part) -> Tensor:
         return code_logp(model.head, model(part.codes_BL, part.condition, part.plan), part.codes_BL, 100)
 
-    torch.testing.assert_close(logp(later).float(), later.behaviour_logp_BL, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logp(later).float(), later.behavior_logp_BL, rtol=1e-5, atol=1e-5)
     other = replace(later, plan=model.plan(8, Rng(5), batch.row_B, rollout.sampler.steps))
     assert (logp(other) - logp(fresh)).abs().max() > 0.01  # another order would have been noticed
 
@@ -308,7 +308,7 @@ def test_rows_sampled_afresh_among_replayed_ones_keep_their_own_orders(any_order
 
 
 @pytest.mark.parametrize("values", [{"every": 0}, {"capacity": 0}, {"max_age": -1}, {"fresh": 1.5},
-                                    {"fresh": Ramp(0.5, -0.1)}])  # fmt: skip
+                                    {"fresh": LinearSchedule(0.5, -0.1)}])  # fmt: skip
 def test_replay_refuses_nonsense(values: dict):
     with pytest.raises(VarkdError, match="replay"):
         Replay(**values)
@@ -350,7 +350,7 @@ def test_fresh_always_and_fresh_never(student, batch):
 
 
 def test_fresh_follows_a_schedule_and_a_part_of_the_rows_is_the_same(student, batch):
-    replay = Replay(fresh=Ramp(1.0, 0.0), capacity=2)
+    replay = Replay(fresh=LinearSchedule(1.0, 0.0), capacity=2)
     state: State = {}
     shares = []
     for step in range(10):
@@ -369,7 +369,7 @@ def test_fresh_follows_a_schedule_and_a_part_of_the_rows_is_the_same(student, ba
 
 @pytest.mark.parametrize(
     "inner",
-    [PrefixRestart(0.3, 0.7), TokenMix(alpha=0.4), Interleaved(top_p=0.5), Rollout("teacher")],
+    [PrefixRestart(0.3, 0.7), MixtureSampling(alpha=0.4), SpeculativeSampling(top_p=0.5), Rollout("teacher")],
     ids=lambda contexts: contexts.kind,
 )
 def test_replay_keeps_what_any_sampling_context_makes(student, teacher, batch, inner):
@@ -379,11 +379,11 @@ def test_replay_keeps_what_any_sampling_context_makes(student, teacher, batch, i
     for step in range(9):
         (part,) = replay(batch, scene(student, teacher, step, state)).parts
         state = replay.update(Context((part,)), state, Rng(0, step))
-        assert part.source == inner.sources[0] and part.behaviour_logp_BL is not None
+        assert part.source == inner.sources[0] and part.behavior_logp_BL is not None
         for row, age in enumerate(part.age_B.tolist()):
             ages.add(age)
             assert torch.equal(part.codes_BL[row], made[step - age].codes_BL[row])
-            assert torch.equal(part.behaviour_logp_BL[row], made[step - age].behaviour_logp_BL[row])
+            assert torch.equal(part.behavior_logp_BL[row], made[step - age].behavior_logp_BL[row])
         if step % 3 == 0:
             assert (part.accept_BL is None) == (made[step].accept_BL is None)
     assert ages == {0, 1, 2, 4, 5}  # from the second refresh on, the ring holds two
@@ -395,29 +395,29 @@ def test_replay_keeps_the_guidance_scale_that_a_row_was_sampled_with(student, ba
     """Scales differ between steps: a replayed sequence must come back with its own."""
     replay, state, born = Replay(every=2, capacity=2), {}, {}
     for step in range(6):
-        scale_B = torch.arange(8.0) + 10 * step
-        scaled = replace(batch, scale_B=scale_B)
+        guidance_B = torch.arange(8.0) + 10 * step
+        scaled = replace(batch, guidance_B=guidance_B)
         (part,) = replay(scaled, scene(student, step=step, state=state)).parts
         state = replay.update(Context((part,)), state, Rng(0, step))
         if step % 2 == 0:
-            born[step] = scale_B
+            born[step] = guidance_B
         expected = [born[step - age][row].item() for row, age in enumerate(part.age_B.tolist())]
-        assert part.condition.scale_B is not None and part.condition.scale_B.tolist() == expected
+        assert part.condition.guidance_B is not None and part.condition.guidance_B.tolist() == expected
     assert state["rows/replay_scale"].shape == (8, 2)
     assert "rows/replay_scale" not in replay.update(replay(batch, scene(student)), {}, Rng(0, 0))
 
 
 def test_rows_that_join_keep_the_scales_of_the_others(student, batch):
     replay, state = Replay(every=10), {}
-    scaled = replace(batch, scale_B=torch.arange(8.0))
+    scaled = replace(batch, guidance_B=torch.arange(8.0))
     old = replay(scaled.select(torch.tensor([1, 4, 6])), scene(student))
     state = replay.update(old, state, Rng(0, 0))
-    later = replace(scaled, scale_B=torch.arange(8.0) + 100)
+    later = replace(scaled, guidance_B=torch.arange(8.0) + 100)
     mixed = replay(later, scene(student, step=1, state=state))
-    assert mixed.parts[0].condition.scale_B.tolist() == [100, 1, 102, 103, 4, 105, 6, 107]
+    assert mixed.parts[0].condition.guidance_B.tolist() == [100, 1, 102, 103, 4, 105, 6, 107]
     state = replay.update(mixed, state, Rng(0, 1))
     again = replay(later, scene(student, step=2, state=state)).parts[0]
-    assert again.condition.scale_B.tolist() == [100, 1, 102, 103, 4, 105, 6, 107]
+    assert again.condition.guidance_B.tolist() == [100, 1, 102, 103, 4, 105, 6, 107]
     assert again.age_B.tolist() == [1, 2, 1, 1, 2, 1, 2, 1]
 
 
@@ -425,11 +425,11 @@ def test_rows_that_join_keep_the_scales_of_the_others(student, batch):
 
 
 @pytest.mark.parametrize("other", [ScheduledSampling(0.5), ParallelSampling(0.5, with_data=True), Rollout(),
-                                   Rollout(sampler=Sampler(temperature=0.5)), TokenMix(), Data()],
+                                   Rollout(sampler=Sampler(temperature=0.5)), MixtureSampling(), Data()],
                          ids=lambda contexts: contexts.kind)  # fmt: skip
 def test_a_ring_takes_in_nothing_that_another_source_made(student, teacher, batch, other):
-    """Rows change their owner, and what a neighbour sampled for a row is not what the replay would have sampled."""
-    mixture = Mixture((Share(other, Ramp(0.8, 0.2)), Share(Replay(every=3, capacity=2), "rest")))
+    """Rows change their owner, and what a neighbor sampled for a row is not what the replay would have sampled."""
+    mixture = Mixture((Share(other, LinearSchedule(0.8, 0.2)), Share(Replay(every=3, capacity=2), "rest")))
     state: State = {}
     owned: dict[int, set[int]] = {}
     made = [Rollout()(batch, scene(student, step=step)).parts[0] for step in range(12)]
@@ -451,10 +451,10 @@ def test_a_ring_takes_in_nothing_that_another_source_made(student, teacher, batc
 
 
 def test_the_rest_is_what_the_others_leave():
-    shares = Mixture((Share(Data(), "rest"), Share(Rollout(), 0.25), Share(TokenMix(), 0.25)))
+    shares = Mixture((Share(Data(), "rest"), Share(Rollout(), 0.25), Share(MixtureSampling(), 0.25)))
     assert shares.fractions() == (0.5, 0.25, 0.25)
-    assert Mixture((Share(Data(), 0.75), Share(Rollout(), 0.75), Share(TokenMix(), "rest"))).fractions()[2] == 0
-    moving = Mixture((Share(Data(), "rest"), Share(Rollout(), Ramp(0.0, 1.0))))
+    assert Mixture((Share(Data(), 0.75), Share(Rollout(), 0.75), Share(MixtureSampling(), "rest"))).fractions()[2] == 0
+    moving = Mixture((Share(Data(), "rest"), Share(Rollout(), LinearSchedule(0.0, 1.0))))
     assert [resolve(moving, done).fractions() for done in (0.0, 0.25, 1.0)] == [(1, 0), (0.75, 0.25), (0, 1)]
     adaptive = Mixture((Share(Data(), "rest"), Share(Rollout(), Plateau())))
     state = {"adaptive.shares.1.fraction": torch.tensor([0.375, 1.0], dtype=torch.float64)}
@@ -468,7 +468,7 @@ def test_the_rest_gets_its_rows(student, batch):
 
 def test_mixtures_refuse_what_they_cannot_keep_apart():
     with pytest.raises(VarkdError, match="one replay at most"):
-        Mixture((Share(Replay(), 0.5), Share(Replay(TokenMix()), 0.5)))
+        Mixture((Share(Replay(), 0.5), Share(Replay(MixtureSampling()), 0.5)))
     with pytest.raises(VarkdError, match="the rest can go to one share only"):
         Mixture((Share(Data(), "rest"), Share(Rollout(), "rest")))
 
@@ -476,7 +476,7 @@ def test_mixtures_refuse_what_they_cannot_keep_apart():
 def test_nested_contexts_speak_for_what_is_inside():
     cold, warm = Sampler(temperature=0.5), Sampler(guidance=2.0)
     mixture = Mixture((
-        Share(Data(), 0.25), Share(Replay(TokenMix(cold)), 0.25), Share(Completions(sampler=warm), 0.25),
+        Share(Data(), 0.25), Share(Replay(MixtureSampling(cold)), 0.25), Share(Completions(sampler=warm), 0.25),
         Share(ScheduledSampling(sampler=cold), 0.25),
     ))  # fmt: skip
     assert mixture.sources == ("data", "student", "teacher") and mixture.samplers == (cold, warm, cold)
@@ -499,8 +499,8 @@ NO_REWARDS = [
     *((Rollout(sampler=sampler), "student", OFTEN)
       for sampler in (Sampler(top_k=5), Sampler(top_p=0.9), Sampler(temperature=0))),
     (Rollout("teacher", Sampler(top_p=0.9)), "teacher", OFTEN),
-    (TokenMix(Sampler(top_k=5)), "student", OFTEN),
-    (Interleaved(Sampler(top_p=0.9)), "student", OFTEN),
+    (MixtureSampling(Sampler(top_k=5)), "student", OFTEN),
+    (SpeculativeSampling(Sampler(top_p=0.9)), "student", OFTEN),
     (PrefixRestart(), "student", PREFIX),
     (ScheduledSampling(), "student", ONE_BY_ONE),
     (ParallelSampling(), "student", ONE_BY_ONE),
@@ -527,8 +527,9 @@ HONEST = [Sampler(), Sampler(temperature=0.7), Sampler(temperature=2.0), Sampler
 
 @pytest.mark.parametrize("sampler", HONEST)
 @pytest.mark.parametrize("make", [
-    lambda sampler: Rollout(sampler=sampler), lambda sampler: Rollout("teacher", sampler), TokenMix, Interleaved,
-    lambda sampler: Replay(Rollout(sampler=sampler)), lambda sampler: Replay(TokenMix(sampler)),
+    lambda sampler: Rollout(sampler=sampler), lambda sampler: Rollout("teacher", sampler),
+    MixtureSampling, SpeculativeSampling,
+    lambda sampler: Replay(Rollout(sampler=sampler)), lambda sampler: Replay(MixtureSampling(sampler)),
     lambda sampler: Reweighted(Rollout(sampler=sampler)),
     lambda sampler: Mixture((Share(Data(), 0.5), Share(Rollout(sampler=sampler), 0.5))),
 ])  # fmt: skip
@@ -538,13 +539,13 @@ def test_rewards_are_accepted_where_log_probabilities_are_stored(student, teache
     source = contexts.sources[-1]
     Method((Term("pg", CrossEntropy(), on=(source,), credit=Reward()),), contexts)
     part = contexts(batch, scene(student, teacher)).parts[-1]
-    assert part.source == source and part.behaviour_logp_BL is not None
-    assert part.behaviour_logp_BL.isfinite().all() and (part.behaviour_logp_BL < 0).all()
+    assert part.source == source and part.behavior_logp_BL is not None
+    assert part.behavior_logp_BL.isfinite().all() and (part.behavior_logp_BL < 0).all()
 
 
 def test_rewards_on_other_sources_are_no_matter():
     """MiniLLM: rewards on student sequences, plain cross-entropy on data."""
-    mixture = Mixture((Share(Data(), 0.5), Share(TokenMix(), 0.5)))
+    mixture = Mixture((Share(Data(), 0.5), Share(MixtureSampling(), 0.5)))
     Method((Term("pg", CrossEntropy(), on=("student",), credit=Reward()), Term("ce", CrossEntropy(), on=("data",))),
            mixture)  # fmt: skip
     with pytest.raises(VarkdError, match="on data sequences"):
@@ -574,7 +575,7 @@ def test_weights_without_limits_are_a_softmax():
     assert torch.equal(sequence_weights(ratio_B, 0.0, 4.0, 0.5), torch.ones(4))
 
 
-def test_clipping_is_followed_by_renormalising():
+def test_clipping_is_followed_by_renormalizing():
     ratio_B = torch.tensor([5.0, 0.0, 0.0, 0.0])
     w = (4 * ratio_B.softmax(0)).clamp(1 / 2, 2)
     torch.testing.assert_close(sequence_weights(ratio_B, 1.0, 2.0, 0.0), w / w.mean())
@@ -645,13 +646,13 @@ def test_sampling_leaves_no_graph_and_the_models_in_their_mode(student, teacher,
     part = Reweighted(Rollout(sampler=Sampler(top_k=3)))(batch, scene(student, teacher)).parts[0]
     assert student.training and not teacher.training
     assert not part.weight_B.requires_grad
-    assert part.behaviour_logp_BL is not None and not part.behaviour_logp_BL.requires_grad
+    assert part.behavior_logp_BL is not None and not part.behavior_logp_BL.requires_grad
 
 
 def test_merge_keeps_optional_fields_only_if_all_parts_have_them(student, batch):
     data, sampled = Data()(batch, scene(student)).parts[0], Rollout()(batch, scene(student)).parts[0]
-    assert merge([data, sampled]).behaviour_logp_BL is None
+    assert merge([data, sampled]).behavior_logp_BL is None
     both = merge([sampled, sampled])
-    assert both.behaviour_logp_BL is not None and len(both) == 16
+    assert both.behavior_logp_BL is not None and len(both) == 16
     scaled = replace(data, condition=Condition(data.condition.label_B, torch.ones(8)))
-    assert merge([scaled, scaled]).condition.scale_B is not None
+    assert merge([scaled, scaled]).condition.guidance_B is not None

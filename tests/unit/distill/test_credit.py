@@ -57,7 +57,7 @@ def case(plan: Plan, seed: int = 0, drift: float = 0.4) -> tuple[dict[str, Tenso
     scores = {"teacher_logp": -3 + teacher_BL, "student_logp": -3 + student_BL}
     codes_BL = torch.zeros_like(plan.order_BL)
     part = Part.of("student", codes_BL, Condition(torch.zeros(ROWS)), plan, torch.arange(ROWS))
-    return scores, replace(part, behaviour_logp_BL=scores["student_logp"] + drift * noise_BL)
+    return scores, replace(part, behavior_logp_BL=scores["student_logp"] + drift * noise_BL)
 
 
 def steps_of(plan: Plan, row: int) -> list[int]:
@@ -69,10 +69,10 @@ def steps_of(plan: Plan, row: int) -> list[int]:
 
 def by_hand(credit: Credit, scores: dict[str, Tensor], part: Part) -> Tensor:
     """The coefficient of every position, from the formulas and in plain Python."""
-    assert part.behaviour_logp_BL is not None
+    assert part.behavior_logp_BL is not None
     table = []
     for row in range(len(part)):
-        lp, lq, lb = (x[row].tolist() for x in (scores["teacher_logp"], scores["student_logp"], part.behaviour_logp_BL))
+        lp, lq, lb = (x[row].tolist() for x in (scores["teacher_logp"], scores["student_logp"], part.behavior_logp_BL))
         step = steps_of(part.plan, row)
         reward = [p - q for p, q in zip(lp, lq, strict=True)]
         found = []
@@ -116,7 +116,7 @@ def test_coefficients_are_those_of_plain_loops(plan: Plan, credit: Credit):
 def test_no_credit_is_one_everywhere(plan: Plan):
     scores, part = case(plan)
     assert torch.equal(NoCredit()(scores, part), torch.ones(plan.order_BL.shape))
-    assert torch.equal(NoCredit()({}, replace(part, behaviour_logp_BL=None)), torch.ones(plan.order_BL.shape))
+    assert torch.equal(NoCredit()({}, replace(part, behavior_logp_BL=None)), torch.ones(plan.order_BL.shape))
 
 
 @every_plan
@@ -136,8 +136,8 @@ def test_a_reward_reaches_strictly_earlier_steps_only(plan: Plan):
             assert moved_BL.abs().sum() == pytest.approx(moved_BL[row].abs().sum().item())  # no other row
     # The first step has no prefix: its factor is 1 + gamma, whatever the rewards are.
     reward_BL = scores["teacher_logp"] - scores["student_logp"]
-    assert part.behaviour_logp_BL is not None
-    plain_BL = (scores["student_logp"] - part.behaviour_logp_BL).exp() * reward_BL
+    assert part.behavior_logp_BL is not None
+    plain_BL = (scores["student_logp"] - part.behavior_logp_BL).exp() * reward_BL
     first_BL = torch.tensor([[each == 0 for each in steps_of(plan, row)] for row in range(ROWS)])
     torch.testing.assert_close(before[discrepancy][first_BL], 1.5 * plain_BL[first_BL])
     assert (before[discrepancy] / plain_BL >= 1 - 1e-9).all() and (before[discrepancy] / plain_BL <= 1.5 + 1e-9).all()
@@ -165,10 +165,10 @@ def test_equal_models_give_no_reward_and_no_nan():
 def test_clipping_has_the_gradient_of_the_clipped_objective(clip: float):
     """d/d log q of min(r A, clip(r, 1 - e, 1 + e) A), r = q / b, by autograd."""
     scores, part = case(PLANS["next scale"], seed=5, drift=1.5)
-    assert part.behaviour_logp_BL is not None
+    assert part.behavior_logp_BL is not None
     advantage_BL = scores["teacher_logp"] - scores["student_logp"]
     logp_BL = scores["student_logp"].clone().requires_grad_()
-    ratio_BL = (logp_BL - part.behaviour_logp_BL).exp()
+    ratio_BL = (logp_BL - part.behavior_logp_BL).exp()
     objective_BL = torch.minimum(ratio_BL * advantage_BL, ratio_BL.clamp(1 - clip, 1 + clip) * advantage_BL)
     (expected,) = torch.autograd.grad(objective_BL.sum(), logp_BL)
     torch.testing.assert_close(Reward(clip)(scores, part), expected)
@@ -200,7 +200,7 @@ def test_the_mean_gradient_of_the_reward_is_that_of_the_reverse_kl(drift: float)
     lq, lp = s.log_softmax(1)[0], z.log_softmax(1)[0]
     plan = Plan(torch.zeros(7, 1, dtype=torch.long), (1,))
     part = Part.of("student", torch.arange(7).view(7, 1), Condition(torch.zeros(7)), plan, torch.arange(7))
-    part = replace(part, behaviour_logp_BL=lb.unsqueeze(1))
+    part = replace(part, behavior_logp_BL=lb.unsqueeze(1))
     scores = {"teacher_logp": lp.unsqueeze(1), "student_logp": lq.detach().unsqueeze(1)}
     (expected,) = reference.reverse_kl(s.detach(), z)[1]
     surrogate = (lb.exp() * Reward(None)(scores, part).squeeze(1) * -lq).sum()
@@ -221,7 +221,7 @@ def test_the_loss_holds_the_coefficient_fixed(student, teacher, batch, credit: C
     of_code = [each.detach().gather(2, batch.codes_BL.unsqueeze(2)).squeeze(2) for each in logp]
     noise_BL = 0.3 * torch.randn(8, 6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     part = Part.of("student", batch.codes_BL, batch.condition, plan, batch.row_B)
-    part = replace(part, behaviour_logp_BL=of_code[0] + noise_BL)
+    part = replace(part, behavior_logp_BL=of_code[0] + noise_BL)
     method = Method((Term("d", divergence, credit=credit),), Rollout())
     inputs = LossInputs(method, student, teacher, {}, {}, Rng(0), chunk_rows=7)
     value, stats = distill_loss(inputs, Context((part,)), {"d": 10.0})
@@ -248,7 +248,7 @@ def test_the_loss_holds_the_coefficient_fixed(student, teacher, batch, credit: C
 def test_codes_without_a_stored_probability_are_refused(credit: Credit):
     scores, part = case(PLANS["raster"])
     with pytest.raises(VarkdError, match="fresh student samples"):
-        credit(scores, replace(part, behaviour_logp_BL=None))
+        credit(scores, replace(part, behavior_logp_BL=None))
 
 
 @pytest.mark.parametrize(

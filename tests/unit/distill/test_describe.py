@@ -23,7 +23,7 @@ from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import Completions, Data, Rollout
 from varkd.distill.replay import Replay
 from varkd.distill.scene import Scene, State
-from varkd.distill.schedule import Decay, Plateau, Ramp, TaidTime, adaptives
+from varkd.distill.schedule import ExponentialSchedule, LinearSchedule, Plateau, TaidTime, adaptives
 from varkd.distill.selection import Accepted, Confidence
 from varkd.distill.target import Guided, Truncated
 from varkd.methods import METHODS
@@ -56,14 +56,14 @@ PARTS = sorted(set(parts_of(Method)), key=lambda kind: kind.__name__)
     [
         (0.5, "1/2"), (0.75, "3/4"), (0.125, "1/8"), (0.1, "0.1"), (0.49, "0.49"), (1.0, "1"), (2.5, "2.5"),
         (0.0, "0"), (10**6, "1000000"), (True, "yes"), (None, "none"),
-        (Ramp(1.0, 0.5, 0.1, 0.4), "1 -> 1/2 over 10%-40% of training"),
-        (Ramp(0.0, 1.0), "0 -> 1 over training"),
-        (Decay(1.0, 0.0, 20.0), "1 -> 0 by 20^-progress"),
+        (LinearSchedule(1.0, 0.5, 0.1, 0.4), "1 -> 1/2 over 10%-40% of training"),
+        (LinearSchedule(0.0, 1.0), "0 -> 1 over training"),
+        (ExponentialSchedule(1.0, 0.0, 20.0), "1 -> 0 by 20^-progress"),
         (TaidTime(alpha=0.01), "0.4 -> 1, adaptive: TAID time (alpha 0.01)"),
         (Plateau(step=0.25), "0 -> 1, adaptive: plateau (step 1/4, tolerance 0.1)"),
         (Rollout(by="teacher", sampler=Sampler(guidance=1.5)), "teacher samples (guidance 1.5)"),
         (Mixture((Share(Data(), 0.5), Share(Rollout(), 0.5))), "data 1/2 + student samples 1/2"),
-        (Mixture((Share(Data(), "rest"), Share(Replay(every=2), Ramp(0.0, 0.5)))),
+        (Mixture((Share(Data(), "rest"), Share(Replay(every=2), LinearSchedule(0.0, 0.5)))),
          "data [the rest] + student samples, replayed (every 2, max_age 20) [0 -> 1/2 over training]"),
         (Completions(count=3), "completions (count 3, prefix 1/2)"),
         (Confidence(0.5, side="low", per_position=False),
@@ -124,7 +124,7 @@ def test_the_words_follow_the_value():
     assert moved(replace(kd, terms=(replace(term, divergence=ReverseKL()), kd.terms[1]))) == [
         "compares: KL(q || p) = sum q (log q - log p)"
     ]
-    assert moved(replace(kd, terms=(replace(term, weight=Ramp(1.0, 0.0)), kd.terms[1]))) == [
+    assert moved(replace(kd, terms=(replace(term, weight=LinearSchedule(1.0, 0.0)), kd.terms[1]))) == [
         "weight 1 -> 0 over training, mean on data rows over all their positions",
         "method.terms.0.weight: 1 -> 0 over training",
     ]
@@ -200,12 +200,12 @@ def test_the_cost_is_what_is_counted(name: str, make_model: Callable[..., LlamaG
     state: State = {key: torch.tensor([0.5]) for key, _ in adaptives(whole)}
     progress = {"distillm": 0.0, "dagger": 0.25}.get(name, 0.5)  # where no coin decides what is sampled
     method = whole.at(progress, state)
-    products = method.prepare(torch.randn(12, 4, generator=torch.Generator().manual_seed(0)))
+    codebook_tables = method.prepare(torch.randn(12, 4, generator=torch.Generator().manual_seed(0)))
     for step in range(STEPS):
         rng = Rng(0, step)
-        scene = Scene(student, teacher, state, rng, products=products, reference=student)
+        scene = Scene(student, teacher, state, rng, codebook_tables=codebook_tables, reference=student)
         context = method.contexts(make_batch(ROWS, seed=step), scene)
-        inputs = LossInputs(method, student, teacher, state, products, rng)
+        inputs = LossInputs(method, student, teacher, state, codebook_tables, rng)
         totals, stats = denominators(inputs, context, World()), Stats()
         for micro in context.micro_batches(2):
             loss, found = distill_loss(inputs, micro, totals)

@@ -24,17 +24,17 @@ from varkd.distill.divergences import (
     ForwardKL,
     Ranking,
     ReverseKL,
-    Rows,
     SequenceSkew,
     SkewKL,
     SkewReverseKL,
+    TargetRows,
     TeacherArgmax,
     ToDi,
     TotalVariation,
     log_mass,
-    renormalised,
+    renormalized,
 )
-from varkd.distill.schedule import Ramp
+from varkd.distill.schedule import LinearSchedule
 from varkd.distill.spaces import log_softmax
 from varkd.errors import VarkdError
 
@@ -100,7 +100,7 @@ def logits(seed: int, scale: float, size: int, dtype: torch.dtype = torch.float6
 def apply(divergence: Divergence, s: Tensor, z: Tensor, code: Tensor = CODE) -> tuple[Tensor, Tensor]:
     """The value and its gradient with respect to the student's logits, by autograd through the log-softmax."""
     s = s.detach().requires_grad_()
-    value = divergence(log_softmax(s), log_softmax(z), Rows(code, ALPHA))
+    value = divergence(log_softmax(s), log_softmax(z), TargetRows(code, ALPHA))
     (gradient,) = torch.autograd.grad(value.sum(), s)
     return value.detach(), gradient
 
@@ -256,7 +256,7 @@ def test_total_variation_has_no_gradient_at_ties():
     # Next to codes that differ, a subgradient of -1/2 at the ties (a peer's) would no longer cancel.
     q, p = torch.tensor([[0.25, 0.25, 0.125, 0.375]]), torch.tensor([[0.25, 0.25, 0.375, 0.125]])
     student = q.double().log().requires_grad_()
-    (gradient,) = torch.autograd.grad(TotalVariation()(student, p.double().log(), Rows(None)).sum(), student)
+    (gradient,) = torch.autograd.grad(TotalVariation()(student, p.double().log(), TargetRows(None)).sum(), student)
     torch.testing.assert_close(gradient, 0.5 * q.double() * torch.tensor([[0.0, 0.0, -1.0, 1.0]]))
 
 
@@ -364,12 +364,12 @@ def test_ranking_by_hand():
     """Teacher 0 > 1 > 2, student 2 > 0 > 1 (probabilities 0.5, 0.3, 0.2): with k = 2, T = 0, 1 and S = 2, 0."""
     q, p = torch.tensor([[0.3, 0.2, 0.5]]).double(), torch.tensor([[0.7, 0.2, 0.1]]).double()
     # No teacher code stands above T_1 = 0; the pairs (T, S) in the wrong order are (0, 2) by 0.2 and (1, 2) by 0.3.
-    torch.testing.assert_close(Ranking(2)(q.log(), p.log(), Rows(None)), torch.tensor([0.5]).double())
+    torch.testing.assert_close(Ranking(2)(q.log(), p.log(), TargetRows(None)), torch.tensor([0.5]).double())
     # With k = 3 the teacher's code 2 also stands above code 0 in the first sum, by 0.2.
-    torch.testing.assert_close(Ranking(3)(q.log(), p.log(), Rows(None)), torch.tensor([0.7]).double())
-    torch.testing.assert_close(Ranking(99)(q.log(), p.log(), Rows(None)), torch.tensor([0.7]).double())
+    torch.testing.assert_close(Ranking(3)(q.log(), p.log(), TargetRows(None)), torch.tensor([0.7]).double())
+    torch.testing.assert_close(Ranking(99)(q.log(), p.log(), TargetRows(None)), torch.tensor([0.7]).double())
     agreeing = torch.tensor([[0.4, 0.35, 0.25]]).double()
-    assert Ranking(3)(agreeing.log(), p.log(), Rows(None)) == 0
+    assert Ranking(3)(agreeing.log(), p.log(), TargetRows(None)) == 0
     with pytest.raises(VarkdError, match="top_k must be at least 1"):
         Ranking(0)
 
@@ -379,7 +379,7 @@ def test_ranking_still_sees_an_order_that_underflows():
     s, z = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, -200.0, -300.0]])
     q = s.double().softmax(1)[0]
     expected = 2 * (q[2] - q[0]) + 2 * (q[1] - q[0]) + (q[2] - q[1])
-    torch.testing.assert_close(Ranking(3)(log_softmax(s), log_softmax(z), Rows(None))[0].double(), expected)
+    torch.testing.assert_close(Ranking(3)(log_softmax(s), log_softmax(z), TargetRows(None))[0].double(), expected)
 
 
 @pytest.mark.parametrize("of", ["code", "argmax"])
@@ -424,7 +424,7 @@ def test_log_masses_leave_out_what_is_excluded():
     (gradient,) = torch.autograd.grad(mass[:2].sum(), logp)
     torch.testing.assert_close(gradient, torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
     torch.testing.assert_close(
-        renormalised(logp).detach().exp(), torch.tensor([[0.5, 0.25, 0.25], [0, 1.0, 0], [0, 0, 0]])
+        renormalized(logp).detach().exp(), torch.tensor([[0.5, 0.25, 0.25], [0, 1.0, 0], [0, 0, 0]])
     )
 
 
@@ -474,7 +474,7 @@ def test_a_detached_mixture_changes_the_gradient_and_not_the_value():
 def test_a_skew_per_row_must_be_given():
     s, z = logits(18, 2.0, 5)
     with pytest.raises(ValueError, match=r"Rows\.alpha_N"):
-        SkewKL(SequenceSkew())(log_softmax(s), log_softmax(z), Rows(CODE))
+        SkewKL(SequenceSkew())(log_softmax(s), log_softmax(z), TargetRows(CODE))
 
 
 @pytest.mark.parametrize("values", [{"smallest": 0.0}, {"largest": 1.0}, {"smallest": 0.2}, {"decay": 1.5}])
@@ -490,7 +490,7 @@ def test_who_is_infinite_where_the_teacher_excludes_a_code():
     one_of_each = {**ALL, "jsd.ends": (JSD(1.0, "ends"), None), "skew_reverse_kl.0": (SkewReverseKL(0.0), None)}
     for name, (divergence, _) in one_of_each.items():
         code = z.argmax(1)  # a code that the teacher keeps
-        value = divergence(log_softmax(s), log_softmax(z), Rows(code, ALPHA))
+        value = divergence(log_softmax(s), log_softmax(z), TargetRows(code, ALPHA))
         assert bool(value.isfinite().all()) is not divergence.needs_support, name
-    assert JSD(Ramp(0.0, 1.0), "ends").needs_support and SkewReverseKL(Ramp(0.0, 0.5)).needs_support
-    assert not JSD(Ramp(0.0, 0.9), "ends").needs_support and not JSD(1.0).needs_support
+    assert JSD(LinearSchedule(0.0, 1.0), "ends").needs_support and SkewReverseKL(LinearSchedule(0.0, 0.5)).needs_support
+    assert not JSD(LinearSchedule(0.0, 0.9), "ends").needs_support and not JSD(1.0).needs_support

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from varkd.distill.divergences import EmbeddingMoments, Rows
+from varkd.distill.divergences import EmbeddingMoments, TargetRows
 from varkd.distill.method import Method, Term
 from varkd.distill.prefixes import Completions
-from varkd.distill.spaces import CODEBOOK, Clusters, Full, Neighbours, TopK, log_softmax
+from varkd.distill.spaces import CODEBOOK, Clusters, Full, Neighbors, TopK, log_softmax
 from varkd.errors import VarkdError
 
 VOCAB, WIDTH = 9, 4
 CODEBOOK_VE = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-ROWS = Rows(torch.zeros(3, dtype=torch.long), codebook_VE=CODEBOOK_VE)
+ROWS = TargetRows(torch.zeros(3, dtype=torch.long), codebook_VE=CODEBOOK_VE)
 
 
 def pair(seed: int = 0, scale: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,7 @@ def pair(seed: int = 0, scale: float = 2.0) -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(2, 3, VOCAB, generator=generator, dtype=torch.float64) * scale)  # type: ignore[return-value]
 
 
-def measure(divergence: EmbeddingMoments, s: Tensor, z: Tensor, rows: Rows = ROWS) -> tuple[Tensor, Tensor]:
+def measure(divergence: EmbeddingMoments, s: Tensor, z: Tensor, rows: TargetRows = ROWS) -> tuple[Tensor, Tensor]:
     s = s.detach().requires_grad_()
     value = divergence(log_softmax(s), log_softmax(z), rows)
     return value.detach(), torch.autograd.grad(value.sum(), s)[0]
@@ -50,7 +50,7 @@ def test_it_vanishes_at_the_teacher_and_where_near_equal_codes_swap():
     s, z = pair()
     value, gradient = measure(EmbeddingMoments(), z + 7, z)
     assert value.abs().max() < 1e-12 and gradient.abs().max() < 1e-12
-    twins = Rows(None, codebook_VE=torch.cat([CODEBOOK_VE[:1], CODEBOOK_VE[:1], CODEBOOK_VE[2:]]))
+    twins = TargetRows(None, codebook_VE=torch.cat([CODEBOOK_VE[:1], CODEBOOK_VE[:1], CODEBOOK_VE[2:]]))
     swapped = z.clone()
     swapped[:, [0, 1]] = z[:, [1, 0]]
     assert measure(EmbeddingMoments(), swapped, z, twins)[0].abs().max() < 1e-12
@@ -67,7 +67,7 @@ def test_huge_logits_and_masked_codes(dtype: torch.dtype):
 
 
 def test_it_is_at_home_where_outcomes_are_codes():
-    for space in (Full(), Full(2.0), Neighbours(3)):
+    for space in (Full(), Full(2.0), Neighbors(3)):
         method = Method((Term("moments", EmbeddingMoments(), space=space),))
         assert CODEBOOK in method.prepare(CODEBOOK_VE) and method.needs_teacher
     for space in (Clusters(3), TopK(4)):
@@ -77,8 +77,8 @@ def test_it_is_at_home_where_outcomes_are_codes():
 
 def test_no_vectors_are_named():
     s, z = pair()
-    with pytest.raises(VarkdError, match="set space to full or neighbours"):
-        EmbeddingMoments()(log_softmax(s), log_softmax(z), Rows(None))
+    with pytest.raises(VarkdError, match="set space to full or neighbors"):
+        EmbeddingMoments()(log_softmax(s), log_softmax(z), TargetRows(None))
     space = Clusters(3, within=0.0)
     (coarse,) = space(s, z, ROWS, space.prepare(CODEBOOK_VE))
     assert coarse.rows.codebook_VE is None
@@ -89,5 +89,5 @@ def test_no_vectors_are_named():
 
 def test_the_codebook_is_one_product_for_all_who_ask():
     term = Term("moments", EmbeddingMoments())
-    products = Method((term,), Completions()).prepare(CODEBOOK_VE)
-    assert list(products) == [CODEBOOK] and products[CODEBOOK].dtype == torch.float32
+    codebook_tables = Method((term,), Completions()).prepare(CODEBOOK_VE)
+    assert list(codebook_tables) == [CODEBOOK] and codebook_tables[CODEBOOK].dtype == torch.float32

@@ -22,7 +22,7 @@ from varkd.distill.credit import FutureReturn, Importance, Reward
 from varkd.distill.divergences import CrossEntropy, Divergence, ForwardKL, ReverseKL, TotalVariation
 from varkd.distill.loss import LossInputs, distill_loss
 from varkd.distill.method import Method, Term
-from varkd.distill.prefixes import Rollout, TokenMix
+from varkd.distill.prefixes import MixtureSampling, Rollout
 from varkd.distill.reweighted import log_ratio
 from varkd.distill.scene import Prefixes
 from varkd.distill.scene import Scene as _Scene
@@ -60,8 +60,8 @@ def enumerated(source: Source, probability_B: Tensor, student: Backbone, logp_BL
     """Every sequence once, weighted by its probability; `logp_BL` is what its codes were drawn with."""
     part = Part.of(source, CODES_BL, CONDITION, student.plan(27), torch.arange(27))
     # Float64 on purpose: the weights of a run are float32, which would hide differences.
-    behaviour_BL = None if logp_BL is None else logp_BL.detach()
-    return replace(part, weight_B=probability_B.detach(), behaviour_logp_BL=behaviour_BL)
+    behavior_BL = None if logp_BL is None else logp_BL.detach()
+    return replace(part, weight_B=probability_B.detach(), behavior_logp_BL=behavior_BL)
 
 
 def distilled(
@@ -109,7 +109,7 @@ def test_total_variation_of_steps_bounds_that_of_sequences(models):
 
 
 def test_full_importance_weights_turn_student_sequences_into_teacher_sequences(models):
-    """kappa = L in `Reweighted` is self-normalised importance weighting: E_q[w f] = E_p[f]."""
+    """kappa = L in `Reweighted` is self-normalized importance weighting: E_q[w f] = E_p[f]."""
     student, teacher = models
     part = Part.of("student", CODES_BL, CONDITION, student.plan(27), torch.arange(27))
     ratio_B = log_ratio(part, _Scene(student, teacher, {}, Rng(0))).double()
@@ -184,25 +184,25 @@ def test_full_products_make_token_mix_unbiased(models, alpha: float):
     assert (cut - expected).norm() > 1e-3 * expected.norm()
 
 
-def behaviours(models: tuple[Backbone, Backbone]) -> dict[str, tuple[Tensor, Prefixes]]:
+def behaviors(models: tuple[Backbone, Backbone]) -> dict[str, tuple[Tensor, Prefixes]]:
     """log b of every code, and the context that samples so."""
     student = models[0]
     return {
         "plain": (logp(student)[1].detach(), Rollout()),
         "tempered": (tempered(student, 0.7), Rollout(sampler=Sampler(temperature=0.7))),
         "guided": (guided(student, 1.5), Rollout(sampler=Sampler(guidance=1.5))),
-        "token_mix": (mixed(models, 0.3), TokenMix(alpha=0.3)),
+        "mixture_sampling": (mixed(models, 0.3), MixtureSampling(alpha=0.3)),
         "teacher": (logp(models[1])[1].detach(), Rollout("teacher")),
     }
 
 
-BEHAVIOURS = ["plain", "tempered", "guided", "token_mix", "teacher"]
+BEHAVIORS = ["plain", "tempered", "guided", "mixture_sampling", "teacher"]
 
 
-@pytest.mark.parametrize("name", BEHAVIOURS)
+@pytest.mark.parametrize("name", BEHAVIORS)
 def test_opd_is_the_reverse_kl_of_each_step_on_the_prefixes_that_it_sees(models, name: str):
     """E_b[-(q / b) r log q(x)] has the gradient of sum_t KL(q_t || p_t), whatever b drew the prefixes and the codes."""
-    lb_BL, contexts = behaviours(models)[name]
+    lb_BL, contexts = behaviors(models)[name]
     probability_B, source = lb_BL.sum(1).exp(), contexts.sources[0]
     ours = trained(OPD, (enumerated(source, probability_B, models[0], lb_BL),), models)
     expected = gradient(distilled(ReverseKL(), source, probability_B, models), models[0])
@@ -222,8 +222,8 @@ def once_each(part: Part, student: Backbone, weight_B: Tensor) -> Part:
     """The same sequences, each of the 27 once: its weight is the sum of the weights of its copies."""
     number_B = part.codes_BL @ torch.tensor([9, 3, 1])
     weight = torch.zeros(27, dtype=torch.float64).index_add(0, number_B, weight_B.double())
-    assert part.behaviour_logp_BL is not None
-    logp_BL = torch.zeros(27, 3).index_put((number_B,), part.behaviour_logp_BL)
+    assert part.behavior_logp_BL is not None
+    logp_BL = torch.zeros(27, 3).index_put((number_B,), part.behavior_logp_BL)
     return enumerated(part.source, weight, student, logp_BL)
 
 
@@ -246,10 +246,10 @@ def assert_within_standard_errors(gradient_BP: Tensor, weight_B: Tensor, number_
     assert error_P.norm() < 0.2 * expected_P.norm()  # the case can tell
 
 
-@pytest.mark.parametrize("name", BEHAVIOURS)
+@pytest.mark.parametrize("name", BEHAVIORS)
 def test_opd_by_the_librarys_own_samples(models, name: str):
     """20,000 sequences from `rollout` with the log-probabilities that it stored, against the exact gradient."""
-    lb_BL, contexts = behaviours(models)[name]
+    lb_BL, contexts = behaviors(models)[name]
     part = sampled_part(contexts, models, 20_000)
     one_each = once_each(part, models[0], torch.ones(20_000))
     gradient_BP = per_sequence(OPD, one_each, models)
@@ -263,11 +263,11 @@ def test_opd_by_the_librarys_own_samples(models, name: str):
 
 
 def test_full_products_of_the_librarys_token_mix(models):
-    """Weights from the log-probabilities that `TokenMix` stored: 20,000 sequences against the sequence reverse KL."""
-    part = sampled_part(TokenMix(alpha=0.3), models, 20_000)
+    """Weights from the stored log-probabilities: 20,000 sequences against the sequence reverse KL."""
+    part = sampled_part(MixtureSampling(alpha=0.3), models, 20_000)
     number_B, lq_BL = part.codes_BL @ torch.tensor([9, 3, 1]), logp(models[0])[1].detach()
-    assert part.behaviour_logp_BL is not None
-    weight_B = (lq_BL[number_B] - part.behaviour_logp_BL).sum(1).exp()
+    assert part.behavior_logp_BL is not None
+    weight_B = (lq_BL[number_B] - part.behavior_logp_BL).sum(1).exp()
     assert float(weight_B.mean()) == pytest.approx(1, abs=4 * float(weight_B.std()) / 20_000**0.5)
     gradient_BP = per_sequence(MINILLM, enumerated("student", torch.ones(27), models[0], lq_BL), models)
     expected = gradient(sequence_reverse_kl(models), models[0])

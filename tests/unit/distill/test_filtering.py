@@ -104,5 +104,5 @@ def test_scoring_leaves_the_models_as_they_were(student, teacher, batch):
 
 
 def test_guidance_scales_of_a_batch_play_no_part(student, teacher, batch):
-    scaled = replace(batch, scale_B=torch.full((8,), 3.0))
+    scaled = replace(batch, guidance_B=torch.full((8,), 3.0))
     assert torch.equal(difference_scores(teacher, student, [scaled]), difference_scores(teacher, student, [batch]))

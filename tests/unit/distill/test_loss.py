@@ -30,7 +30,7 @@ from varkd.distill.reweighted import PrefixReweighted, Reweighted
 from varkd.distill.scene import Scene, State
 from varkd.distill.schedule import TaidTime, adaptives
 from varkd.distill.selection import Accepted, Confidence, Drift, EntropyRatio, Horizon, Random, Threshold
-from varkd.distill.spaces import Clusters, Neighbours
+from varkd.distill.spaces import Clusters, Neighbors
 from varkd.errors import VarkdError
 from varkd.methods import METHODS
 from varkd.types import Batch, Context
@@ -39,8 +39,8 @@ from varkd.world import Rng, World
 PROGRESS, STEP = 0.8, 3
 SELECTED = Method(
     (
-        Term("kd", ForwardKL(), selection=Confidence(0.5, "max_prob"), normaliser="selected"),
-        Term("student", JSD(0.3), ("student",), Random(0.4), Clusters(3, 0.2), 0.7, normaliser="selected"),
+        Term("kd", ForwardKL(), selection=Confidence(0.5, "max_prob"), normalizer="selected"),
+        Term("student", JSD(0.3), ("student",), Random(0.4), Clusters(3, 0.2), 0.7, normalizer="selected"),
         Term("ce", CrossEntropy(), ("data",), weight=0.5),
     ),
     Reweighted(Mixture((Share(Data(), 0.5), Share(Rollout(), 0.5)))),
@@ -54,19 +54,19 @@ GATED = Method(
 )
 PREFIXES = Method(
     (
-        Term("student", ForwardKL(), ("student",), Drift(4, 0.2, 0.1), Neighbours(4), credit=DiscrepancyDecay(0.7)),
-        Term("moments", EmbeddingMoments(), selection=Accepted("neighbours", neighbours=3), weight=0.5),
-        Term("ce", CrossEntropy(), ("data",), Horizon(0.7), weight=0.5, normaliser="selected"),
+        Term("student", ForwardKL(), ("student",), Drift(4, 0.2, 0.1), Neighbors(4), credit=DiscrepancyDecay(0.7)),
+        Term("moments", EmbeddingMoments(), selection=Accepted("neighbors", neighbors=3), weight=0.5),
+        Term("ce", CrossEntropy(), ("data",), Horizon(0.7), weight=0.5, normalizer="selected"),
     ),
     PrefixReweighted(Mixture((Share(Data(), 0.5), Share(Replay(BestOf(count=2)), 0.5))), kappa=0.5),
 )
 SURE = Method(
     (
-        Term("kd", JSD(0.3), selection=EntropyRatio(1.0), normaliser="selected"),
+        Term("kd", JSD(0.3), selection=EntropyRatio(1.0), normalizer="selected"),
         Term(
             "soft", ReverseKL(), ("student",), Threshold(0.4, "cluster_mass", softness=0.1), Clusters(3, 0.2, "plain")
         ),
-        Term("code", ForwardKL(), ("student",), Accepted("code", floor=0.0), Neighbours(3, sides="teacher")),
+        Term("code", ForwardKL(), ("student",), Accepted("code", floor=0.0), Neighbors(3, sides="teacher")),
     ),
     Reweighted(Mixture((Share(Data(), 0.5), Share(BestOf(count=3, score="teacher"), 0.5)))),
 )
@@ -108,10 +108,10 @@ def memory(method: Method) -> State:
 
 def case(method: Method, student: Backbone, teacher: Backbone, batch: Batch, world: World | None = None) -> Case:
     state, world, rng = memory(method), world or World(), Rng(0, STEP)
-    method, products = method.at(PROGRESS, state), method.prepare(CODEBOOK_VE)
-    inputs = LossInputs(method, student, teacher, state, products, rng, chunk_rows=7)
+    method, codebook_tables = method.at(PROGRESS, state), method.prepare(CODEBOOK_VE)
+    inputs = LossInputs(method, student, teacher, state, codebook_tables, rng, chunk_rows=7)
     reference = copy.deepcopy(student) if method.needs_reference else None
-    scene = Scene(student, teacher, state, rng, world, 7, products, reference)
+    scene = Scene(student, teacher, state, rng, world, 7, codebook_tables, reference)
     return Case(inputs, method.contexts(batch, scene), world)
 
 
@@ -289,11 +289,11 @@ def test_a_missing_teacher_is_named(student, batch):
         distill_loss(inputs, subject.context, {"jsd": 1.0})
 
 
-@pytest.mark.parametrize("normaliser", ["total", "selected"])
-def test_a_batch_with_nothing_selected_is_zero_with_a_graph(student, teacher, batch, normaliser):
+@pytest.mark.parametrize("normalizer", ["total", "selected"])
+def test_a_batch_with_nothing_selected_is_zero_with_a_graph(student, teacher, batch, normalizer):
     nothing = Confidence(0.5, "max_prob", floor=0.0)
     subject = case(
-        Method((Term("kd", ForwardKL(), selection=nothing, normaliser=normaliser),)), student, teacher, batch
+        Method((Term("kd", ForwardKL(), selection=nothing, normalizer=normalizer),)), student, teacher, batch
     )
     subject.inputs = replace(subject.inputs, state={"threshold/kd": torch.full((6,), 2.0)})
     value, _ = distill_loss(subject.inputs, subject.context, subject.totals)
@@ -318,7 +318,7 @@ def test_garbage_at_positions_that_do_not_count_changes_nothing(student, teacher
     assert abs(changed - expected[0]) > 1e-3
 
 
-def test_normalisers_by_hand(student, teacher, batch):
+def test_normalizers_by_hand(student, teacher, batch):
     """`total` divides by all positions of the term's sources, `selected` by the mass of the weights."""
     weight_BL = Random(0.5, 0.1)(
         {}, case(ALL["ce"], student, teacher, batch).context.parts[0], None, None, Rng(0, STEP)
@@ -328,8 +328,8 @@ def test_normalisers_by_hand(student, teacher, batch):
         student(batch.codes_BL, case(ALL["ce"], student, teacher, batch).context.parts[0].condition, plan)
     )
     ce_BL = -logp.log_softmax(-1).gather(2, batch.codes_BL.unsqueeze(2)).squeeze(2)
-    for normaliser, denominator in (("total", 48.0), ("selected", float(weight_BL.double().sum()))):
-        term = Term("ce", CrossEntropy(), selection=Random(0.5, 0.1), weight=0.3, normaliser=normaliser)  # type: ignore[arg-type]
+    for normalizer, denominator in (("total", 48.0), ("selected", float(weight_BL.double().sum()))):
+        term = Term("ce", CrossEntropy(), selection=Random(0.5, 0.1), weight=0.3, normalizer=normalizer)  # type: ignore[arg-type]
         subject = case(Method((term,)), student, teacher, batch)
         assert subject.totals["ce"] == pytest.approx(denominator)
         expected = 0.3 * (weight_BL * ce_BL).sum() / denominator

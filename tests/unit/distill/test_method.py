@@ -10,7 +10,7 @@ import torch
 from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL
 from varkd.distill.method import Method, Term
 from varkd.distill.prefixes import Completions, Rollout
-from varkd.distill.schedule import Decay, Ramp, check_range, number, resolve
+from varkd.distill.schedule import ExponentialSchedule, LinearSchedule, check_range, resolve, value_of
 from varkd.distill.selection import Confidence
 from varkd.distill.spaces import Clusters, Full
 from varkd.errors import VarkdError
@@ -18,39 +18,48 @@ from varkd.methods import METHODS
 
 
 def test_ramp():
-    ramp = Ramp(1.0, 3.0, 0.2, 0.6)
+    ramp = LinearSchedule(1.0, 3.0, 0.2, 0.6)
     progress = [0.0, 0.2, 0.3, 0.4, 0.6, 0.9, 1.0]
     assert [ramp.at(p) for p in progress] == pytest.approx([1, 1, 1.5, 2, 3, 3, 3])
-    jump = Ramp(0.0, 1.0, 0.5, 0.5)
+    jump = LinearSchedule(0.0, 1.0, 0.5, 0.5)
     assert [jump.at(p) for p in (0.49, 0.5)] == [0, 1]
 
 
 @pytest.mark.parametrize("bounds", [(-0.1, 0.5), (0.6, 0.5), (0.0, 1.1)])
 def test_ramp_refuses_nonsense(bounds):
-    with pytest.raises(VarkdError, match="ramp"):
-        Ramp(0.0, 1.0, *bounds)
+    with pytest.raises(VarkdError, match="linear"):
+        LinearSchedule(0.0, 1.0, *bounds)
 
 
 def test_resolve_reaches_every_depth_and_leaves_the_original():
-    method = Method((Term("a", JSD(Ramp(0.0, 1.0)), weight=Ramp(2.0, 4.0), space=Full(Ramp(1.0, 3.0))),))
+    method = Method(
+        (
+            Term(
+                "a",
+                JSD(LinearSchedule(0.0, 1.0)),
+                weight=LinearSchedule(2.0, 4.0),
+                space=Full(LinearSchedule(1.0, 3.0)),
+            ),
+        )
+    )
     half = method.at(0.5)
     term = half.terms[0]
     assert isinstance(term.divergence, JSD) and isinstance(term.space, Full)
     assert (term.divergence.beta, term.weight, term.space.temperature) == (0.5, 3.0, 2.0)
-    assert isinstance(method.terms[0].weight, Ramp)
+    assert isinstance(method.terms[0].weight, LinearSchedule)
     assert resolve(half, 0.9) == half  # nothing left to change
 
 
 def test_a_ramp_used_before_it_is_fixed_is_a_programming_error():
-    assert number(0.25) == 0.25
+    assert value_of(0.25) == 0.25
     with pytest.raises(TypeError, match="at\\(progress, state\\)"):
-        number(Ramp(0.0, 1.0))
+        value_of(LinearSchedule(0.0, 1.0))
 
 
 def test_ranges_look_at_both_ends_of_a_ramp():
-    check_range("x", "y", Ramp(0.0, 1.0), 0, 1)
+    check_range("x", "y", LinearSchedule(0.0, 1.0), 0, 1)
     with pytest.raises(VarkdError, match=r"x: y must lie in \[0, 1\]"):
-        check_range("x", "y", Ramp(0.5, 1.5), 0, 1)
+        check_range("x", "y", LinearSchedule(0.5, 1.5), 0, 1)
 
 
 @pytest.mark.parametrize("terms", [(), (Term("a", ForwardKL()), Term("a", CrossEntropy()))])
@@ -79,10 +88,10 @@ def test_presets_resolve_and_prepare(name, progress):
     preset = METHODS[name]
     method = preset.method.at(progress)
     assert resolve(method, 0.0) == method
-    products = method.prepare(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)))
+    codebook_tables = method.prepare(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)))
     wanted = {term.space.key for term in method.terms if isinstance(term.space, Clusters)}
     wanted |= {"codebook"} if isinstance(method.contexts, Completions) else set()
-    assert {key for key in products if not key.endswith("/members")} == wanted
+    assert {key for key in codebook_tables if not key.endswith("/members")} == wanted
     assert preset.source and preset.equation and preset.summary.endswith(".")
     with pytest.raises(FrozenInstanceError):
         preset.method.terms = ()  # type: ignore[misc]
@@ -101,13 +110,13 @@ def test_ablations_change_one_part_of_varkd():
 
 
 def test_decay_by_hand():
-    decay, growth = Decay(1.0, 0.0), Decay(0.0, 1.0)
+    decay, growth = ExponentialSchedule(1.0, 0.0), ExponentialSchedule(0.0, 1.0)
     assert [decay.at(0.0), growth.at(0.0)] == [1.0, 0.0]
     assert decay.at(1.0) == pytest.approx(1 / 200) and decay.at(0.5) == pytest.approx(200**-0.5)
     for progress in (0.1, 0.7, 1.0):  # the two shares of a mixture
         assert decay.at(progress) + growth.at(progress) == pytest.approx(1)
-    assert Decay(4.0, 2.0, base=2.0).at(1.0) == 3.0
+    assert ExponentialSchedule(4.0, 2.0, base=2.0).at(1.0) == 3.0
     with pytest.raises(VarkdError, match="base must be above 1"):
-        Decay(1.0, 0.0, base=1.0)
+        ExponentialSchedule(1.0, 0.0, base=1.0)
     with pytest.raises(TypeError, match=r"method\.at"):
-        number(decay)
+        value_of(decay)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varkd.distill.credit import FutureReturn, PrefixDiscrepancy, Reward
-from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL, Rows, SkewKL, SkewReverseKL
+from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL, SkewKL, SkewReverseKL, TargetRows
 from varkd.distill.loss import LossInputs, denominators, distill_loss
 from varkd.distill.method import Method, Term
 from varkd.distill.prefixes import Data, Rollout
@@ -49,7 +49,7 @@ def test_a_mixture_of_two_probabilities_that_underflow(divergence):
     s = torch.tensor([[0.0, -150.0, -200.0]], requires_grad=True)
     z = torch.tensor([[0.0, -160.0, -210.0]])
     assert s.softmax(1)[0, 1] == z.softmax(1)[0, 1] == 0
-    value = divergence(s.log_softmax(1), z.log_softmax(1), Rows(torch.tensor([0])))
+    value = divergence(s.log_softmax(1), z.log_softmax(1), TargetRows(torch.tensor([0])))
     value.sum().backward()
     assert value.isfinite().all() and s.grad is not None and s.grad.isfinite().all()
 
@@ -60,7 +60,7 @@ def test_a_truncated_top_k_is_not_a_divergence_and_ours_is():
     lp, lq = z.log_softmax(1)[:, :2], s.log_softmax(1)[:, :2]
     assert (lp.exp() * (lp - lq)).sum() < 0
     for tail in (True, False):
-        (view,) = TopK(2, tail=tail)(s, z, Rows(torch.tensor([0])), {})
+        (view,) = TopK(2, tail=tail)(s, z, TargetRows(torch.tensor([0])), {})
         assert view.teacher_NK is not None
         torch.testing.assert_close(view.student_NK.exp().sum(1), torch.ones(1))
         assert float(ForwardKL()(view.student_NK, view.teacher_NK, view.rows)) >= 0
@@ -104,7 +104,7 @@ def part_and_scores(student) -> tuple[Part, dict[str, Tensor]]:
     codes_BL, row_B = torch.randint(12, (2, 6), generator=draw), torch.arange(2)
     part = Part.of("student", codes_BL, Condition(torch.zeros(2, dtype=torch.long)), student.plan(2), row_B)
     teacher_BL, student_BL = -3 * torch.rand(2, 2, 6, generator=draw)
-    return replace(part, behaviour_logp_BL=student_BL), {"teacher_logp": teacher_BL, "student_logp": student_BL}
+    return replace(part, behavior_logp_BL=student_BL), {"teacher_logp": teacher_BL, "student_logp": student_BL}
 
 
 @pytest.mark.parametrize("mean", [True, False])
@@ -145,10 +145,12 @@ def test_logits_are_those_of_their_own_code(student, batch):
 def test_a_first_step_needs_no_memory(name: str, student, teacher, batch):
     """TypeError in the first update: a threshold was still None where another mode would have set it."""
     method = METHODS[name].method.at(0.0, {})
-    products = method.prepare(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)))
+    codebook_tables = method.prepare(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)))
     rng = Rng(0, 0)
-    context = method.contexts(batch, Scene(student, teacher, {}, rng, products=products, reference=teacher))
-    inputs = LossInputs(method, student, teacher, {}, products, rng)
+    context = method.contexts(
+        batch, Scene(student, teacher, {}, rng, codebook_tables=codebook_tables, reference=teacher)
+    )
+    inputs = LossInputs(method, student, teacher, {}, codebook_tables, rng)
     value, _ = distill_loss(inputs, context, denominators(inputs, context, World()))
     assert value.isfinite() and value.requires_grad
 

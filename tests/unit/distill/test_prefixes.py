@@ -24,17 +24,17 @@ from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import (
     Completions,
     Data,
-    Interleaved,
+    MixtureSampling,
     ParallelSampling,
     PrefixRestart,
     Rollout,
     ScheduledSampling,
-    TokenMix,
+    SpeculativeSampling,
     leading,
 )
 from varkd.distill.replay import Replay
 from varkd.distill.scene import Prefixes, Scene
-from varkd.distill.schedule import Ramp
+from varkd.distill.schedule import LinearSchedule
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler, rollout
 from varkd.types import Batch, Condition, Part, Plan
@@ -97,10 +97,10 @@ def assert_law(part: Part, law_BLV: Tensor) -> None:
     assert chi_square(part.codes_BL, of_codes.prod(1)) < CHI_SQUARE
     assert chi_square(part.codes_BL, torch.full((27,), 1 / 27, dtype=torch.float64)) > 200  # it has power
     number_B = number_of(part.codes_BL)
-    assert part.behaviour_logp_BL is not None and part.source in ("student", "teacher")
-    torch.testing.assert_close(part.behaviour_logp_BL, of_codes.log()[number_B].float(), rtol=1e-4, atol=1e-5)
+    assert part.behavior_logp_BL is not None and part.source in ("student", "teacher")
+    torch.testing.assert_close(part.behavior_logp_BL, of_codes.log()[number_B].float(), rtol=1e-4, atol=1e-5)
     # What is stored is a probability of whole sequences: over those that were drawn (nearly all) it sums to 1.
-    stored = torch.zeros(27).index_put((number_B,), part.behaviour_logp_BL.sum(1).exp())
+    stored = torch.zeros(27).index_put((number_B,), part.behavior_logp_BL.sum(1).exp())
     assert len(number_B.unique()) >= 26 and 0.995 < float(stored.sum()) < 1 + 1e-5
 
 
@@ -134,7 +134,7 @@ def by_step(function: Callable[..., Any], *laws: Tensor) -> Tensor:
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_token_mix_draws_from_the_mixture(toys, alpha: float, sampler: Sampler):
     q_BLV, p_BLV = (steps(model, sampler) for model in toys)
-    assert_law(toy_part(TokenMix(sampler, alpha), toys), alpha * p_BLV + (1 - alpha) * q_BLV)
+    assert_law(toy_part(MixtureSampling(sampler, alpha), toys), alpha * p_BLV + (1 - alpha) * q_BLV)
 
 
 def test_token_mix_has_the_students_and_the_teachers_law_at_its_ends(toys):
@@ -143,9 +143,9 @@ def test_token_mix_has_the_students_and_the_teachers_law_at_its_ends(toys):
     uniform_BL = Rng(0, 0).uniform("propose", torch.arange(MANY), 3)
     for alpha, model in enumerate(toys):
         alone = rollout(model, condition, plan, Sampler(), uniform_BL)
-        part = toy_part(TokenMix(alpha=float(alpha)), toys)
+        part = toy_part(MixtureSampling(alpha=float(alpha)), toys)
         assert torch.equal(part.codes_BL, alone.codes_BL) and part.accept_BL is None
-        assert part.behaviour_logp_BL is not None and torch.equal(part.behaviour_logp_BL, alone.logp_BL)
+        assert part.behavior_logp_BL is not None and torch.equal(part.behavior_logp_BL, alone.logp_BL)
 
 
 SETS = [{"top_k": 1, "top_p": 1.0}, {"top_k": 2, "top_p": 1.0}, {"top_p": 0.35}, {"top_p": 0.6},
@@ -157,13 +157,13 @@ SETS = [{"top_k": 1, "top_p": 1.0}, {"top_k": 2, "top_p": 1.0}, {"top_p": 0.35},
 def test_interleaved_draws_from_its_law(toys, how: dict[str, Any], sampler: Sampler):
     q_BLV, p_BLV = (steps(model, sampler) for model in toys)
     rule = lambda q, p: interleaved_law(q, p, how.get("top_k", 0), how["top_p"])
-    assert_law(toy_part(Interleaved(sampler, **how), toys), by_step(rule, q_BLV, p_BLV))
+    assert_law(toy_part(SpeculativeSampling(sampler, **how), toys), by_step(rule, q_BLV, p_BLV))
 
 
 @pytest.mark.parametrize("how", SETS, ids=str)
 def test_interleaved_keeps_what_the_teacher_allows_and_redraws_the_rest(toys, how: dict[str, Any]):
     """The first step: all rows have the same two laws."""
-    part = toy_part(Interleaved(**how), toys)
+    part = toy_part(SpeculativeSampling(**how), toys)
     (q_V, p_V), accept_B = (steps(model)[0, 0].tolist() for model in toys), part.accept_BL[:, 0]  # type: ignore[index]
     inside = allowed_set(p_V, how.get("top_k", 0), how["top_p"])
     assert 0 < len(inside) < 3
@@ -189,7 +189,7 @@ def test_the_choice_of_two_models_covers_its_law(seed: int, size: int, scale: fl
     grid = (torch.arange(200) + 0.5) / 200
     uniform, spare = (values.reshape(1, -1) for values in torch.meshgrid(grid, grid, indexing="ij"))
     pairs = [law.expand(1, uniform.shape[1], -1) for law in (student, teacher)]
-    codes, logp, accept = Interleaved(top_k=top_k, top_p=top_p).choose(*pairs, uniform, spare)
+    codes, logp, accept = SpeculativeSampling(top_k=top_k, top_p=top_p).choose(*pairs, uniform, spare)
     assert accept is not None
     q_V, p_V = student.double().exp().tolist(), teacher.double().exp().tolist()
     expected = interleaved_law(q_V, p_V, top_k, top_p)
@@ -215,7 +215,7 @@ def test_scheduled_sampling_follows_its_law(toys, share: float, sampler: Sampler
     law_BLV = (1 - share) * gold + share * steps(toys[0], sampler)
     part = toy_part(ScheduledSampling(share, sampler), toys)
     assert chi_square(part.codes_BL, codes_of(law_BLV).prod(1)) < CHI_SQUARE
-    assert part.behaviour_logp_BL is None and part.supervision_BL.tolist() == [list(GOLD_L)] * MANY
+    assert part.behavior_logp_BL is None and part.supervision_BL.tolist() == [list(GOLD_L)] * MANY
 
 
 def parallel_law(q_BLV: Tensor, share: float, rounds: int, greedy: bool) -> Tensor:
@@ -239,7 +239,7 @@ def test_parallel_sampling_follows_its_law(toys, share: float, rounds: int, gree
     law_B = parallel_law(steps(toys[0]), share, rounds, greedy)
     part = toy_part(ParallelSampling(share, rounds, greedy), toys)
     assert chi_square(part.codes_BL, law_B) < CHI_SQUARE
-    assert part.behaviour_logp_BL is None and part.supervision_BL.tolist() == [list(GOLD_L)] * MANY
+    assert part.behavior_logp_BL is None and part.supervision_BL.tolist() == [list(GOLD_L)] * MANY
 
 
 def test_a_restart_follows_the_student_from_the_data(toys):
@@ -254,11 +254,11 @@ def test_a_restart_follows_the_student_from_the_data(toys):
 
 @pytest.mark.parametrize("prefix", [0.0, 0.4])
 def test_completions_follow_the_teacher_nearest_to_the_data(toys, prefix: float):
-    """Of `count` independent completions the nearest: P(max) from the enumerated law, ties in favour of none."""
+    """Of `count` independent completions the nearest: P(max) from the enumerated law, ties in favor of none."""
     codebook_VE = torch.tensor([[0.0, 0.0], [1.0, 0.2], [0.3, 2.0]])
     contexts = Completions(3, prefix)
     batch = Batch(torch.tensor([GOLD_L]).expand(MANY, -1), torch.ones(MANY, dtype=torch.long), torch.arange(MANY))
-    scene = Scene(*toys, {}, Rng(0, 0), products=contexts.prepare(codebook_VE))
+    scene = Scene(*toys, {}, Rng(0, 0), codebook_tables=contexts.prepare(codebook_VE))
     kept, of_codes = int(3 * prefix), codes_of(steps(toys[1]))
     fits_B = (EVERY_BL[:, :kept] == torch.tensor(GOLD_L[:kept])).all(1)
     one_B = of_codes[:, kept:].prod(1) * fits_B
@@ -315,8 +315,8 @@ class Pair:
         return model
 
     def scene(self, contexts: Prefixes, step: int = 0) -> Scene:
-        products = contexts.prepare(self.codebook_VE)
-        return Scene(self.student, self.teacher, {}, Rng(0, step), chunk_rows=7, products=products)
+        codebook_tables = contexts.prepare(self.codebook_VE)
+        return Scene(self.student, self.teacher, {}, Rng(0, step), chunk_rows=7, codebook_tables=codebook_tables)
 
     def parts(self, contexts: Prefixes, batch: Batch | None = None, step: int = 0) -> tuple[Part, ...]:
         return contexts(batch or self.batch, self.scene(contexts, step)).parts
@@ -336,9 +336,9 @@ def every_context(sampler: Sampler) -> dict[str, Prefixes]:
         "data": Data(),
         "student": Rollout(sampler=sampler),
         "teacher": Rollout("teacher", sampler),
-        "token_mix": TokenMix(sampler, 0.3),
-        "interleaved by mass": Interleaved(sampler, top_p=0.5),
-        "interleaved by count": Interleaved(sampler, top_k=3, top_p=1.0),
+        "mixture_sampling": MixtureSampling(sampler, 0.3),
+        "interleaved by mass": SpeculativeSampling(sampler, top_p=0.5),
+        "interleaved by count": SpeculativeSampling(sampler, top_k=3, top_p=1.0),
         "prefix_restart": PrefixRestart(0.2, 0.8, sampler),
         "scheduled_sampling": ScheduledSampling(0.5, sampler),
         "parallel_sampling": ParallelSampling(0.5),
@@ -381,7 +381,9 @@ def test_parts_say_what_they_are(pair: Pair, name: str):
         tensors = [getattr(part, field.name) for field in fields(Part)]
         assert not any(value.requires_grad for value in tensors if isinstance(value, Tensor))
     assert contexts.samplers == (() if alone else (pair.sampler,))
-    assert contexts.needs_teacher == (name in ("teacher", "token_mix", "completions") or "interleaved" in name)
+    assert contexts.needs_teacher == (
+        name in ("teacher", "mixture_sampling", "completions") or "speculative_sampling" in name
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -396,7 +398,7 @@ def test_nobody_samples_with_dropout(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_row_does_not_depend_on_its_neighbours(pair: Pair, name: str):
+def test_a_row_does_not_depend_on_its_neighbors(pair: Pair, name: str):
     contexts = every_context(pair.sampler)[name]
     whole = pair.parts(contexts)
     for rows in (torch.tensor([5]), torch.tensor([7, 0, 3]), torch.arange(4, 8)):
@@ -406,8 +408,8 @@ def test_a_row_does_not_depend_on_its_neighbours(pair: Pair, name: str):
                 one, other = getattr(piece, field), getattr(expected, field)
                 assert (one is None) == (other is None) and (one is None or torch.equal(one, other)), field
             assert torch.equal(piece.plan.order_BL, expected.plan.order_BL)
-            if expected.behaviour_logp_BL is not None:
-                torch.testing.assert_close(piece.behaviour_logp_BL, expected.behaviour_logp_BL)
+            if expected.behavior_logp_BL is not None:
+                torch.testing.assert_close(piece.behavior_logp_BL, expected.behavior_logp_BL)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "data"])
@@ -424,15 +426,15 @@ def test_stored_log_probabilities_come_from_full_forward_passes(pair: Pair, temp
 
     def stored(contexts: Prefixes) -> tuple[Part, Tensor, Tensor, Tensor]:
         (part,) = pair.parts(contexts)
-        assert part.behaviour_logp_BL is not None
-        return part, part.behaviour_logp_BL, law(pair.student, part, sampler), law(pair.teacher, part, sampler)
+        assert part.behavior_logp_BL is not None
+        return part, part.behavior_logp_BL, law(pair.student, part, sampler), law(pair.teacher, part, sampler)
 
-    part, logp_BL, q_BLV, p_BLV = stored(TokenMix(sampler, 0.3))
+    part, logp_BL, q_BLV, p_BLV = stored(MixtureSampling(sampler, 0.3))
     expected = of_codes(0.3 * p_BLV + 0.7 * q_BLV, part).log()
     torch.testing.assert_close(logp_BL, expected.float(), rtol=1e-4, atol=1e-5)
 
     for top_k, top_p in ((0, 0.5), (3, 1.0)):
-        part, logp_BL, q_BLV, p_BLV = stored(Interleaved(sampler, top_k, top_p))
+        part, logp_BL, q_BLV, p_BLV = stored(SpeculativeSampling(sampler, top_k, top_p))
         laws, inside = torch.zeros_like(q_BLV), torch.zeros_like(q_BLV, dtype=torch.bool)
         for row, position in product(range(8), range(pair.student.sequence_length)):
             q_V, p_V = q_BLV[row, position].tolist(), p_BLV[row, position].tolist()
@@ -469,10 +471,10 @@ def test_restarts_keep_whole_steps_of_the_data(pair: Pair, low: float, high: flo
     contexts, length = PrefixRestart(low, high, pair.sampler), pair.student.sequence_length
     (part,) = pair.parts(contexts)
     law_BLV, seen = law(pair.student, part), set()
-    assert part.behaviour_logp_BL is not None
+    assert part.behavior_logp_BL is not None
     for row in range(8):
         order_L = pair.plan.order_BL[row]
-        sampled_L = part.behaviour_logp_BL[row, order_L] != 0
+        sampled_L = part.behavior_logp_BL[row, order_L] != 0
         kept = length - int(sampled_L.sum())
         assert not sampled_L[:kept].any() and kept in kept_counts(pair.plan.sizes)
         at_most = [max(n for n in kept_counts(pair.plan.sizes) if n <= share * length + 1e-4) for share in (low, high)]
@@ -480,7 +482,7 @@ def test_restarts_keep_whole_steps_of_the_data(pair: Pair, low: float, high: flo
         assert torch.equal(part.codes_BL[row, order_L[:kept]], pair.batch.codes_BL[row, order_L[:kept]])
         sampled = order_L[kept:]
         expected = of_codes(law_BLV, part)[row, sampled].log().float()
-        torch.testing.assert_close(part.behaviour_logp_BL[row, sampled], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(part.behavior_logp_BL[row, sampled], expected, rtol=1e-4, atol=1e-5)
         seen.add(kept)
     assert len(seen) > 1 or low == high or len(pair.plan.sizes) == 3
     assert low < 1 or seen == {length}
@@ -600,15 +602,15 @@ def test_a_fraction_of_nothing_calls_nobody(student, teacher, batch, monkeypatch
     assert part.source == "data" and torch.equal(part.codes_BL, batch.codes_BL)
 
 
-SAMPLED = [Rollout(), Rollout("teacher"), TokenMix(), Interleaved(), PrefixRestart(0.0, 0.0), Replay(),
-           Replay(TokenMix()), Completions(2, 0.0)]  # fmt: skip
+SAMPLED = [Rollout(), Rollout("teacher"), MixtureSampling(), SpeculativeSampling(), PrefixRestart(0.0, 0.0), Replay(),
+           Replay(MixtureSampling()), Completions(2, 0.0)]  # fmt: skip
 
 
 @pytest.mark.parametrize("contexts", SAMPLED)
 def test_without_a_share_of_data_its_codes_are_never_read(student, teacher, batch, contexts):
     mixture = Mixture((Share(Data(), 0.0), Share(contexts, 1.0)))
-    products = mixture.prepare(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)))
-    scene = Scene(student, teacher, {}, Rng(0, 0), products=products)
+    codebook_tables = mixture.prepare(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)))
+    scene = Scene(student, teacher, {}, Rng(0, 0), codebook_tables=codebook_tables)
     garbage = replace(batch, codes_BL=torch.full_like(batch.codes_BL, 10**9))
     if isinstance(contexts, Completions):  # it compares with the image by design
         with pytest.raises(IndexError):
@@ -621,11 +623,11 @@ def test_without_a_share_of_data_its_codes_are_never_read(student, teacher, batc
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TokenMix(alpha=1.2), "token_mix: alpha must lie in"),
-        (lambda: TokenMix(alpha=Ramp(0.5, -0.5)), "token_mix: alpha must lie in"),
-        (lambda: Interleaved(top_k=0, top_p=1.0), "interleaved: need top_k > 0 or top_p in"),
-        (lambda: Interleaved(top_k=-1), "interleaved: need"),
-        (lambda: Interleaved(top_p=0.0), "interleaved: need"),
+        (lambda: MixtureSampling(alpha=1.2), "mixture_sampling: alpha must lie in"),
+        (lambda: MixtureSampling(alpha=LinearSchedule(0.5, -0.5)), "mixture_sampling: alpha must lie in"),
+        (lambda: SpeculativeSampling(top_k=0, top_p=1.0), "speculative_sampling: need top_k > 0 or top_p in"),
+        (lambda: SpeculativeSampling(top_k=-1), "speculative_sampling: need"),
+        (lambda: SpeculativeSampling(top_p=0.0), "speculative_sampling: need"),
         (lambda: PrefixRestart(low=-0.1), "prefix_restart: low must lie in"),
         (lambda: PrefixRestart(high=1.1), "prefix_restart: high must lie in"),
         (lambda: ScheduledSampling(2.0), "scheduled_sampling: share must lie in"),
@@ -640,8 +642,8 @@ def test_nonsense_is_refused(make: Callable[[], Prefixes], message: str):
         make()
 
 
-@pytest.mark.parametrize("contexts", [TokenMix(), Interleaved(), Completions()])
+@pytest.mark.parametrize("contexts", [MixtureSampling(), SpeculativeSampling(), Completions()])
 def test_a_missing_teacher_is_named(student, batch, contexts):
-    scene = Scene(student, None, {}, Rng(0, 0), products=contexts.prepare(torch.randn(12, 3)))
+    scene = Scene(student, None, {}, Rng(0, 0), codebook_tables=contexts.prepare(torch.randn(12, 3)))
     with pytest.raises(VarkdError, match="teacher=RUN"):
         contexts(batch, scene)

@@ -22,7 +22,7 @@ from varkd.backbones.store import build
 from varkd.distill.filtering import DifferenceSampling, difference_scores
 from varkd.distill.loss import LossInputs, denominators, distill_loss
 from varkd.distill.scene import Scene
-from varkd.distill.spaces import Products
+from varkd.distill.spaces import CodebookTables
 from varkd.methods import METHODS
 from varkd.types import Batch, Context
 from varkd.world import Rng, World
@@ -40,7 +40,7 @@ MEMORY: dict[str, dict[str, list[float]]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """All sequences of an optimiser step, stacked, with full logits: everything that a formula may look at."""
+    """All sequences of an optimizer step, stacked, with full logits: everything that a formula may look at."""
 
     student_BLV: Tensor  # logits, with a graph
     teacher_BLV: Tensor
@@ -48,13 +48,13 @@ class Step:
     code_BL: Tensor
     gold_BL: Tensor
     source: tuple[str, ...]
-    behaviour_BL: Tensor  # log-probability under which each code was drawn; NaN where nobody knows
+    behavior_BL: Tensor  # log-probability under which each code was drawn; NaN where nobody knows
     accept_BL: Tensor
     weight_B: Tensor
     order_BL: Tensor
     sizes: tuple[int, ...]
     row_B: Tensor
-    products: Products
+    codebook_tables: CodebookTables
     memory: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -257,25 +257,25 @@ def ppo(ratio_BL: Tensor, advantage_BL: Tensor, lq_BL: Tensor) -> Tensor:
     return torch.where(flat_BL, 0.0, -ratio_BL * advantage_BL) * lq_BL
 
 
-def ratio_to(step: Step, behaviour_BL: Tensor) -> Tensor:
-    return (of(step.lq, step.code_BL).detach() - behaviour_BL).exp()
+def ratio_to(step: Step, behavior_BL: Tensor) -> Tensor:
+    return (of(step.lq, step.code_BL).detach() - behavior_BL).exp()
 
 
 def opd(step: Step) -> Tensor:
-    return mean(ppo(ratio_to(step, step.behaviour_BL), reward(step), of(step.lq, step.code_BL)))
+    return mean(ppo(ratio_to(step, step.behavior_BL), reward(step), of(step.lq, step.code_BL)))
 
 
 def iwopd(step: Step) -> Tensor:
     """Rewards times 1 + 1/2 (1 - S_before / S), S the sum of |reward|."""
     r = reward(step)
     drift_BL = sums(step, r.abs(), later=False) / r.abs().sum(1, keepdim=True)
-    position = ppo(ratio_to(step, step.behaviour_BL), r, of(step.lq, step.code_BL))
+    position = ppo(ratio_to(step, step.behavior_BL), r, of(step.lq, step.code_BL))
     return mean(position, None, 1.5 - 0.5 * drift_BL)
 
 
 def minillm(step: Step) -> Tensor:
     """w KL(q || p) - w R log q, R_t = the mean of later rewards / 0.5, on student sequences; + CE on data."""
-    w = ratio_to(step, step.behaviour_BL).nan_to_num()
+    w = ratio_to(step, step.behavior_BL).nan_to_num()
     later_BL = sums(step, torch.ones_like(w), later=True)
     future_BL = sums(step, reward(step) / 0.5, later=True) / later_BL.clamp_min(1)
     position = w * rkl(step) - (w * future_BL).detach() * of(step.lq, step.code_BL)
@@ -357,7 +357,7 @@ class VarKD:
             return total
         value_BL = rkl(step)
         if self.clusters:
-            cluster_V = step.products[self.clusters]
+            cluster_V = step.codebook_tables[self.clusters]
             coarse_BL = kl(cluster_masses(step.lq, cluster_V), cluster_masses(step.lp, cluster_V))
             value_BL = 0.3 * value_BL + 0.7 * coarse_BL
         return total + mean(value_BL, step.on("student"), self.selection(step) if self.selection else 1.0)
@@ -472,7 +472,7 @@ def full_logits(model: Backbone, context: Context, null: bool = False) -> Tensor
     return model.head(torch.cat(hidden))
 
 
-def look(student: Backbone, teacher: Backbone, context: Context, products: Products) -> Step:
+def look(student: Backbone, teacher: Backbone, context: Context, codebook_tables: CodebookTables) -> Step:
     """The step as the formulas see it."""
     parts = context.parts
 
@@ -487,13 +487,13 @@ def look(student: Backbone, teacher: Backbone, context: Context, products: Produ
         code_BL=torch.cat([part.codes_BL for part in parts]),
         gold_BL=torch.cat([part.supervision_BL for part in parts]),
         source=tuple(part.source for part in parts for _ in range(len(part))),
-        behaviour_BL=stack([part.behaviour_logp_BL for part in parts], math.nan).double(),
+        behavior_BL=stack([part.behavior_logp_BL for part in parts], math.nan).double(),
         accept_BL=stack([part.accept_BL for part in parts], True),
         weight_B=torch.cat([part.weight_B for part in parts]).double(),
         order_BL=torch.cat([part.plan.order_BL for part in parts]),
         sizes=parts[0].plan.sizes,
         row_B=torch.cat([part.row_B for part in parts]),
-        products=products,
+        codebook_tables=codebook_tables,
     )  # fmt: skip
 
 
@@ -509,25 +509,25 @@ def middle(step: Step, score_BL: Tensor, rows_B: Tensor, per_rank: bool) -> Tens
 
 
 def case(name: str, family: str = "llamagen", drift: float = 0.0) -> Case:
-    """`drift`: how far the behaviour log-probabilities are from the student's, as if it had moved on since."""
+    """`drift`: how far the behavior log-probabilities are from the student's, as if it had moved on since."""
     student, teacher = toy(family, 1, 16), toy(family, 2, 24).eval().requires_grad_(False)
     memory = {key: torch.tensor(values, dtype=torch.float64) for key, values in MEMORY.get(name, {}).items()}
     method = METHODS[name].method.at(PROGRESS.get(name, 0.5), memory)
-    products = method.prepare(torch.randn(VOCAB, 3, generator=torch.Generator().manual_seed(0)))
+    codebook_tables = method.prepare(torch.randn(VOCAB, 3, generator=torch.Generator().manual_seed(0)))
     batch, rng = toy_batch(length=student.sequence_length), Rng(0, STEP)
-    scene = Scene(student, teacher, memory, rng, products=products, reference=toy(family, 3, 16).eval())
+    scene = Scene(student, teacher, memory, rng, codebook_tables=codebook_tables, reference=toy(family, 3, 16).eval())
     context = method.contexts(batch, scene)
     if drift:
         noise = torch.Generator().manual_seed(5)
         context = Context(tuple(
-            part if part.behaviour_logp_BL is None else replace(part, behaviour_logp_BL=part.behaviour_logp_BL
+            part if part.behavior_logp_BL is None else replace(part, behavior_logp_BL=part.behavior_logp_BL
                 + drift * torch.randn(part.codes_BL.shape, generator=noise))
             for part in context.parts
         ))  # fmt: skip
-    step = look(student, teacher, context, products)
+    step = look(student, teacher, context, codebook_tables)
     for key, score in SCORES.get(name, {}).items():
         memory[key] = middle(step, score(step), step.on(step.source[0]), per_rank=name != "atkd").detach()
-    inputs = LossInputs(method, student, teacher, memory, products, rng, chunk_rows=7)
+    inputs = LossInputs(method, student, teacher, memory, codebook_tables, rng, chunk_rows=7)
     return Case(inputs, context, replace(step, memory=memory), batch)
 
 
@@ -595,7 +595,7 @@ def test_time_is_generation_time(name: str, family: str):
 def test_policy_gradients_correct_for_old_samples(name: str):
     """The ratios are far from 1 here, and PPO's clip is at work where there is one."""
     subject = case(name, drift=0.4)
-    ratio_BL = ratio_to(subject.step, subject.step.behaviour_BL)[subject.step.on("student")]
+    ratio_BL = ratio_to(subject.step, subject.step.behavior_BL)[subject.step.on("student")]
     assert ratio_BL.max() > 1.5 and ratio_BL.min() < 0.7
     assert_proof(subject, FORMULAS[name](subject.step))
 
@@ -604,7 +604,7 @@ def test_the_clip_is_that_of_ppo():
     """Autograd of PPO's clipped surrogate in the ratio itself, not of its log-derivative form."""
     subject = case("opd", drift=0.4)
     step, advantage_BL = subject.step, reward(subject.step)
-    ratio_BL = (of(step.lq, step.code_BL) - step.behaviour_BL).exp()
+    ratio_BL = (of(step.lq, step.code_BL) - step.behavior_BL).exp()
     surrogate_BL = torch.minimum(ratio_BL * advantage_BL, ratio_BL.clamp(0.8, 1.2) * advantage_BL)
     student = subject.inputs.student
     expected = gradients(student, -surrogate_BL.mean())
@@ -625,9 +625,9 @@ def test_on_policy_codes_were_drawn_with_the_recorded_probability():
     }
     for name, law in laws.items():
         step = case(name).step
-        drawn = ~step.behaviour_BL.isnan()
+        drawn = ~step.behavior_BL.isnan()
         assert drawn.any()
-        torch.testing.assert_close(of(law(step), step.code_BL)[drawn], step.behaviour_BL[drawn], rtol=0, atol=1e-5)
+        torch.testing.assert_close(of(law(step), step.code_BL)[drawn], step.behavior_BL[drawn], rtol=0, atol=1e-5)
 
 
 def test_speculative_kd_redraws_what_the_teacher_would_not_draw():
@@ -639,7 +639,7 @@ def test_speculative_kd_redraws_what_the_teacher_would_not_draw():
     nucleus = torch.zeros_like(p, dtype=torch.bool).scatter(2, ordered.indices, before <= 0.9)
     law = nucleus * q + (q * ~nucleus).sum(2, keepdim=True) * p
     torch.testing.assert_close(law.sum(2), torch.ones_like(law[:, :, 0]))
-    torch.testing.assert_close(of(law.log(), step.code_BL), step.behaviour_BL, rtol=0, atol=1e-5)
+    torch.testing.assert_close(of(law.log(), step.code_BL), step.behavior_BL, rtol=0, atol=1e-5)
     assert 0.3 < step.accept_BL.double().mean() < 1
     kept = of(nucleus.double(), step.code_BL) > 0
     assert kept[step.accept_BL.bool()].all()

@@ -14,11 +14,21 @@ from varkd.distill.credit import PrefixDiscrepancy
 from varkd.distill.divergences import JSD, TAID, CrossEntropy, ForwardKL
 from varkd.distill.method import Method, Term
 from varkd.distill.mixture import Mixture, Share
-from varkd.distill.prefixes import Data, ParallelSampling, Rollout, TokenMix
+from varkd.distill.prefixes import Data, MixtureSampling, ParallelSampling, Rollout
 from varkd.distill.replay import Replay
 from varkd.distill.reweighted import Reweighted
 from varkd.distill.scene import State
-from varkd.distill.schedule import Adaptive, Decay, Plateau, Ramp, TaidTime, adaptives, bounds, number, resolve
+from varkd.distill.schedule import (
+    Adaptive,
+    ExponentialSchedule,
+    LinearSchedule,
+    Plateau,
+    TaidTime,
+    adaptives,
+    bounds,
+    resolve,
+    value_of,
+)
 from varkd.errors import VarkdError
 from varkd.methods import METHODS
 
@@ -126,11 +136,11 @@ def test_what_moves_one_does_not_move_the_other():
 DEEP = Method(
     terms=(
         Term("a", TAID(TaidTime(start=0.2)), weight=Plateau(0.25, 0.75)),
-        Term("b", JSD(Ramp(0.0, 1.0)), weight=0.5),
+        Term("b", JSD(LinearSchedule(0.0, 1.0)), weight=0.5),
         Term("c", CrossEntropy(), on=("student",), credit=PrefixDiscrepancy(gamma=Plateau(0.1, 0.9))),
     ),
     contexts=Reweighted(Mixture((
-        Share(Data(), "rest"), Share(TokenMix(alpha=Plateau(0.0, 0.5, step=0.2)), 0.25),
+        Share(Data(), "rest"), Share(MixtureSampling(alpha=Plateau(0.0, 0.5, step=0.2)), 0.25),
         Share(Replay(fresh=TaidTime(start=0.3)), Plateau()),
     ))),
 )  # fmt: skip
@@ -199,8 +209,8 @@ def test_presets_have_the_adaptive_numbers_of_their_papers(name: str):
 
 
 def test_resolving_a_bare_number_and_a_tuple():
-    assert resolve(Ramp(0.0, 2.0), 0.25) == 0.5 and resolve(3.5, 0.25) == 3.5
-    assert resolve((Decay(1.0, 0.0, 4.0), "x", (Ramp(0.0, 1.0),)), 0.5) == (0.5, "x", (0.5,))
+    assert resolve(LinearSchedule(0.0, 2.0), 0.25) == 0.5 and resolve(3.5, 0.25) == 3.5
+    assert resolve((ExponentialSchedule(1.0, 0.0, 4.0), "x", (LinearSchedule(0.0, 1.0),)), 0.5) == (0.5, "x", (0.5,))
     memory = torch.tensor([0.75])
     assert resolve(TaidTime(), 0.0, {"adaptive": memory}) == 0.75
     assert [key for key, _ in adaptives((1, (Plateau(),)))] == ["adaptive.1.0"]
@@ -216,7 +226,7 @@ def test_a_value_without_schedules_is_itself():
 def test_an_adaptive_number_must_be_resolved_before_use(adaptive: TaidTime | Plateau):
     assert isinstance(adaptive, Adaptive) and bounds(replace(adaptive, start=0.2, end=0.9)) == (0.2, 0.9)
     with pytest.raises(TypeError, match=r"method\.at"):
-        number(adaptive)
+        value_of(adaptive)
     with pytest.raises(VarkdError, match="alpha must lie in"):
-        TokenMix(alpha=replace(adaptive, end=1.5))
+        MixtureSampling(alpha=replace(adaptive, end=1.5))
     assert Mixture((Share(Rollout(), adaptive), Share(Data(), "rest"))).shares[0].fraction is adaptive

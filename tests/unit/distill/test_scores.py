@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from varkd.distill.scores import (
+    ScoreInputs,
     Scores,
-    Sides,
     chunks,
     cluster_mass_name,
     code_logp,
@@ -33,21 +33,25 @@ def head_and_hidden(rows: int = 11, vocab_size: int = 9) -> tuple[nn.Linear, tor
 
 
 def teacher_scores(
-    names: list[str], head: nn.Linear, hidden_ND: torch.Tensor, products: dict[str, torch.Tensor], chunk_rows: int
+    names: list[str],
+    head: nn.Linear,
+    hidden_ND: torch.Tensor,
+    codebook_tables: dict[str, torch.Tensor],
+    chunk_rows: int,
 ) -> Scores:
-    sides = Sides(torch.zeros(len(hidden_ND), dtype=torch.long), lambda rows: head(hidden_ND[rows]))
-    return position_scores(names, sides, products, chunk_rows)
+    sides = ScoreInputs(torch.zeros(len(hidden_ND), dtype=torch.long), lambda rows: head(hidden_ND[rows]))
+    return position_scores(names, sides, codebook_tables, chunk_rows)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 100])
 def test_scores(chunk_rows: int):
     head, hidden_ND = head_and_hidden()
-    products = SPACE.prepare(torch.randn(9, 2, generator=torch.Generator().manual_seed(1)))
-    scores = teacher_scores(NAMES, head, hidden_ND, products, chunk_rows)
+    codebook_tables = SPACE.prepare(torch.randn(9, 2, generator=torch.Generator().manual_seed(1)))
+    scores = teacher_scores(NAMES, head, hidden_ND, codebook_tables, chunk_rows)
     logits = head(hidden_ND).detach().numpy()
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     ordered = np.sort(p, axis=1)
-    cluster_V = products[SPACE.key].numpy()
+    cluster_V = codebook_tables[SPACE.key].numpy()
     expected = {
         "max_prob": p.max(1),
         "entropy": (p * np.log(p)).sum(1) / np.log(9),
@@ -63,8 +67,8 @@ def test_the_surest_teacher_scores_highest():
     head = nn.Linear(9, 9, bias=False)
     head.weight = nn.Parameter(torch.eye(9))
     flat, sure = torch.zeros(1, 9), torch.full((1, 9), -100.0).index_fill(1, torch.tensor([0]), 100.0)
-    products = SPACE.prepare(torch.randn(9, 2, generator=torch.Generator().manual_seed(1)))
-    scores = teacher_scores(NAMES, head, torch.cat([flat, sure]), products, 10)
+    codebook_tables = SPACE.prepare(torch.randn(9, 2, generator=torch.Generator().manual_seed(1)))
+    scores = teacher_scores(NAMES, head, torch.cat([flat, sure]), codebook_tables, 10)
     lowest = {"max_prob": 1 / 9, "entropy": -1.0, "margin": 0.0, cluster_mass_name(SPACE): 1 / 3}
     highest = {"max_prob": 1.0, "entropy": 0.0, "margin": 1.0, cluster_mass_name(SPACE): 1.0}
     for name in NAMES:
@@ -103,8 +107,10 @@ def both_logits(rows: int = 11, vocab_size: int = 9) -> tuple[torch.Tensor, torc
     return s, z, torch.randint(vocab_size, (rows,), generator=generator)
 
 
-def sides(s: torch.Tensor, z: torch.Tensor, code_N: torch.Tensor, uniform_N2: torch.Tensor | None = None) -> Sides:
-    return Sides(code_N, lambda rows: z[rows], lambda rows: s[rows], uniform_N2)
+def sides(
+    s: torch.Tensor, z: torch.Tensor, code_N: torch.Tensor, uniform_N2: torch.Tensor | None = None
+) -> ScoreInputs:
+    return ScoreInputs(code_N, lambda rows: z[rows], lambda rows: s[rows], uniform_N2)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 100])
@@ -174,7 +180,7 @@ def test_a_code_that_the_teacher_excludes_is_never_accepted_and_equal_models_acc
 def test_each_model_runs_only_where_a_score_looks_at_it():
     s, z, code_N = both_logits()
     ran: list[str] = []
-    watched = Sides(code_N, lambda rows: (ran.append("teacher"), z[rows])[1],
+    watched = ScoreInputs(code_N, lambda rows: (ran.append("teacher"), z[rows])[1],
                     lambda rows: (ran.append("student"), s[rows])[1], torch.rand(len(code_N), 2))  # fmt: skip
     alone = {"student_logp": {"student"}, "teacher_logp": {"teacher"}, "code_prob": {"teacher"}, "entropy": {"teacher"},
              "top_k_agrees:2": {"student", "teacher"}, "accepted": {"student", "teacher"}}  # fmt: skip
@@ -190,4 +196,4 @@ def test_each_model_runs_only_where_a_score_looks_at_it():
 @pytest.mark.parametrize("name", ["teacher_logp", "student_logp", "accepted", "top_k_agrees:2"])
 def test_a_missing_model_is_named(name: str):
     with pytest.raises(ValueError, match=f"'{name}' needs a model"):
-        position_scores([name], Sides(torch.zeros(3, dtype=torch.long)), {}, 4)
+        position_scores([name], ScoreInputs(torch.zeros(3, dtype=torch.long)), {}, 4)

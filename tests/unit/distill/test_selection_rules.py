@@ -11,8 +11,8 @@ from torch import Tensor
 
 from varkd.distill.divergences import ForwardKL
 from varkd.distill.method import Method, Term
-from varkd.distill.schedule import Ramp
-from varkd.distill.scores import Sides, of_student, of_teacher, position_scores
+from varkd.distill.schedule import LinearSchedule
+from varkd.distill.scores import ScoreInputs, of_student, of_teacher, position_scores
 from varkd.distill.selection import Accepted, Confidence, Drift, EntropyRatio, Horizon, Selection, Threshold, kept_share
 from varkd.distill.spaces import Clusters, Full
 from varkd.errors import VarkdError
@@ -41,9 +41,9 @@ def logits(seed: int = 0, rows: int = ROWS * LENGTH) -> tuple[Tensor, Tensor]:
 def weights(selection: Selection, subject: Part, z: Tensor, s: Tensor, chunk_rows: int = 4) -> Tensor:
     """What the selection makes of logits, through the scores, in chunks. The targets are not the codes seen."""
     seen_N = subject.codes_BL.flatten()
-    sides = Sides((seen_N + 1) % VOCAB, lambda rows: z[rows], lambda rows: s[rows], seen_N=seen_N)
-    products = selection.prepare(CODEBOOK_VE)
-    found = position_scores(selection.score_names(Full()), sides, products, chunk_rows)
+    sides = ScoreInputs((seen_N + 1) % VOCAB, lambda rows: z[rows], lambda rows: s[rows], seen_N=seen_N)
+    codebook_tables = selection.prepare(CODEBOOK_VE)
+    found = position_scores(selection.score_names(Full()), sides, codebook_tables, chunk_rows)
     scores = {name: score_N.view(subject.codes_BL.shape) for name, score_N in found.items()}
     return selection(scores, subject, Full(), None, Rng(0))
 
@@ -69,21 +69,21 @@ def by_hand(rule: str, p: np.ndarray, q: np.ndarray, codes: np.ndarray) -> np.nd
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
-@pytest.mark.parametrize("rule", ["code", "nucleus", "neighbours"])
+@pytest.mark.parametrize("rule", ["code", "nucleus", "neighbors"])
 def test_acceptance_judges_the_codes_of_the_sequence(rule, chunk_rows: int):
     (z, s), subject = logits(), part()
-    found = weights(Accepted(rule, floor=0.2, top_p=0.7, neighbours=3), subject, z, s, chunk_rows)
+    found = weights(Accepted(rule, floor=0.2, top_p=0.7, neighbors=3), subject, z, s, chunk_rows)
     share = by_hand(rule, probabilities(z), probabilities(s), subject.codes_BL.flatten().numpy())
     np.testing.assert_allclose(found.flatten().numpy(), 0.2 + 0.8 * share, rtol=1e-5)
     assert 0.2 <= float(found.min()) < 1 and float(found.max()) == 1
 
 
-def test_one_neighbour_is_the_code_itself():
+def test_one_neighbor_is_the_code_itself():
     (z, s), subject = logits(), part()
     torch.testing.assert_close(
-        weights(Accepted("neighbours", neighbours=1), subject, z, s), weights(Accepted("code"), subject, z, s)
+        weights(Accepted("neighbors", neighbors=1), subject, z, s), weights(Accepted("code"), subject, z, s)
     )
-    everywhere = weights(Accepted("neighbours", neighbours=99), subject, z, s)
+    everywhere = weights(Accepted("neighbors", neighbors=99), subject, z, s)
     assert (everywhere == 1).all(), "all codes hold all of the mass"
 
 
@@ -91,7 +91,9 @@ def test_the_mean_acceptance_of_the_students_samples_is_one_minus_total_variatio
     generator = torch.Generator().manual_seed(0)
     p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.2, 0.6]])
     codes = torch.multinomial(q.expand(20_000, -1), 1, generator=generator).squeeze(1)
-    sides = Sides(codes, lambda rows: p.log().expand(20_000, -1)[rows], lambda rows: q.log().expand(20_000, -1)[rows])
+    sides = ScoreInputs(
+        codes, lambda rows: p.log().expand(20_000, -1)[rows], lambda rows: q.log().expand(20_000, -1)[rows]
+    )
     found = position_scores(["code_ratio"], sides, {}, 4096)["code_ratio"]
     assert float(found.mean()) == pytest.approx(1 - 0.5 * float((p - q).abs().sum()), abs=0.01)
 
@@ -166,7 +168,7 @@ def test_a_horizon_does_not_stumble_over_rounding_and_may_grow():
     subject = part((1,) * 100)
     assert 0.07 * 100 > 7
     assert Horizon(0.07)({}, subject, Full(), None, Rng(0)).sum(1).tolist() == [7.0] * ROWS
-    method = Method((Term("kd", ForwardKL(), selection=Horizon(Ramp(0.2, 1.0))),))
+    method = Method((Term("kd", ForwardKL(), selection=Horizon(LinearSchedule(0.2, 1.0))),))
     grown = method.at(0.5).terms[0].selection
     assert isinstance(grown, Horizon) and grown.share == pytest.approx(0.6)
 
@@ -210,7 +212,7 @@ def test_the_teachers_own_samples_drift_as_rarely_as_the_law_says():
     generator = torch.Generator().manual_seed(0)
     p = torch.softmax(torch.randn(40, 30, generator=generator, dtype=torch.float64), 1)  # a law for each position
     codes_BL = torch.stack([torch.multinomial(row, 4000, replacement=True, generator=generator) for row in p], 1)
-    sides = Sides(codes_BL.flatten(), lambda rows: p.log().repeat(4000, 1)[rows])
+    sides = ScoreInputs(codes_BL.flatten(), lambda rows: p.log().repeat(4000, 1)[rows])
     surprise_BL = position_scores(["surprise"], sides, {}, 10**6)["surprise"].view(4000, 40)
     assert surprise_BL.mean(0).abs().max() < 0.08 and (surprise_BL.var(0) - 1).abs().max() < 0.2
     rate, mean_B = 2 / 17, torch.zeros(4000)
@@ -236,7 +238,7 @@ def test_a_certain_teacher_and_an_excluded_code():
 def test_every_rule_belongs_to_its_rows():
     (z, s), subject = logits(), part((1, 2, 3), shuffled=True)
     rows_N = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)[2:4].flatten()
-    selections = (Threshold(0.3), Accepted("code"), Accepted("neighbours"), EntropyRatio(), Horizon(), Drift(4, 0.5))
+    selections = (Threshold(0.3), Accepted("code"), Accepted("neighbors"), EntropyRatio(), Horizon(), Drift(4, 0.5))
     for selection in selections:
         whole = weights(selection, subject, z, s)
         assert torch.equal(weights(selection, subject.select(slice(2, 4)), z[rows_N], s[rows_N]), whole[2:4])
@@ -261,8 +263,8 @@ def test_the_kept_share_is_the_way_from_the_floor_to_one():
     "make",
     [
         lambda: Threshold(2.0), lambda: Threshold(0.5, softness=-1), lambda: Threshold(0.5, floor=2),
-        lambda: Accepted(neighbours=0), lambda: Accepted(top_p=1.5), lambda: EntropyRatio(-1),
-        lambda: Horizon(1.5), lambda: Horizon(Ramp(0, 2)), lambda: Drift(0), lambda: Drift(sigmas=0),
+        lambda: Accepted(neighbors=0), lambda: Accepted(top_p=1.5), lambda: EntropyRatio(-1),
+        lambda: Horizon(1.5), lambda: Horizon(LinearSchedule(0, 2)), lambda: Drift(0), lambda: Drift(sigmas=0),
         lambda: Drift(floor=-1),
     ],
 )  # fmt: skip

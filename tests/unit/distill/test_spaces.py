@@ -21,17 +21,17 @@ from varkd.distill.divergences import (
     Divergence,
     ForwardKL,
     ReverseKL,
-    Rows,
     SequenceSkew,
     SkewKL,
     SkewReverseKL,
+    TargetRows,
     ToDi,
     TotalVariation,
 )
 from varkd.distill.spaces import (
     Clusters,
+    CodebookTables,
     Full,
-    Products,
     Space,
     TopK,
     assign_clusters,
@@ -50,14 +50,16 @@ def pair(seed: int = 0, size: int = 12, scale: float = 2.0) -> tuple[Tensor, Ten
     return tuple(torch.randn(2, 4, size, generator=generator, dtype=torch.float64) * scale)  # type: ignore[return-value]
 
 
-def products_of(space: Clusters, cluster_V: Tensor) -> Products:
+def products_of(space: Clusters, cluster_V: Tensor) -> CodebookTables:
     return {space.key: cluster_V, f"{space.key}/members": cluster_members(cluster_V)}
 
 
-def measure(space: Space, divergence: Divergence, s: Tensor, z: Tensor, products: Products) -> tuple[Tensor, Tensor]:
+def measure(
+    space: Space, divergence: Divergence, s: Tensor, z: Tensor, codebook_tables: CodebookTables
+) -> tuple[Tensor, Tensor]:
     s = s.detach().requires_grad_()
     value = torch.zeros(len(s), dtype=torch.float64)
-    for view in space(s, z, Rows(CODE), products):
+    for view in space(s, z, TargetRows(CODE), codebook_tables):
         assert view.teacher_NK is not None
         value = value + view.weight * divergence(view.student_NK, view.teacher_NK, view.rows)
     return value.detach(), torch.autograd.grad(value.sum(), s)[0]
@@ -84,8 +86,8 @@ def test_temperature_scales_logits_and_restores_the_gradient(temperature, diverg
 def test_hot_temperatures_tend_to_matching_logits():
     s, z = pair(2)
     value, _ = measure(Full(500.0), ForwardKL(), s, z, {})
-    centred = (z - z.mean(1, keepdim=True)) - (s - s.mean(1, keepdim=True))
-    torch.testing.assert_close(value, centred.square().mean(1) / 2, rtol=2e-2, atol=0)  # Hinton et al. 2015, sec. 2.1
+    centered = (z - z.mean(1, keepdim=True)) - (s - s.mean(1, keepdim=True))
+    torch.testing.assert_close(value, centered.square().mean(1) / 2, rtol=2e-2, atol=0)  # Hinton et al. 2015, sec. 2.1
 
 
 @settings(max_examples=25, deadline=None)
@@ -94,12 +96,12 @@ def test_chain_rule_and_data_processing(cluster_V: Tensor, seed: int, scale: flo
     s, z = pair(seed, scale=scale)
     q, p = s.softmax(1), z.softmax(1)
     coarse = Clusters(count=2, within=0.0)
-    products = products_of(coarse, cluster_V)
+    codebook_tables = products_of(coarse, cluster_V)
     P, Q = reference.cluster_masses(p, cluster_V), reference.cluster_masses(q, cluster_V)
-    torch.testing.assert_close(cluster_logp(log_softmax(z), products[f"{coarse.key}/members"]).exp(), P)
+    torch.testing.assert_close(cluster_logp(log_softmax(z), codebook_tables[f"{coarse.key}/members"]).exp(), P)
     torch.testing.assert_close(P.sum(1), torch.ones(4, dtype=torch.float64))
 
-    kl_cluster, gradient = measure(coarse, ForwardKL(), s, z, products)
+    kl_cluster, gradient = measure(coarse, ForwardKL(), s, z, codebook_tables)
     torch.testing.assert_close(kl_cluster, (P * (P / Q).log()).sum(1), rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(gradient, q * (1 - (P / Q)[:, cluster_V]), rtol=1e-7, atol=1e-9)
     inside = torch.zeros_like(kl_cluster)  # sum_k P_k KL(p(.|k) || q(.|k)), by loops
@@ -112,7 +114,7 @@ def test_chain_rule_and_data_processing(cluster_V: Tensor, seed: int, scale: flo
 
     for divergence in DIVERGENCES:
         fine, _ = measure(Full(), divergence, s, z, {})
-        compressed, _ = measure(coarse, divergence, s, z, products)
+        compressed, _ = measure(coarse, divergence, s, z, codebook_tables)
         assert (compressed <= fine + 1e-9).all() and (compressed >= -1e-12).all()
 
 
@@ -131,10 +133,10 @@ def test_within_mixes_full_and_cluster(divergence: Divergence, within: float):
     cluster_V = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 2, 2, 2])
     only_clusters = Clusters(count=2, within=0.0)
     mixed = Clusters(count=2, within=within)
-    products = products_of(mixed, cluster_V)
+    codebook_tables = products_of(mixed, cluster_V)
     full, full_gradient = measure(Full(), divergence, s, z, {})
-    coarse, coarse_gradient = measure(only_clusters, divergence, s, z, products)
-    value, gradient = measure(mixed, divergence, s, z, products)
+    coarse, coarse_gradient = measure(only_clusters, divergence, s, z, codebook_tables)
+    value, gradient = measure(mixed, divergence, s, z, codebook_tables)
     torch.testing.assert_close(value, within * full + (1 - within) * coarse)
     torch.testing.assert_close(gradient, within * full_gradient + (1 - within) * coarse_gradient)
 
@@ -143,8 +145,8 @@ def test_within_mixes_full_and_cluster(divergence: Divergence, within: float):
 def test_one_cluster_per_code_is_the_full_space(divergence: Divergence):
     s, z = pair(5)
     space = Clusters(count=12, within=0.0)
-    products = space.prepare(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)))
-    torch.testing.assert_close(measure(space, divergence, s, z, products), measure(Full(), divergence, s, z, {}))
+    codebook_tables = space.prepare(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(measure(space, divergence, s, z, codebook_tables), measure(Full(), divergence, s, z, {}))
 
 
 def test_cross_entropy_of_the_code_cluster():
@@ -156,15 +158,15 @@ def test_cross_entropy_of_the_code_cluster():
     torch.testing.assert_close(value, -mass[torch.arange(4), cluster_V[CODE]].log())
 
 
-def test_recolouring_the_target_is_the_cluster_loss():
+def test_recoloring_the_target_is_the_cluster_loss():
     s, z = pair(7)
     cluster_V = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 2, 2, 2])
     space = Clusters(count=2, within=0.0)
     value, gradient = measure(space, ForwardKL(), s, z, products_of(space, cluster_V))
     q, p = s.softmax(1), z.softmax(1)
     P, Q = reference.cluster_masses(p, cluster_V), reference.cluster_masses(q, cluster_V)
-    recoloured = P[:, cluster_V] * q / Q[:, cluster_V]  # the teacher's cluster masses, the student's split of each
-    torch.testing.assert_close(measure(Full(), ForwardKL(), s, recoloured.log(), {}), (value, gradient))
+    recolored = P[:, cluster_V] * q / Q[:, cluster_V]  # the teacher's cluster masses, the student's split of each
+    torch.testing.assert_close(measure(Full(), ForwardKL(), s, recolored.log(), {}), (value, gradient))
 
 
 def test_cluster_masses_do_not_underflow():
@@ -194,7 +196,7 @@ def test_a_cluster_of_masked_codes_counts_nothing(divergence: Divergence):
 def test_a_missing_cluster_map_is_named():
     s, z = pair()
     with pytest.raises(VarkdError, match="no cluster map"):
-        Clusters()(s, z, Rows(CODE), {})
+        Clusters()(s, z, TargetRows(CODE), {})
 
 
 def test_members_list_every_code_once():
@@ -220,9 +222,9 @@ def variance_within(codebook_VE: Tensor, cluster_V: Tensor) -> float:
 
 def test_kmeans_follows_the_geometry_and_random_does_not():
     generator = torch.Generator().manual_seed(1)
-    centres = torch.randn(8, 4, generator=generator) * 10
+    centers = torch.randn(8, 4, generator=generator) * 10
     truth = torch.arange(64) % 8
-    codebook_VE = centres[truth] + 0.1 * torch.randn(64, 4, generator=generator)
+    codebook_VE = centers[truth] + 0.1 * torch.randn(64, 4, generator=generator)
     found = assign_clusters(codebook_VE, 8, "kmeans", seed=0)
     assert all(len(found[truth == k].unique()) == 1 for k in range(8))  # well separated blobs are found exactly
     chance = assign_clusters(codebook_VE, 8, "random", seed=0)
@@ -331,7 +333,7 @@ def test_a_truncated_sum_is_no_divergence():
     truncated = (p * (p / q).log())[:, :2].sum(1)
     assert truncated < -0.2
     for tail in (True, False):
-        (view,) = TopK(2, tail=tail)(q.log(), p.log(), Rows(torch.zeros(1, dtype=torch.long)), {})
+        (view,) = TopK(2, tail=tail)(q.log(), p.log(), TargetRows(torch.zeros(1, dtype=torch.long)), {})
         assert view.teacher_NK is not None
         value = ForwardKL()(view.student_NK, view.teacher_NK, view.rows)
         assert value > 5e-3
@@ -352,17 +354,17 @@ def test_a_target_code_has_its_place_or_belongs_to_the_tail(of):
     codes = likeliest(z if of == "teacher" else s, 3)
     rest = torch.tensor([next(v for v in range(12) if v not in row) for row in codes.tolist()])
     for place in range(3):
-        (view,) = TopK(3, of)(s, z, Rows(codes[:, place]), {})
+        (view,) = TopK(3, of)(s, z, TargetRows(codes[:, place]), {})
         assert view.rows.target_N.tolist() == [place] * 4
-    (view,) = TopK(3, of)(s, z, Rows(rest, torch.ones(4)), {})
+    (view,) = TopK(3, of)(s, z, TargetRows(rest, torch.ones(4)), {})
     assert view.rows.target_N.tolist() == [3] * 4 and torch.equal(view.rows.alpha_N, torch.ones(4))  # type: ignore[arg-type]
     q = s.softmax(1)
     tail_q = torch.tensor([1 - row[kept].sum() for row, kept in zip(q, codes, strict=True)])
     torch.testing.assert_close(CrossEntropy()(view.student_NK, None, view.rows), -tail_q.log())
     mixed = torch.stack([codes[:, 0], rest]).T.flatten()[[0, 3, 4, 7]]  # rows 0 and 2 in the set, 1 and 3 outside
-    (view,) = TopK(3, of)(s, z, Rows(mixed), {})
+    (view,) = TopK(3, of)(s, z, TargetRows(mixed), {})
     assert view.rows.target_N.tolist() == [0, 3, 0, 3]
-    (view,) = TopK(3, of)(s, z, Rows(codes[:, 1]), {})
+    (view,) = TopK(3, of)(s, z, TargetRows(codes[:, 1]), {})
     assert view.teacher_NK is not None
     value = Decoupled("target")(view.student_NK, view.teacher_NK, view.rows)  # g against all others, in any space
     expected, _ = reference.decoupled(s, z, "target", codes[:, 1])
@@ -371,7 +373,7 @@ def test_a_target_code_has_its_place_or_belongs_to_the_tail(of):
 
 def test_without_a_tail_no_divergence_may_read_the_code():
     s, z = pair(13)
-    (view,) = TopK(3, tail=False)(s, z, Rows(CODE), {})
+    (view,) = TopK(3, tail=False)(s, z, TargetRows(CODE), {})
     assert view.teacher_NK is not None
     for divergence in (CrossEntropy(), Decoupled("rest")):
         with pytest.raises(VarkdError, match=r"space\.tail=true"):
@@ -382,7 +384,7 @@ def test_without_a_tail_no_divergence_may_read_the_code():
 @sides
 def test_the_skew_of_a_sequence_reaches_the_likeliest_codes(of):
     s, z = pair(14)
-    (view,) = TopK(4, of)(s, z, Rows(CODE, torch.full((4,), 0.3)), {})
+    (view,) = TopK(4, of)(s, z, TargetRows(CODE, torch.full((4,), 0.3)), {})
     assert view.teacher_NK is not None
     value = SkewKL(SequenceSkew())(view.student_NK, view.teacher_NK, view.rows)
     torch.testing.assert_close(value, measure(TopK(4, of), SkewKL(0.3), s, z, {})[0])
@@ -399,7 +401,7 @@ def test_likeliest_codes_of_huge_logits(of, dtype: torch.dtype, divergence: Dive
         for tail in (True, False):
             space = TopK(3, of, tail)
             leaf = s.clone().requires_grad_()
-            (view,) = space(leaf, z, Rows(CODE), {})
+            (view,) = space(leaf, z, TargetRows(CODE), {})
             assert view.teacher_NK is not None
             value = divergence(view.student_NK, view.teacher_NK, view.rows)
             (gradient,) = torch.autograd.grad(value.sum(), leaf)
@@ -412,14 +414,14 @@ def test_the_tail_keeps_its_digits():
     s, z = torch.tensor([[20.0, 0.0, -50.0]]), torch.tensor([[21.0, 0.0, -50.0]])
     for logits, expected in ((s, -20.0), (z, -21.0)):
         assert torch.isneginf(torch.log1p(-log_softmax(logits)[:, :1].exp())).all()
-        (view,) = TopK(1)(logits, logits, Rows(torch.zeros(1, dtype=torch.long)), {})
+        (view,) = TopK(1)(logits, logits, TargetRows(torch.zeros(1, dtype=torch.long)), {})
         assert view.student_NK[0, 1] == pytest.approx(expected, rel=1e-6)
 
 
 @sides
 def test_narrow_logits_are_widened(of):
     s, z = (logits.bfloat16() for logits in pair(15))
-    (view,) = TopK(4, of)(s, z, Rows(CODE), {})
+    (view,) = TopK(4, of)(s, z, TargetRows(CODE), {})
     assert view.teacher_NK is not None and view.student_NK.dtype == view.teacher_NK.dtype == torch.float32
     torch.testing.assert_close(view.student_NK.exp().sum(1), torch.ones(4))
 
@@ -454,7 +456,7 @@ def test_top_k_needs_nothing_of_the_tokenizer_and_refuses_nonsense():
         with pytest.raises(VarkdError, match="count must be at least"):
             make()
     with pytest.raises(VarkdError, match=r"space\.of=student"):
-        TopK(4)(s, None, Rows(CODE), {})
-    (view,) = TopK(4, "student")(s, None, Rows(CODE), {})
+        TopK(4)(s, None, TargetRows(CODE), {})
+    (view,) = TopK(4, "student")(s, None, TargetRows(CODE), {})
     assert view.teacher_NK is None and view.student_NK.shape == (4, 5)
     assert (CrossEntropy()(view.student_NK, None, view.rows) > 0).all()

@@ -33,7 +33,7 @@ from varkd.distill.divergences import (
 from varkd.distill.loss import LossInputs, distill_loss
 from varkd.distill.method import Method, Term
 from varkd.distill.prefixes import Data, Rollout
-from varkd.distill.schedule import Ramp
+from varkd.distill.schedule import LinearSchedule
 from varkd.distill.spaces import Clusters, Full, Space, TopK
 from varkd.distill.target import Guided, Plain, Target, Temperature, Truncated
 from varkd.errors import VarkdError
@@ -76,7 +76,7 @@ def test_a_temperature_raises_probabilities_to_a_power(temperature: float):
     assert torch.equal(narrow, conditional.bfloat16().float() / temperature)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, Ramp(1.0, 0.0)])
+@pytest.mark.parametrize("value", [0.0, -1.0, LinearSchedule(1.0, 0.0)])
 def test_a_temperature_of_zero_is_refused(value):
     with pytest.raises(VarkdError, match="temperature must lie in"):
         Temperature(value)
@@ -146,23 +146,23 @@ def plans() -> dict[str, Plan]:
     }
 
 
-def part_under(plan: Plan, scale_B: Tensor | None = None) -> Part:
+def part_under(plan: Plan, guidance_B: Tensor | None = None) -> Part:
     rows, length = plan.order_BL.shape
-    codes_BL, condition = torch.zeros(rows, length, dtype=torch.long), Condition(torch.zeros(rows), scale_B)
+    codes_BL, condition = torch.zeros(rows, length, dtype=torch.long), Condition(torch.zeros(rows), guidance_B)
     return Part.of("data", codes_BL, condition, plan, torch.arange(rows))
 
 
 @pytest.mark.parametrize("name", ["raster", "next scale", "parallel random"])
 @pytest.mark.parametrize("schedule", ["family", *KINDS])
-@pytest.mark.parametrize("scale_B", [None, torch.tensor([1.5, 4.0, 2.25])], ids=["one scale", "a scale per row"])
-def test_the_scale_of_a_position_is_that_of_its_step(name: str, schedule, scale_B: Tensor | None):
+@pytest.mark.parametrize("guidance_B", [None, torch.tensor([1.5, 4.0, 2.25])], ids=["one scale", "a scale per row"])
+def test_the_scale_of_a_position_is_that_of_its_step(name: str, schedule, guidance_B: Tensor | None):
     plan = plans()[name]
-    guided = Guided(3.0, None if scale_B is None else 5.0, schedule, start=1.25, power=2.0)
+    guided = Guided(3.0, None if guidance_B is None else 5.0, schedule, start=1.25, power=2.0)
     for family in KINDS if schedule == "family" else ("constant",):
-        found_BL = guided.scale_BL(part_under(plan, scale_B), SimpleNamespace(guidance=family))  # type: ignore[arg-type]
+        found_BL = guided.scale_BL(part_under(plan, guidance_B), SimpleNamespace(guidance=family))  # type: ignore[arg-type]
         assert found_BL.shape == plan.order_BL.shape and found_BL.dtype == torch.float32
         for row in range(3):
-            largest = 3.0 if scale_B is None else float(scale_B[row])
+            largest = 3.0 if guidance_B is None else float(guidance_B[row])
             kind = family if schedule == "family" else schedule
             how = Sampler(guidance=largest, guidance_schedule=kind, guidance_start=1.25, guidance_power=2.0)
             scale_S = guidance_per_step(how, plan, "constant")
@@ -187,12 +187,12 @@ def test_scales_by_hand():
 def test_a_range_of_scales_is_drawn_for_each_row():
     row_B = torch.arange(400)
     guided = Guided(1.5, 4.0)
-    scale_B = guided.scale_B(row_B, Rng(0, 7))
-    assert scale_B is not None and scale_B.shape == (400,) and scale_B.dtype == torch.float32
-    assert (scale_B >= 1.5).all() and (scale_B <= 4.0).all() and abs(float(scale_B.mean()) - 2.75) < 0.15
-    assert torch.equal(scale_B[100:200], guided.scale_B(row_B[100:200], Rng(0, 7)))  # type: ignore[arg-type]
-    assert not torch.equal(scale_B, guided.scale_B(row_B, Rng(0, 8)))  # type: ignore[arg-type]
-    assert Guided(1.5).scale_B(row_B, Rng(0, 7)) is None
+    guidance_B = guided.guidance_B(row_B, Rng(0, 7))
+    assert guidance_B is not None and guidance_B.shape == (400,) and guidance_B.dtype == torch.float32
+    assert (guidance_B >= 1.5).all() and (guidance_B <= 4.0).all() and abs(float(guidance_B.mean()) - 2.75) < 0.15
+    assert torch.equal(guidance_B[100:200], guided.guidance_B(row_B[100:200], Rng(0, 7)))  # type: ignore[arg-type]
+    assert not torch.equal(guidance_B, guided.guidance_B(row_B, Rng(0, 8)))  # type: ignore[arg-type]
+    assert Guided(1.5).guidance_B(row_B, Rng(0, 7)) is None
 
 
 # ---- in the loss, on whole models
@@ -211,15 +211,15 @@ def branch(model, whole: Part, condition: Condition) -> Tensor:
     return model.head(model(whole.codes_BL, condition, whole.plan)).detach()
 
 
-@pytest.mark.parametrize("scale_B", [None, torch.linspace(1.5, 4.0, 8)], ids=["one scale", "a scale per row"])
-def test_the_guided_loss_is_the_divergence_from_the_guided_teacher(student, teacher, data, scale_B):
-    data = replace(data, condition=replace(data.condition, scale_B=scale_B))
-    target = Guided(2.5, None if scale_B is None else 4.0, schedule="decoded_after")
+@pytest.mark.parametrize("guidance_B", [None, torch.linspace(1.5, 4.0, 8)], ids=["one scale", "a scale per row"])
+def test_the_guided_loss_is_the_divergence_from_the_guided_teacher(student, teacher, data, guidance_B):
+    data = replace(data, condition=replace(data.condition, guidance_B=guidance_B))
+    target = Guided(2.5, None if guidance_B is None else 4.0, schedule="decoded_after")
     method = Method((Term("kd", ForwardKL()),), target=target)
     value, _ = distill_loss(inputs_of(method, student, teacher), Context((data,)), {"kd": 1.0})
     k_BLV = branch(teacher, data, data.condition)
     u_BLV = branch(teacher, data, data.condition.null(teacher.null_label))
-    largest_B = torch.full((8,), 2.5) if scale_B is None else scale_B
+    largest_B = torch.full((8,), 2.5) if guidance_B is None else guidance_B
     scale_BL = 1 + (largest_B.unsqueeze(1) - 1) * torch.arange(1, 7) / 6
     lp = (u_BLV + scale_BL.unsqueeze(2) * (k_BLV - u_BLV)).log_softmax(-1)
     lq = branch(student, data, data.condition).log_softmax(-1)
@@ -256,7 +256,14 @@ def test_a_target_of_one_branch_never_runs_the_null_branch(student, teacher, dat
 
 # ---- which losses a truncated teacher allows
 
-REFUSED = [ReverseKL(), AdaptiveKL(), ToDi(), SkewReverseKL(0.0), SkewReverseKL(Ramp(0.0, 0.2)), JSD(1.0, "ends")]
+REFUSED = [
+    ReverseKL(),
+    AdaptiveKL(),
+    ToDi(),
+    SkewReverseKL(0.0),
+    SkewReverseKL(LinearSchedule(0.0, 0.2)),
+    JSD(1.0, "ends"),
+]
 ALLOWED = [
     ForwardKL(), JSD(0.5), JSD(0.3, "ends"), JSD(1.0), TotalVariation(), SkewKL(0.1), SkewKL(0.0), SkewReverseKL(0.1),
     SkewReverseKL(SequenceSkew(), detached=True), TAID(0.6), Ranking(3), TeacherArgmax(), CrossEntropy(),

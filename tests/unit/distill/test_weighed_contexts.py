@@ -16,7 +16,7 @@ from varkd.distill.describe import cost_at, explain, phrase
 from varkd.distill.divergences import CrossEntropy, ForwardKL
 from varkd.distill.method import Method, Term
 from varkd.distill.mixture import Mixture, Share
-from varkd.distill.prefixes import Data, Interleaved, PrefixRestart, Rollout, TokenMix
+from varkd.distill.prefixes import Data, MixtureSampling, PrefixRestart, Rollout, SpeculativeSampling
 from varkd.distill.replay import Replay
 from varkd.distill.reweighted import PrefixReweighted, Reweighted, code_log_ratios, prefix_weights
 from varkd.distill.scene import Scene, in_row_order, merge
@@ -123,7 +123,9 @@ def test_nonsense_is_refused(settings: dict[str, float]):
 
 @pytest.mark.parametrize("score", ["difference", "teacher"])
 @pytest.mark.parametrize(
-    "rollout", [Rollout(), Rollout("teacher"), TokenMix(), Interleaved(), PrefixRestart()], ids=lambda r: r.kind
+    "rollout",
+    [Rollout(), Rollout("teacher"), MixtureSampling(), SpeculativeSampling(), PrefixRestart()],
+    ids=lambda r: r.kind,
 )
 def test_the_best_by_hand(scene, batch, rollout, score):
     (best,) = BestOf(rollout, 4, score)(batch, scene).parts
@@ -138,7 +140,7 @@ def test_the_best_by_hand(scene, batch, rollout, score):
     assert len(winner.unique()) > 1
     for row, nth in enumerate(winner.tolist()):
         assert torch.equal(best.codes_BL[row], tries[nth].codes_BL[row])
-        assert torch.equal(best.behaviour_logp_BL[row], tries[nth].behaviour_logp_BL[row])
+        assert torch.equal(best.behavior_logp_BL[row], tries[nth].behavior_logp_BL[row])
     assert torch.equal(best.condition.label_B, batch.label_B), "the label is kept"
     assert torch.equal(best.row_B, batch.row_B) and best.source == rollout.sources[0]
 
@@ -210,7 +212,7 @@ def test_words_and_cost():
     cost = cost_at(method)
     assert cost["student_decode"] == 3 / 4 and cost["teacher_read"] == 1 + 3 / 4 + 1
     assert cost["student_read"] == 3 / 4 + 1
-    alone = cost_at(Method((Term("kd", ForwardKL()),), BestOf(TokenMix(), 2, "teacher")))
+    alone = cost_at(Method((Term("kd", ForwardKL()),), BestOf(MixtureSampling(), 2, "teacher")))
     assert (alone["student_decode"], alone["teacher_decode"]) == (2, 2)
     assert (alone["student_read"], alone["teacher_read"]) == (0, 3)
 

@@ -28,7 +28,7 @@ from varkd.evaluate.diagnostics import (
     measure,
     sampled,
 )
-from varkd.evaluate.intervals import centred_bootstrap, mean_curve
+from varkd.evaluate.intervals import centered_bootstrap, mean_curve
 from varkd.rollout import Sampler
 from varkd.types import Batch, Condition, Plan
 from varkd.world import Rng
@@ -60,7 +60,7 @@ def logp(model: Backbone, data: Sequences) -> Tensor:
 
 def by_loops(q: list[float], p: list[float], code: int, space: CodeSpace) -> dict[str, float]:
     """Every quantity of one row, in plain Python."""
-    assert space.codebook_VE is not None and space.neighbour_Vk is not None
+    assert space.codebook_VE is not None and space.neighbor_Vk is not None
     codes, cluster, vectors = range(len(p)), space.cluster_V.tolist(), space.codebook_VE
     squared = [[float((vectors[v] - vectors[u]).square().sum()) for u in codes] for v in codes]
     best_p, best_q = max(codes, key=lambda v: p[v]), max(codes, key=lambda v: q[v])
@@ -83,7 +83,7 @@ def by_loops(q: list[float], p: list[float], code: int, space: CodeSpace) -> dic
     lantern = 0.0
     for v in codes:
         extra = 0.0
-        for u in space.neighbour_Vk[v].tolist():
+        for u in space.neighbor_Vk[v].tolist():
             if extra + p[u] > SLACK:
                 break
             extra += p[u]
@@ -93,7 +93,7 @@ def by_loops(q: list[float], p: list[float], code: int, space: CodeSpace) -> dic
         "teacher_entropy": entropy, "student_entropy": -sum(q[v] * math.log(q[v]) for v in codes),
         "forward_kl": kl(p, q), "reverse_kl": kl(q, p), "jsd": 0.5 * kl(p, mix) + 0.5 * kl(q, mix),
         "total_variation": 0.5 * sum(abs(p[v] - q[v]) for v in codes),
-        "acceptance": sum(min(p[v], q[v]) for v in codes), "acceptance_neighbours": lantern,
+        "acceptance": sum(min(p[v], q[v]) for v in codes), "acceptance_neighbors": lantern,
         "top1": float(best_p == best_q), "top5": float(best_q in sorted(codes, key=lambda v: -p[v])[:5]),
         "top1_cluster": float(cluster[best_p] == cluster[best_q]),
         "embedding_distance": expected(p, q), "embedding_self": expected(p, p),
@@ -123,7 +123,7 @@ def test_identities(make_model: Models):
     found = measure(student, teacher, sequences(student), space)
     near = lambda a, b: torch.testing.assert_close(a.double(), b.double(), rtol=1e-9, atol=1e-9)
     near(found["acceptance"], 1 - found["total_variation"])
-    assert (found["acceptance_neighbours"] >= found["acceptance"] - 1e-12).all()
+    assert (found["acceptance_neighbors"] >= found["acceptance"] - 1e-12).all()
     # E|v - u|^2 is the mean of both models' own distances plus the gap between their means.
     swapped = measure(teacher, student, sequences(student), space)
     own = (found["embedding_self"] + swapped["embedding_self"]) / 2
@@ -163,10 +163,10 @@ def test_how_many_hold_nine_tenths(probabilities: list[float], expected: int):
     assert mass_count(torch.tensor([probabilities])).tolist() == [expected]
 
 
-def test_neighbours_and_radius():
+def test_neighbors_and_radius():
     codebook_VE = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
     space = CodeSpace.of(codebook_VE, Clusters(count=2), CPU)
-    assert space.neighbour_Vk is not None and space.neighbour_Vk.tolist() == [[1, 2], [0, 2], [1, 0], [2, 1]]
+    assert space.neighbor_Vk is not None and space.neighbor_Vk.tolist() == [[1, 2], [0, 2], [1, 0], [2, 1]]
     assert space.radius == pytest.approx((3 + 2 + 3 + 6) / 4)
     assert space.members_KM is not None and torch.equal(space.members_KM, cluster_members(space.cluster_V))
 
@@ -241,5 +241,5 @@ def test_a_curve_has_the_interval_of_every_mean(batch: Batch):
     curve = mean_curve(values_NL, seed=4)
     for place in range(values_NL.shape[1]):
         mean = lambda counts_RN, place=place: counts_RN @ values_NL[:, place] / len(values_NL)
-        expected = centred_bootstrap(mean, len(values_NL), seed=4)
+        expected = centered_bootstrap(mean, len(values_NL), seed=4)
         assert [float(part[place]) for part in curve] == pytest.approx(list(expected))

@@ -54,7 +54,7 @@ def test_digits_are_learnt_and_the_record_says_how(digits, fitted):
     assert not net.training
 
 
-def test_features_are_standardised_on_the_data(digits, fitted):
+def test_features_are_standardized_on_the_data(digits, fitted):
     features = features_of(fitted[0], digits[0])[0]
     assert features.shape == (len(digits[0]), 16)
     assert features.dtype == torch.float64

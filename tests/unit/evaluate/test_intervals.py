@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from varkd.errors import VarkdError
-from varkd.evaluate.intervals import centred_bootstrap, share
+from varkd.evaluate.intervals import centered_bootstrap, share
 
 
 def mean_of(values_N):
@@ -15,7 +15,7 @@ def mean_of(values_N):
 
 def test_the_interval_of_a_mean_is_the_textbook_one():
     values = torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    value, low, high = centred_bootstrap(mean_of(values), 400, 2000, seed=1)
+    value, low, high = centered_bootstrap(mean_of(values), 400, 2000, seed=1)
     half = 1.96 * values.std().item() / math.sqrt(400)
     assert value == pytest.approx(values.mean().item())
     assert low == pytest.approx(value - half, abs=0.15 * half)
@@ -27,24 +27,24 @@ def test_it_covers_the_true_mean_about_95_times_in_100():
     covered = 0
     for repeat in range(200):
         values = torch.rand(100, dtype=torch.float64, generator=generator)
-        _, low, high = centred_bootstrap(mean_of(values), 100, 200, seed=repeat)
+        _, low, high = centered_bootstrap(mean_of(values), 100, 200, seed=repeat)
         covered += low <= 0.5 <= high
     assert 178 <= covered <= 199
 
 
 def test_the_seed_decides_and_the_block_size_does_not(monkeypatch):
     values = torch.arange(50, dtype=torch.float64)
-    first = centred_bootstrap(mean_of(values), 50, 100, seed=3)
-    assert first == centred_bootstrap(mean_of(values), 50, 100, seed=3)
-    assert first != centred_bootstrap(mean_of(values), 50, 100, seed=4)
+    first = centered_bootstrap(mean_of(values), 50, 100, seed=3)
+    assert first == centered_bootstrap(mean_of(values), 50, 100, seed=3)
+    assert first != centered_bootstrap(mean_of(values), 50, 100, seed=4)
     monkeypatch.setattr("varkd.evaluate.intervals._DRAWS_AT_ONCE", 500)
-    assert first == pytest.approx(centred_bootstrap(mean_of(values), 50, 100, seed=3))
+    assert first == pytest.approx(centered_bootstrap(mean_of(values), 50, 100, seed=3))
 
 
 def test_a_biased_statistic_keeps_its_estimate_inside():
     values = torch.randn(200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     num_distinct = lambda counts_RN: (counts_RN > 0).double().mean(1)  # 1 on the data, about 0.63 on every resample
-    value, low, high = centred_bootstrap(num_distinct, 200, bounds=(0.0, 1.0))
+    value, low, high = centered_bootstrap(num_distinct, 200, bounds=(0.0, 1.0))
     assert value == 1
     assert low < value == high
     assert (values.square() > 0).all()
@@ -70,14 +70,14 @@ def test_wilson_at_the_edge():
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30))
 def test_any_data_is_inside_its_interval(numbers):
     values = torch.tensor(numbers, dtype=torch.float64)
-    value, low, high = centred_bootstrap(mean_of(values), len(numbers), 20)
+    value, low, high = centered_bootstrap(mean_of(values), len(numbers), 20)
     assert low <= value <= high
 
 
 @pytest.mark.parametrize("num, resamples", [(1, 100), (0, 100), (10, 1)])
 def test_too_little_is_refused(num, resamples):
     with pytest.raises(VarkdError, match="at least 2"):
-        centred_bootstrap(lambda counts: counts.sum(1), num, resamples)
+        centered_bootstrap(lambda counts: counts.sum(1), num, resamples)
 
 
 @pytest.mark.parametrize("successes, num", [(1, 1), (3, 2), (-1, 5)])

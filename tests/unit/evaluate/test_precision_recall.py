@@ -10,8 +10,8 @@ def normal(num, width=8, seed=0):
 
 
 def clusters(num, kinds, seed=0):
-    centres = 20 * torch.eye(8, dtype=torch.float64)
-    return centres[torch.arange(num) % kinds] + normal(num, seed=seed)
+    centers = 20 * torch.eye(8, dtype=torch.float64)
+    return centers[torch.arange(num) % kinds] + normal(num, seed=seed)
 
 
 def test_the_same_set_is_precise_and_complete():
@@ -48,12 +48,12 @@ def test_against_the_definition_by_loops(monkeypatch):
     monkeypatch.setattr("varkd.evaluate.precision_recall._CHUNK", 7)
     samples, real = normal(25, 3, seed=1), normal(30, 3, seed=2)
 
-    def share_inside(points, centres):
+    def share_inside(points, centers):
         def radius(index):
-            others = sorted((centres[index] - other).norm() for other in centres)
+            others = sorted((centers[index] - other).norm() for other in centers)
             return others[3]  # others[0] is the point itself
 
-        inside = [any((p - c).norm() <= radius(i) for i, c in enumerate(centres)) for p in points]
+        inside = [any((p - c).norm() <= radius(i) for i, c in enumerate(centers)) for p in points]
         return sum(inside) / len(inside)
 
     result = precision_recall(samples, real)

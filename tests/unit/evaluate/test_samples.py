@@ -58,14 +58,14 @@ def test_unseen_real_images_score_as_real_ones_should(real_metrics, fitted):
     assert values["copies"] > 0
 
 
-def test_memorised_images_win_the_distance_and_are_found_out(digits, metrics_of, real_metrics):
+def test_memorized_images_win_the_distance_and_are_found_out(digits, metrics_of, real_metrics):
     train = digits[0]
     index = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:180]
-    memorised = metrics_of(train.batch(index), torch.from_numpy(train.labels)[index])
-    assert memorised["fd"]["value"] < real_metrics["fd"]["high"]
-    assert memorised["copies"]["value"] == 1
-    assert memorised["copies"]["low"] > 0.95
-    assert memorised["nearest"] == {"value": 0, "low": 0, "high": 0}
+    memorized = metrics_of(train.batch(index), torch.from_numpy(train.labels)[index])
+    assert memorized["fd"]["value"] < real_metrics["fd"]["high"]
+    assert memorized["copies"]["value"] == 1
+    assert memorized["copies"]["low"] > 0.95
+    assert memorized["nearest"] == {"value": 0, "low": 0, "high": 0}
 
 
 def test_noise_is_told_from_digits(real, metrics_of, real_metrics):

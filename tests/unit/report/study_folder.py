@@ -59,7 +59,7 @@ def family_rows(family: str, number: int, methods: list[tuple[str, str]]) -> lis
     return rows
 
 
-def summarise(rows: list[dict[str, Any]], methods: list[tuple[str, str]], budget: str) -> list[dict[str, Any]]:
+def summarize(rows: list[dict[str, Any]], methods: list[tuple[str, str]], budget: str) -> list[dict[str, Any]]:
     of = {method: [row for row in rows if (row["method"], row["budget"]) == (method, budget)] for method, _ in methods}
     column = lambda method, key: [row[key] for row in of[method]]
     mean = lambda method: float(np.mean(column(method, "fd")))
@@ -98,7 +98,7 @@ def results(num_methods: int = 5, families: tuple[str, ...] = ("llamagen",)) -> 
         rows = family_rows(family, number, methods)
         study["rows"] += rows
         for budget in ("updates", "time"):
-            entries = summarise(rows, methods, budget)
+            entries = summarize(rows, methods, budget)
             study["summary"] += entries
             fd = {row["method"]: [] for row in rows}
             for row in rows:

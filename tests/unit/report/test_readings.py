@@ -52,7 +52,7 @@ def analysis_of(student: LlamaGen, teacher: LlamaGen, num: int = 40) -> Analysis
     ranked = {name: by_rank(found, data.plan) for name, found in values.items()}
     info: Mapping[str, Any] = {
         "num": num, "scales": None, "grid": [2, 3], "vocab_size": student.vocab_size, "sequence_length": 6,
-        "code_space": {"clusters": 4, "neighbours": 3, "slack": 0.1, "radius": space.radius},
+        "code_space": {"clusters": 4, "neighbors": 3, "slack": 0.1, "radius": space.radius},
     }  # fmt: skip
     tables = {"positions": curves.positions(ranked, None, 0), "maps": curves.maps(values, (2, 3), None),
               "accumulated": curves.accumulated_error(ranked, 0)}  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from browsing import browser, fits, smallest_text, use, window
 from tiny_runs import FROM_THE_START, scale_codes, train
 from varkd.cli import main
-from varkd.config import Model
+from varkd.config import ModelConfig
 from varkd.evaluate.agreement import agreement
 from varkd.evaluate.diagnostics import by_rank, measure
 from varkd.files import read_json
@@ -64,7 +64,7 @@ class Page(HTMLParser):
 
 def language(updates: int = 2) -> Language:
     """The smallest text pair that runs."""
-    small = Model(num_layers=1, dim=16, num_heads=1, ffn_dim=16)
+    small = ModelConfig(num_layers=1, dim=16, num_heads=1, ffn_dim=16)
     schedule = replace(Language().train, updates=updates, batch_size=4, checkpoint_every=updates)
     return replace(Language(), vocab_size=110, length=16, teacher=small, student=small, train=schedule)
 

@@ -1,4 +1,4 @@
-"""Teachers and students of different families: allowed where both can honour the student's plans, refused otherwise."""
+"""Teachers and students of different families: allowed where both can honor the student's plans, refused otherwise."""
 
 from __future__ import annotations
 

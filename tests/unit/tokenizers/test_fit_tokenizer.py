@@ -30,7 +30,7 @@ FIT = FitConfig(steps=120, batch_size=16, lr=5e-3, restart_every=10)
 
 
 class Ramps:
-    """Colour ramps of random direction: what the fit needs of an image set."""
+    """Color ramps of random direction: what the fit needs of an image set."""
 
     def __init__(self, num: int, seed: int, channels: int = 3) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -121,7 +121,7 @@ def test_the_loss_of_the_scales_is_that_of_var():
     loss, found = module._loss(model, images, FIT)
     assert isinstance(model, MultiScale)
     latents = model.latents(images)
-    scales = model.quantise(latents)
+    scales = model.quantize_latents(latents)
     distance = torch.stack([(scale.features_BEPP - latents).square().mean() for scale in scales]).mean()
     error = model.decode(model.encode(images)) - images
     wanted = error.abs().mean() + error.square().mean() + (FIT.codebook + FIT.commitment) * distance

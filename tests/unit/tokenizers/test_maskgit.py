@@ -58,8 +58,8 @@ def test_autocast_does_not_reach_the_search():
     model = build()
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(3))
     with torch.autocast("cpu", torch.bfloat16):
-        codes = model.quantise(latents)
-    assert torch.equal(codes, model.quantise(latents))
+        codes = model.quantize_latents(latents)
+    assert torch.equal(codes, model.quantize_latents(latents))
 
 
 @pytest.mark.parametrize(

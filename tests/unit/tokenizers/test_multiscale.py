@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from varkd.errors import VarkdError
-from varkd.residual import Quantiser
+from varkd.residual import Quantizer
 from varkd.tokenizers import layers
 from varkd.tokenizers.multiscale import MultiScale, MultiScaleConfig, doubling
 from varkd.tokenizers.protocol import to_unit
@@ -42,7 +42,7 @@ def test_shapes_and_codes():
 def test_encoding_agrees_with_decoding():
     """The sum that the encoder builds up is the sum that the codes give."""
     model = build()
-    scales = model.quantise(model.latents(draw(2, 3, 8, 8)))
+    scales = model.quantize_latents(model.latents(draw(2, 3, 8, 8)))
     codes = torch.cat([scale.codes_Bn for scale in scales], dim=1)
     for scale, features in zip(scales, model.residual.features(codes), strict=True):
         torch.testing.assert_close(scale.features_BEPP, features)
@@ -53,7 +53,7 @@ def test_encoding_agrees_with_decoding():
 def test_each_scale_takes_the_nearest_row_to_what_is_left():
     model = build()
     latents = draw(2, 4, 4, 4)
-    scales = model.quantise(latents)
+    scales = model.quantize_latents(latents)
     done = torch.zeros_like(latents)
     for side, scale in zip(TINY.scales, scales, strict=True):
         rows = F.adaptive_avg_pool2d(latents - done, side).flatten(2).transpose(1, 2)
@@ -75,26 +75,26 @@ def test_search_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch):
 def test_autocast_does_not_reach_the_codes():
     model, latents = build(), draw(2, 4, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        scales = model.quantise(latents)
+        scales = model.quantize_latents(latents)
     assert scales[-1].features_BEPP.dtype == torch.float32
-    for ours, theirs in zip(scales, model.quantise(latents), strict=True):
+    for ours, theirs in zip(scales, model.quantize_latents(latents), strict=True):
         assert torch.equal(ours.codes_Bn, theirs.codes_Bn)
 
 
 def test_gradients_reach_codebook_and_convolutions_but_not_the_latents():
     model, latents = build(), draw(1, 4, 4, 4).requires_grad_()
-    model.quantise(latents)[-1].features_BEPP.sum().backward()
+    model.quantize_latents(latents)[-1].features_BEPP.sum().backward()
     assert latents.grad is None
     for parameter in model.quantize.parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0
 
 
 @torch.no_grad()
-def test_the_quantiser_reads_codes_without_the_tokenizer():
+def test_the_quantizer_reads_codes_without_the_tokenizer():
     model = build()
     codes = model.encode(draw(2, 3, 8, 8))
-    alone = Quantiser.of(model.quantiser, model.scales)
-    assert not any(tensor.requires_grad for tensor in model.quantiser.values())
+    alone = Quantizer.of(model.quantizer, model.scales)
+    assert not any(tensor.requires_grad for tensor in model.quantizer.values())
     assert torch.equal(alone.inputs(codes), model.residual.inputs(codes))
     assert alone.inputs(codes).shape == (2, 20, 4)
 

@@ -1,4 +1,4 @@
-"""Grey levels as codes."""
+"""Gray levels as codes."""
 
 from __future__ import annotations
 

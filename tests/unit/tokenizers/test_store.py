@@ -162,7 +162,7 @@ def test_usage_statistics_are_no_part_of_a_tokenizer(tmp_path: Path, kind: str, 
     assert hashes == {OFFICIAL[kind].hash}
 
 
-def test_official_vq8_is_recognised_by_its_shapes():
+def test_official_vq8_is_recognized_by_its_shapes():
     """Four levels instead of five: eight pixels a code."""
     with torch.device("meta"):
         model = VQ(VQConfig(ch_mult=(1, 2, 2, 4)))

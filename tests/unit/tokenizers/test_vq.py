@@ -27,7 +27,7 @@ def test_shapes_and_codes():
     codes = model.encode(images)
     assert codes.shape == (3, 16) and codes.dtype == torch.int64 and model.sequence_length == 16
     assert model.decode(codes).shape == images.shape
-    entries, again = model.quantise(model.latents(images))
+    entries, again = model.quantize_latents(model.latents(images))
     assert torch.equal(again, codes)
     assert torch.equal(model.decode_entries(entries), model.decode(codes))
 
@@ -36,7 +36,7 @@ def test_shapes_and_codes():
 def test_every_codebook_row_is_its_own_code_whatever_its_length():
     model = build()
     latents = (model.codebook_VE * torch.linspace(0.1, 9, 32)[:, None]).view(2, 4, 4, 4).movedim(-1, 1)
-    entries, codes = model.quantise(latents)
+    entries, codes = model.quantize_latents(latents)
     assert torch.equal(codes, torch.arange(32).view(2, 16))
     torch.testing.assert_close(entries, F.normalize(latents, dim=1))
 
@@ -57,14 +57,14 @@ def test_autocast_does_not_reach_the_search():
     model = build()
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(3))
     with torch.autocast("cpu", torch.bfloat16):
-        entries, codes = model.quantise(latents)
+        entries, codes = model.quantize_latents(latents)
     assert entries.dtype == torch.float32
-    assert torch.equal(codes, model.quantise(latents)[1])
+    assert torch.equal(codes, model.quantize_latents(latents)[1])
 
 
 def test_gradient_reaches_the_used_rows_only():
     model = build()
-    entries, codes = model.quantise(torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(4)))
+    entries, codes = model.quantize_latents(torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(4)))
     (entries * torch.arange(4.0)[None, :, None, None]).sum().backward()
     gradient = model.quantize.embedding.weight.grad
     assert gradient is not None

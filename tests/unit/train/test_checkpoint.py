@@ -162,7 +162,7 @@ def test_a_checkpoint_holds_no_teacher_and_no_pickle(tmp_path: Path, codes: Path
     assert isinstance(hashes[0], str) and hashes[1] is None
 
 
-def test_the_optimiser_comes_back_whole(tmp_path: Path, codes: Path):
+def test_the_optimizer_comes_back_whole(tmp_path: Path, codes: Path):
     run = train(tmp_path / "run", codes)
     state = {name: value for name, value in checkpoint(run, 6).items() if name.startswith("optimizer/")}
     weights = [name for name in checkpoint(run, 6) if name.startswith("student/")]

@@ -27,8 +27,8 @@ from tiny_runs import (
 )
 from varkd.cli import main
 from varkd.errors import VarkdError
-from varkd.train.loop import Train
-from varkd.train.optim import Optim
+from varkd.train.loop import TrainConfig
+from varkd.train.optim import OptimizerConfig
 
 SLOW_TO_STOP = 60  # seconds; far more than a tiny run takes
 
@@ -216,8 +216,10 @@ def test_a_spike_stops_the_run_and_keeps_the_last_good_checkpoint(
         tmp_path / "run", codes, "train.updates=8", "train.checkpoint_every=2", "train.validate_every=8"
     )
     with monkeypatch.context() as patch:
-        lr_at = Optim.lr_at
-        patch.setattr(Optim, "lr_at", lambda self, step, updates: 1e30 if step == 4 else lr_at(self, step, updates))
+        lr_at = OptimizerConfig.lr_at
+        patch.setattr(
+            OptimizerConfig, "lr_at", lambda self, step, updates: 1e30 if step == 4 else lr_at(self, step, updates)
+        )
         assert main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("varkd: error: the loss is not finite at update 6 (loss ")
@@ -232,9 +234,9 @@ def test_weights_that_blow_up_before_a_checkpoint_do_not_become_one(
     tmp_path: Path, codes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """The update that spoils the weights has a finite loss itself: the validation before the checkpoint tells."""
-    lr_at = Optim.lr_at
+    lr_at = OptimizerConfig.lr_at
     monkeypatch.setattr(
-        Optim, "lr_at", lambda self, step, updates: math.nan if step == 5 else lr_at(self, step, updates)
+        OptimizerConfig, "lr_at", lambda self, step, updates: math.nan if step == 5 else lr_at(self, step, updates)
     )
     assert main(arguments(tmp_path / "run", codes, "train.updates=9", "train.optim.ema=0")) == 2
     assert "the validation loss is not finite after update 6; last good checkpoint: update 3" in capsys.readouterr().err
@@ -287,7 +289,7 @@ def test_the_evaluated_weights_are_the_average(tmp_path: Path, codes: Path):
 )
 def test_settings_are_checked(settings: dict[str, float], message: str):
     with pytest.raises(VarkdError, match=message):
-        Train(**settings)  # type: ignore[arg-type]
+        TrainConfig(**settings)  # type: ignore[arg-type]
 
 
 def test_the_grid_of_samples(tmp_path: Path, codes: Path):

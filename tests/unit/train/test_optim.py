@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from varkd.errors import VarkdError
-from varkd.train.optim import Ema, Optim
+from varkd.train.optim import Ema, OptimizerConfig
 
 
 def test_the_rate_warms_up_linearly_and_falls_along_a_cosine():
-    optim = Optim(lr=2.0, warmup=4, min_lr_ratio=0.1)
+    optim = OptimizerConfig(lr=2.0, warmup=4, min_lr_ratio=0.1)
     rates = [optim.lr_at(step, 104) for step in range(105)]
     assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     assert rates[4] == pytest.approx(2.0)
@@ -25,14 +25,14 @@ def test_the_rate_warms_up_linearly_and_falls_along_a_cosine():
 
 @pytest.mark.parametrize(("warmup", "updates"), [(0, 1), (10, 5), (5, 5), (0, 3)])
 def test_short_runs_have_finite_positive_rates(warmup: int, updates: int):
-    optim = Optim(lr=1e-3, warmup=warmup)
+    optim = OptimizerConfig(lr=1e-3, warmup=warmup)
     assert all(0 < optim.lr_at(step, updates) <= 1e-3 for step in range(updates))
 
 
 def test_gains_and_biases_are_not_decayed():
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     model[0].bias.requires_grad_(False)
-    matrices, vectors = Optim(weight_decay=0.3).build(model).param_groups
+    matrices, vectors = OptimizerConfig(weight_decay=0.3).build(model).param_groups
     assert [p.shape for p in matrices["params"]] == [(2, 3)] and matrices["weight_decay"] == 0.3
     assert [p.shape for p in vectors["params"]] == [(2,), (2,)] and vectors["weight_decay"] == 0.0
 
@@ -41,7 +41,7 @@ def test_one_step_is_adamw():
     """The first AdamW step moves every weight by lr sign(g), after the decay."""
     model = nn.Linear(2, 1, bias=False)
     before = model.weight.detach().clone()
-    optimizer = Optim(lr=0.1, weight_decay=0.5).build(model)
+    optimizer = OptimizerConfig(lr=0.1, weight_decay=0.5).build(model)
     (model.weight * torch.tensor([[3.0, -7.0]])).sum().backward()
     optimizer.step()
     expected = before * (1 - 0.1 * 0.5) - 0.1 * torch.tensor([[1.0, -1.0]])
@@ -77,4 +77,4 @@ def test_the_average_takes_over_saved_values():
 )  # fmt: skip
 def test_settings_are_checked(settings: dict[str, float]):
     with pytest.raises(VarkdError, match="optim"):
-        Optim(**settings)  # type: ignore[arg-type]
+        OptimizerConfig(**settings)  # type: ignore[arg-type]

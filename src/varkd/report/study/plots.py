@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from varkd.report.dots import SHAPES, Dot, forest, scatter
-from varkd.report.figures import NUM_COLOURS, TEACHER, Line, dash, lines
+from varkd.report.figures import NUM_COLORS, TEACHER, Line, dash, lines
 from varkd.report.images import Picture, pictures_of
 from varkd.report.runs import read_log
 from varkd.report.study.results import ROLES, Family, Study
@@ -25,7 +25,7 @@ Drawn = tuple[str, str]
 
 
 def role_legend(family: Family) -> list[tuple[str, str, str]]:
-    """(role, CSS colour, SVG path of its shape) per role that occurs."""
+    """(role, CSS color, SVG path of its shape) per role that occurs."""
     seen = {entry["role"] for entry in family.summary}
     return [
         (text, f"var(--run-{_STYLES[role]})", _OUTLINES[SHAPES[_STYLES[role]]])
@@ -133,7 +133,7 @@ def _group(name: str, group: Sequence[str], baseline: str | None, points: Mappin
         Line(method, style, list(points[method]), list(points[method].values())) for method, style in styles.items()
     ]
     key = [
-        (method, "currentColor" if style == TEACHER else f"var(--run-{style % NUM_COLOURS})",
+        (method, "currentColor" if style == TEACHER else f"var(--run-{style % NUM_COLORS})",
          " ".join(str(length) for length in dash(style)))
         for method, style in styles.items()
     ]  # fmt: skip

@@ -26,7 +26,7 @@ _QUALITY = (
 )  # fmt: skip
 _COST = (
     Column("num_seeds", "Seeds", "seeds", "training seeds behind the means", kind="whole"),
-    Column("updates", "Updates", "steps", "optimiser steps, mean over seeds", kind="whole"),
+    Column("updates", "Updates", "steps", "optimizer steps, mean over seeds", kind="whole"),
     Column("seconds", "Training (s)", "train s", "wall-clock seconds of training, mean over seeds", "lower"),
     Column("temperature", "Sampler temp.", "temp", "temperature of the sampler, chosen on the validation seed"),
     Column("guidance", "Sampler guidance", "cfg", "guidance scale of the sampler, chosen on the validation seed"),

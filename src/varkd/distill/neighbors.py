@@ -1,6 +1,6 @@
 """Which codes look alike, and mass blurred over them: log (K p) for a sparse kernel K, without leaving log space.
 
-The codebook is the tokenizer's `codebook_VE`: the vectors as its quantiser compares them (normalised where it does).
+The codebook is the tokenizer's `codebook_VE`: the vectors as its quantizer compares them (normalized where it does).
 K is column-stochastic: code v gives (K p)_u the share K_uv of its mass, u among the n codes nearest to v, v included.
 """
 
@@ -24,7 +24,7 @@ def nearest_codes(codebook_VE: Tensor, count: int, chunk_rows: int = 1024) -> tu
 
 
 def log_kernel(squared_Vn: Tensor, bandwidth: float) -> Tensor:
-    """log K_uv of the neighbours u of every v, (V, n): a Gaussian of standard deviation `bandwidth`, rows sum to 1."""
+    """log K_uv of the neighbors u of every v, (V, n): a Gaussian of standard deviation `bandwidth`, rows sum to 1."""
     return (-squared_Vn / (2 * bandwidth**2)).log_softmax(1)
 
 
@@ -36,8 +36,8 @@ def displacement(squared_Vn: Tensor, bandwidth: float) -> float:
 def half_way_bandwidth(squared_Vn: Tensor) -> float:
     """The bandwidth whose displacement is the mean of (d/2)^2, d being the distance to the nearest other code.
 
-    There the cells of two codes meet, so this is the order of the tokenizer's own quantisation error. Displacement
-    grows with the bandwidth, and two neighbours are enough to reach it.
+    There the cells of two codes meet, so this is the order of the tokenizer's own quantization error. Displacement
+    grows with the bandwidth, and two neighbors are enough to reach it.
     """
     target = float(squared_Vn[:, 1].mean()) / 4
     low, high = 1e-6, 1e3 * max(1.0, float(squared_Vn.max()) ** 0.5)
@@ -53,7 +53,7 @@ def smoothed(logp_NV: Tensor, index_Vn: Tensor, log_weight_Vn: Tensor) -> Tensor
 
 
 class _Smoothing(torch.autograd.Function):
-    """A logsumexp over incoming edges, one neighbour at a time: (N, V) memory instead of (N, V, n)."""
+    """A logsumexp over incoming edges, one neighbor at a time: (N, V) memory instead of (N, V, n)."""
 
     @staticmethod
     def forward(ctx, logp_NV, index_Vn, log_weight_Vn):

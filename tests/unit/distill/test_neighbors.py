@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL, ReverseKL, Rows, TotalVariation
+from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL, ReverseKL, TargetRows, TotalVariation
 from varkd.distill.method import Method, Term
-from varkd.distill.neighbours import displacement, half_way_bandwidth, log_kernel, nearest_codes, smoothed
-from varkd.distill.spaces import Neighbours, Products, log_softmax
+from varkd.distill.neighbors import displacement, half_way_bandwidth, log_kernel, nearest_codes, smoothed
+from varkd.distill.spaces import CodebookTables, Neighbors, log_softmax
 from varkd.errors import VarkdError
 
 VOCAB = 12
 CODEBOOK_VE = torch.randn(VOCAB, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 CODE = torch.tensor([0, 3, 5, 1])
-SPACES = [Neighbours(4), Neighbours(4, 0.7), Neighbours(99, 2.0), Neighbours(2)]
+SPACES = [Neighbors(4), Neighbors(4, 0.7), Neighbors(99, 2.0), Neighbors(2)]
 DIVERGENCES = [ForwardKL(), ReverseKL(), JSD(0.5), TotalVariation()]
 
 
@@ -26,18 +26,22 @@ def pair(seed: int = 0, scale: float = 2.0) -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(2, 4, VOCAB, generator=generator, dtype=torch.float64) * scale)  # type: ignore[return-value]
 
 
-def dense(space: Neighbours, products: Products) -> Tensor:
+def dense(space: Neighbors, codebook_tables: CodebookTables) -> Tensor:
     """K as a matrix, from the products: float64 (V, V), columns sum to 1."""
     matrix = torch.zeros(VOCAB, VOCAB, dtype=torch.float64)
     for code in range(VOCAB):
-        for near, log_weight in zip(products[space.key][code], products[f"{space.key}/log_weight"][code], strict=True):
+        for near, log_weight in zip(
+            codebook_tables[space.key][code], codebook_tables[f"{space.key}/log_weight"][code], strict=True
+        ):
             matrix[near, code] += math.exp(float(log_weight))
     return matrix
 
 
-def measure(space: Neighbours, divergence, s: Tensor, z: Tensor, products: Products) -> tuple[Tensor, Tensor]:
+def measure(
+    space: Neighbors, divergence, s: Tensor, z: Tensor, codebook_tables: CodebookTables
+) -> tuple[Tensor, Tensor]:
     s = s.detach().requires_grad_()
-    (view,) = space(s, z, Rows(CODE), products)
+    (view,) = space(s, z, TargetRows(CODE), codebook_tables)
     value = divergence(view.student_NK, view.teacher_NK, view.rows)
     return value.detach(), torch.autograd.grad(value.sum(), s)[0]
 
@@ -72,16 +76,16 @@ def test_the_automatic_bandwidth_moves_mass_half_way_to_the_next_code(count: int
 
 
 def test_a_codebook_of_one_repeated_code_still_has_a_kernel():
-    products = Neighbours(3).prepare(torch.ones(5, 2))
-    assert products["neighbours/3-auto/log_weight"].exp().sum(1).tolist() == pytest.approx([1] * 5)
+    codebook_tables = Neighbors(3).prepare(torch.ones(5, 2))
+    assert codebook_tables["neighbors/3-auto/log_weight"].exp().sum(1).tolist() == pytest.approx([1] * 5)
 
 
 @pytest.mark.parametrize("space", SPACES, ids=repr)
-def test_smoothing_is_the_matrix_product_in_value_and_gradient(space: Neighbours):
-    products = space.prepare(CODEBOOK_VE)
-    matrix, (s, _) = dense(space, products), pair()
+def test_smoothing_is_the_matrix_product_in_value_and_gradient(space: Neighbors):
+    codebook_tables = space.prepare(CODEBOOK_VE)
+    matrix, (s, _) = dense(space, codebook_tables), pair()
     leaf, other = (s.clone().requires_grad_() for _ in range(2))
-    found = smoothed(leaf.log_softmax(1), products[space.key], products[f"{space.key}/log_weight"])
+    found = smoothed(leaf.log_softmax(1), codebook_tables[space.key], codebook_tables[f"{space.key}/log_weight"])
     expected = (other.softmax(1) @ matrix.T).log()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(found.exp().sum(1), torch.ones(4, dtype=torch.float64), rtol=1e-6, atol=0)
@@ -92,8 +96,8 @@ def test_smoothing_is_the_matrix_product_in_value_and_gradient(space: Neighbours
 
 
 def test_smoothing_passes_gradcheck():
-    products = SPACES[0].prepare(CODEBOOK_VE)
-    index_Vn, log_weight_Vn = products[SPACES[0].key], products[f"{SPACES[0].key}/log_weight"]
+    codebook_tables = SPACES[0].prepare(CODEBOOK_VE)
+    index_Vn, log_weight_Vn = codebook_tables[SPACES[0].key], codebook_tables[f"{SPACES[0].key}/log_weight"]
     s = pair()[0].requires_grad_()
     assert torch.autograd.gradcheck(lambda x: smoothed(x.log_softmax(1), index_Vn, log_weight_Vn), (s,))
 
@@ -101,46 +105,46 @@ def test_smoothing_passes_gradcheck():
 @pytest.mark.parametrize("sides", ["both", "teacher"])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 def test_a_divergence_over_blurred_codes_is_that_of_the_products(sides, divergence):
-    space = Neighbours(5, 0.8, sides)
-    products, (s, z) = space.prepare(CODEBOOK_VE), pair(2)
-    matrix, leaf = dense(space, products), s.clone().requires_grad_()
+    space = Neighbors(5, 0.8, sides)
+    codebook_tables, (s, z) = space.prepare(CODEBOOK_VE), pair(2)
+    matrix, leaf = dense(space, codebook_tables), s.clone().requires_grad_()
     teacher = (z.softmax(1) @ matrix.T).log()
     student = (leaf.softmax(1) @ matrix.T).log() if sides == "both" else leaf.log_softmax(1)
-    expected = divergence(student, teacher, Rows(CODE))
-    value, gradient = measure(space, divergence, s, z, products)
+    expected = divergence(student, teacher, TargetRows(CODE))
+    value, gradient = measure(space, divergence, s, z, codebook_tables)
     torch.testing.assert_close(value, expected.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), leaf)[0])
 
 
 @pytest.mark.parametrize("space", SPACES, ids=repr)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
-def test_data_processing_and_the_minimiser(space: Neighbours, divergence):
-    products = space.prepare(CODEBOOK_VE)
+def test_data_processing_and_the_minimizer(space: Neighbors, divergence):
+    codebook_tables = space.prepare(CODEBOOK_VE)
     for seed in range(5):
         s, z = pair(seed, 3.0)
-        full = divergence(log_softmax(s), log_softmax(z), Rows(CODE))
-        value, _ = measure(space, divergence, s, z, products)
+        full = divergence(log_softmax(s), log_softmax(z), TargetRows(CODE))
+        value, _ = measure(space, divergence, s, z, codebook_tables)
         assert (value <= full + 1e-9).all() and (value >= -1e-9).all()
-        value, gradient = measure(space, divergence, z + 3, z, products)
+        value, gradient = measure(space, divergence, z + 3, z, codebook_tables)
         assert value.abs().max() < 1e-6
         # Where K p and K q differ by rounding, half of their absolute difference has a slope.
         assert isinstance(divergence, TotalVariation) or gradient.abs().max() < 1e-6
 
 
 def test_a_blurred_target_alone_teaches_the_blur():
-    space = Neighbours(5, 0.8, "teacher")
-    products, (_, z) = space.prepare(CODEBOOK_VE), pair(2)
-    blurred = z.softmax(1) @ dense(space, products).T
-    _, gradient = measure(space, ForwardKL(), blurred.log(), z, products)
+    space = Neighbors(5, 0.8, "teacher")
+    codebook_tables, (_, z) = space.prepare(CODEBOOK_VE), pair(2)
+    blurred = z.softmax(1) @ dense(space, codebook_tables).T
+    _, gradient = measure(space, ForwardKL(), blurred.log(), z, codebook_tables)
     assert gradient.abs().max() < 1e-6, "the student has arrived at K p"
-    _, gradient = measure(space, ForwardKL(), z, z, products)
+    _, gradient = measure(space, ForwardKL(), z, z, codebook_tables)
     assert gradient.abs().max() > 1e-3, "and would leave p"
 
 
 def test_a_tiny_bandwidth_is_the_full_space():
-    space, (s, z) = Neighbours(5, 1e-4), pair(1)
+    space, (s, z) = Neighbors(5, 1e-4), pair(1)
     value, gradient = measure(space, ForwardKL(), s, z, space.prepare(CODEBOOK_VE))
-    torch.testing.assert_close(value, ForwardKL()(log_softmax(s), log_softmax(z), Rows(CODE)))
+    torch.testing.assert_close(value, ForwardKL()(log_softmax(s), log_softmax(z), TargetRows(CODE)))
     torch.testing.assert_close(gradient, s.softmax(1) - z.softmax(1))
 
 
@@ -148,29 +152,29 @@ def test_a_tiny_bandwidth_is_the_full_space():
 @pytest.mark.parametrize("sides", ["both", "teacher"])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 def test_huge_logits_and_masked_codes(divergence, sides, dtype: torch.dtype):
-    space = Neighbours(4, 0.5, sides)
-    products = space.prepare(CODEBOOK_VE)
+    space = Neighbors(4, 0.5, sides)
+    codebook_tables = space.prepare(CODEBOOK_VE)
     generator = torch.Generator().manual_seed(3)
     s, z = ((torch.randint(2, (4, VOCAB), generator=generator) * 2.0 - 1) * 1e4 for _ in range(2))
-    for tensors in measure(space, divergence, s.to(dtype), z.to(dtype), products):
+    for tensors in measure(space, divergence, s.to(dtype), z.to(dtype), codebook_tables):
         assert torch.isfinite(tensors).all()
     s, z = (x.to(dtype) for x in pair(5))
-    masked = [0, 4, int(products[space.key][0, 1])]
+    masked = [0, 4, int(codebook_tables[space.key][0, 1])]
     s[:, masked], z[:, masked] = -torch.inf, -torch.inf
     if sides == "both":  # a blurred target has mass at masked codes, where a student alone can have none
-        value, gradient = measure(space, divergence, s, z, products)
+        value, gradient = measure(space, divergence, s, z, codebook_tables)
         assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
         assert (gradient[:, masked] == 0).all()
 
 
 def test_far_away_masks_leave_an_outcome_empty():
-    """A code whose whole neighbourhood is masked on both sides counts nothing."""
-    space, codebook_VE = Neighbours(2, 0.5), torch.tensor([[0.0], [0.1], [50.0], [50.1]])
-    products = space.prepare(codebook_VE)
+    """A code whose whole neighborhood is masked on both sides counts nothing."""
+    space, codebook_VE = Neighbors(2, 0.5), torch.tensor([[0.0], [0.1], [50.0], [50.1]])
+    codebook_tables = space.prepare(codebook_VE)
     s = torch.tensor([[1.0, -0.5, -torch.inf, -torch.inf]], dtype=torch.float64)
     z = torch.tensor([[0.0, 0.7, -torch.inf, -torch.inf]], dtype=torch.float64)
     s.requires_grad_()
-    (view,) = space(s, z, Rows(CODE[:1]), products)
+    (view,) = space(s, z, TargetRows(CODE[:1]), codebook_tables)
     assert torch.isneginf(view.student_NK[0]).tolist() == [False, False, True, True]
     value = ForwardKL()(view.student_NK, view.teacher_NK, view.rows)
     (gradient,) = torch.autograd.grad(value.sum(), s)
@@ -178,20 +182,20 @@ def test_far_away_masks_leave_an_outcome_empty():
 
 
 def test_the_target_code_keeps_its_number():
-    space, (s, _) = Neighbours(4, 0.5), pair()
-    products = space.prepare(CODEBOOK_VE)
-    (view,) = space(s, None, Rows(CODE), products)
+    space, (s, _) = Neighbors(4, 0.5), pair()
+    codebook_tables = space.prepare(CODEBOOK_VE)
+    (view,) = space(s, None, TargetRows(CODE), codebook_tables)
     assert view.teacher_NK is None
     value = CrossEntropy()(view.student_NK, None, view.rows)
-    expected = -(s.softmax(1) @ dense(space, products).T).log()[torch.arange(4), CODE]
+    expected = -(s.softmax(1) @ dense(space, codebook_tables).T).log()[torch.arange(4), CODE]
     torch.testing.assert_close(value, expected)
 
 
 def test_the_products_of_a_method_and_what_is_refused():
-    method = Method((Term("kd", ForwardKL(), space=Neighbours(4)),))
-    assert set(method.prepare(CODEBOOK_VE)) == {"neighbours/4-auto", "neighbours/4-auto/log_weight"}
+    method = Method((Term("kd", ForwardKL(), space=Neighbors(4)),))
+    assert set(method.prepare(CODEBOOK_VE)) == {"neighbors/4-auto", "neighbors/4-auto/log_weight"}
     with pytest.raises(VarkdError, match="call method"):
-        Neighbours(4)(*pair(), Rows(CODE), {})
-    for make in (lambda: Neighbours(1), lambda: Neighbours(4, 0.0), lambda: Neighbours(4, -1.0)):
-        with pytest.raises(VarkdError, match="neighbours: "):
+        Neighbors(4)(*pair(), TargetRows(CODE), {})
+    for make in (lambda: Neighbors(1), lambda: Neighbors(4, 0.0), lambda: Neighbors(4, -1.0)):
+        with pytest.raises(VarkdError, match="neighbors: "):
             make()
