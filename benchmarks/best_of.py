@@ -14,8 +14,9 @@ import torch
 
 from varkd.backbones.store import build
 from varkd.distill.bestof import FAR, BestOf
+from varkd.distill.inputs import StepInputs
 from varkd.distill.prefixes import Rollout
-from varkd.distill.scene import Scene
+from varkd.methods import METHODS
 from varkd.types import Batch
 from varkd.world import Rng
 
@@ -32,17 +33,17 @@ def main() -> None:
         sizes = {"num_layers": layers, "dim": args.dim, "num_heads": 2, "ffn_dim": 2 * args.dim}
         sizes |= {"vocab_size": args.vocab, "num_classes": 10, "grid": (args.grid, args.grid)}
         model = build(family, sizes).eval()
-        scene = Scene(model, model, {}, Rng(0, 1), reference=model)
+        inputs = StepInputs(METHODS["ce"].method, model, model, {}, Rng(0, 1), reference=model)
         rows = torch.arange(args.rows)
         batch = Batch(torch.zeros(args.rows, args.grid**2, dtype=torch.long), rows % 10, rows)
 
-        def apart(batch: Batch = batch, scene: Scene = scene) -> None:
+        def apart(batch: Batch = batch, inputs: StepInputs = inputs) -> None:
             for nth in range(args.count):
-                (part,) = Rollout()(replace(batch, row_B=batch.row_B + nth * FAR), scene).parts
-                scene.logp("teacher", part)
-                scene.logp("reference", part)
+                (part,) = Rollout()(replace(batch, row_B=batch.row_B + nth * FAR), inputs).parts
+                inputs.logp("teacher", part)
+                inputs.logp("reference", part)
 
-        sides = {"apart": apart, "together": lambda batch=batch, scene=scene: BestOf(count=args.count)(batch, scene)}
+        sides = {"apart": apart, "together": lambda batch=batch, inputs=inputs: BestOf(count=args.count)(batch, inputs)}
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for _ in range(args.repeats):
             for side, run in sides.items():

@@ -8,17 +8,25 @@ the loss of a context with full logits and autograd.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from varkd.distill import loss as loss_module
 from varkd.distill.divergences import TargetRows
-from varkd.distill.loss import Group, LossInputs, Stats
+from varkd.distill.inputs import StepInputs
+from varkd.distill.loss import Group, Stats
 from varkd.distill.schedule import value_of
+from varkd.methods import METHODS
 from varkd.types import Context
 
 Pair = tuple[Tensor, Tensor]
+
+
+def step_inputs(*models_state_rng: Any, **others: Any) -> StepInputs:
+    """Inputs for a source of sequences, which does not look at the method."""
+    return StepInputs(METHODS["ce"].method, *models_state_rng, **others)
 
 
 def log_probs(s: Tensor, z: Tensor) -> Pair:
@@ -178,7 +186,7 @@ def top_k_logits(logits: Tensor, codes: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def plain_loss(inputs: LossInputs, context: Context, denominators: Mapping[str, float]) -> Tensor:
+def plain_loss(inputs: StepInputs, context: Context, denominators: Mapping[str, float]) -> Tensor:
     """The same loss written out with full logits and autograd: what the chunked one must equal."""
     total = torch.zeros((), dtype=torch.float64)
     for group in Group.all_of(context):

@@ -1,7 +1,7 @@
 """varkd: compress visual autoregressive image models by knowledge distillation.
 
 The names below are the public library; they load on first use, so that `import varkd` (and `varkd --help`) stays
-instant.
+instant. `varkd.parts` holds what methods are made of, `varkd.divergences` the divergences on plain logits.
 """
 
 from __future__ import annotations
@@ -10,55 +10,57 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from varkd import divergences, parts
+    from varkd.backbones.arpg import ARPG, ARPGConfig
     from varkd.backbones.llamagen import LlamaGen, LlamaGenConfig
     from varkd.backbones.protocol import Backbone
-    from varkd.backbones.store import save_backbone as save
+    from varkd.backbones.randar import RandAR, RandARConfig
+    from varkd.backbones.rar import RAR, RARConfig
+    from varkd.backbones.store import build
+    from varkd.backbones.var import VAR, VARConfig
     from varkd.data.codes import CodeDataset
     from varkd.data.images import ImageSet, open_images
-    from varkd.data.loader import Loader
-    from varkd.distill.loss import LossInputs, denominators, distill_loss
+    from varkd.data.loader import DataLoader
     from varkd.distill.method import Method, Term
-    from varkd.distill.scene import Scene
     from varkd.errors import VarkdError
     from varkd.methods import METHODS
-    from varkd.rollout import Sampler, rollout
+    from varkd.rollout import Sampler
     from varkd.run.models import load
     from varkd.run.official import export, load_official
+    from varkd.sampling import generate
     from varkd.tokenizers.store import load_tokenizer, save_tokenizer
-    from varkd.types import Batch, Condition, Context, Part, Plan
+    from varkd.train.distiller import Distiller
+    from varkd.types import Batch, Condition, Plan
     from varkd.world import Rng, World
 
-_WHERE = {
-    "backbones.llamagen": ("LlamaGen", "LlamaGenConfig"),
-    "backbones.protocol": ("Backbone",),
-    "data.codes": ("CodeDataset",),
-    "data.images": ("ImageSet", "open_images"),
-    "data.loader": ("Loader",),
-    "distill.scene": ("Scene",),
-    "distill.loss": ("LossInputs", "denominators", "distill_loss"),
-    "distill.method": ("Method", "Term"),
-    "errors": ("VarkdError",),
-    "methods": ("METHODS",),
-    "rollout": ("Sampler", "rollout"),
-    "run.models": ("load",),
-    "run.official": ("export", "load_official"),
-    "tokenizers.store": ("load_tokenizer", "save_tokenizer"),
-    "types": ("Batch", "Condition", "Context", "Part", "Plan"),
-    "world": ("Rng", "World"),
-}
-_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+_MODULE_OF = {
+    "ARPG": "backbones.arpg", "ARPGConfig": "backbones.arpg", "Backbone": "backbones.protocol", "Batch": "types",
+    "CodeDataset": "data.codes", "Condition": "types", "DataLoader": "data.loader", "Distiller": "train.distiller",
+    "ImageSet": "data.images", "LlamaGen": "backbones.llamagen", "LlamaGenConfig": "backbones.llamagen",
+    "METHODS": "methods", "Method": "distill.method", "Plan": "types", "RAR": "backbones.rar",
+    "RARConfig": "backbones.rar", "RandAR": "backbones.randar", "RandARConfig": "backbones.randar", "Rng": "world",
+    "Sampler": "rollout", "Term": "distill.method", "VAR": "backbones.var", "VARConfig": "backbones.var",
+    "VarkdError": "errors", "World": "world", "build": "backbones.store", "export": "run.official",
+    "generate": "sampling", "load": "run.models", "load_official": "run.official", "load_tokenizer": "tokenizers.store",
+    "open_images": "data.images", "save_tokenizer": "tokenizers.store",
+}  # fmt: skip
+_MODULES = ("divergences", "parts")
 
 __all__ = [
-    "METHODS", "Backbone", "Batch", "CodeDataset", "Condition", "Context", "ImageSet", "LlamaGen", "LlamaGenConfig",
-    "Loader", "LossInputs", "Method", "Part", "Plan", "Rng", "Sampler", "Scene", "Term", "VarkdError", "World",
-    "denominators", "distill_loss", "export", "load", "load_official", "load_tokenizer", "open_images", "rollout",
-    "save", "save_tokenizer",
+    "ARPG", "METHODS", "RAR", "VAR", "ARPGConfig", "Backbone", "Batch", "CodeDataset", "Condition", "DataLoader",
+    "Distiller", "ImageSet", "LlamaGen", "LlamaGenConfig", "Method", "Plan", "RARConfig", "RandAR", "RandARConfig",
+    "Rng", "Sampler", "Term", "VARConfig", "VarkdError", "World", "build", "divergences", "export", "generate", "load",
+    "load_official", "load_tokenizer", "open_images", "parts", "save_tokenizer",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name == "save":
-        return import_module("varkd.backbones.store").save_backbone
+    if name in _MODULES:
+        return import_module(f"varkd.{name}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("varkd")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'varkd' has no attribute '{name}'")
     return getattr(import_module(f"varkd.{_MODULE_OF[name]}"), name)

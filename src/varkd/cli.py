@@ -423,7 +423,7 @@ def _version() -> str:
     return version("varkd")
 
 
-def _leave(code: int) -> None:
+def leave(code: int) -> None:
     """End the process. Under torchrun without the interpreter's shutdown: there, on a loaded machine, a thread that a
     library has not joined aborts a rank now and then whose work is done and on disk, and torchrun calls the run failed.
     """
@@ -435,4 +435,4 @@ def _leave(code: int) -> None:
 
 
 if __name__ == "__main__":
-    _leave(main())
+    leave(main())

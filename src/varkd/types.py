@@ -45,6 +45,11 @@ class Batch:
         """The labels, and the guidance scales where the step draws some (`Guided.guidance_B`)."""
         return Condition(self.label_B, self.guidance_B)
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The same rows on `device`."""
+        guidance_B = None if self.guidance_B is None else self.guidance_B.to(device)
+        return Batch(self.codes_BL.to(device), self.label_B.to(device), self.row_B.to(device), guidance_B)
+
     def select(self, index: Tensor) -> Batch:
         """The rows of a bool mask or an index tensor."""
         guidance_B = None if self.guidance_B is None else self.guidance_B[index]

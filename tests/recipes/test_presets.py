@@ -26,10 +26,10 @@ from varkd.distill.schedule import Plateau
 from varkd.errors import VarkdError
 from varkd.methods import METHODS
 from varkd.run import training
+from varkd.train.distiller import Distiller
 from varkd.train.loop import Job, Session, TrainConfig
 from varkd.train.optim import OptimizerConfig
 from varkd.types import Batch
-from varkd.world import World
 
 VOCAB, CLASSES = 16, 3
 SIZES = {"vocab_size": VOCAB, "num_classes": CLASSES, "num_layers": 1, "dim": 16, "num_heads": 2, "ffn_dim": 16}
@@ -72,11 +72,12 @@ def toy_job(method: Method, family: str, folder: Path, updates: int) -> Job:
     def validate(evaluated: Backbone) -> dict[str, float]:
         return {"ce": float(evaluated.head.weight.detach().abs().mean())}
 
-    return Job(
-        student, teacher if method.needs_teacher else None, method, method.prepare(CODEBOOK_VE),
-        ToyBatches(student.sequence_length), settings, 0, folder, World(), torch.device("cpu"),
-        lambda: toy_model(family, 1), validate, quiet=True, reference=toy_model(family, 3).eval().requires_grad_(False),
+    distiller = Distiller(
+        method, student, teacher if method.needs_teacher else None, CODEBOOK_VE, updates=updates,
+        reference=toy_model(family, 3).eval().requires_grad_(False),
     )  # fmt: skip
+    batches, new = ToyBatches(student.sequence_length), lambda: toy_model(family, 1)
+    return Job(distiller, batches, settings, folder, new, validate, quiet=True)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -91,7 +92,7 @@ def test_a_preset_trains(tmp_path: Path, name: str, family: str):
         return
     session = Session(toy_job(method, family, tmp_path, updates=2))
     if name == "distillm":  # else no validation has gone wrong yet, and there are no student samples
-        session.state = {PHI: torch.tensor([0.5, 1.0], dtype=torch.float64)}
+        session.job.distiller.state = {PHI: torch.tensor([0.5, 1.0], dtype=torch.float64)}
     head = session.job.student.head.weight
     before = head.detach().clone()
     lines = [session.update(), session.update()]
@@ -133,7 +134,7 @@ def lively(name: str) -> Method:
 def go_on(job: Job, until: int, forget: bool = False) -> list[dict[str, float]]:
     """Train like `train` does up to update `until`, from the newest checkpoint of the run folder if there is one."""
     session, lines = Session(job), []
-    session.state = {} if forget else session.state
+    session.job.distiller.state = {} if forget else session.job.distiller.state
     session.validate_at_start()
     while session.progress.step < until:
         lines.append(session.update())
@@ -204,7 +205,7 @@ def test_difference_sampling_from_the_command_line(
     overrides = ("method=miniplm", f"teacher={teacher}")
     whole = train(tmp_path / "whole", codes, *FOUR, *overrides)
     kept = np.load(whole / "images.npy")
-    train_codes = CodeDataset.open(codes, "train")
+    train_codes = CodeDataset(codes, "train")
     for label, count in enumerate(np.bincount(train_codes.labels)):
         assert (train_codes.labels[kept] == label).sum() == round(0.5 * count)
 

@@ -97,7 +97,7 @@ def test_overrides_reach_into_terms(override: str, read):
     assert all(line.startswith(place) for line in differences(before, run)), "nothing else changed"
 
 
-_BEST = "{kind: best_of, count: 2, rollout: {kind: token_mix, alpha: 0.3}}"
+_BEST = "{kind: best_of, count: 2, rollout: {kind: mixture_sampling, alpha: 0.3}}"
 
 
 @pytest.mark.parametrize(

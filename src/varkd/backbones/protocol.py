@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varkd.backbones.layers import GuidanceEmbedding
 from varkd.errors import VarkdError
+from varkd.files import atomic_folder, write_json
 from varkd.types import Condition, Plan
 from varkd.world import Rng
 
@@ -61,6 +64,23 @@ class Backbone(nn.Module, ABC):
     """Whether later codes encode what earlier ones left over (next scale): then no code can be exchanged alone."""
     config: Any
     guidance_embedding: GuidanceEmbedding | None
+    tokenizer_hash: str | None = None
+    """The tokenizer whose codes the model was trained on, where it is known (`Tokenizer.hash`)."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def describe(self) -> dict[str, Any]:
+        """The `config.json` of a model folder: family, sizes and tokenizer."""
+        return {"family": self.family, **asdict(self.config), "tokenizer_hash": self.tokenizer_hash}
+
+    def save(self, folder: str | Path) -> None:
+        """Write a model folder (replaced as a whole) that `varkd.load` reads: `config.json`, `model.safetensors`."""
+        with atomic_folder(Path(folder)) as temporary:
+            write_json(temporary / "config.json", self.describe())
+            tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+            save_file(tensors, temporary / "model.safetensors")
 
     @property
     def guidance_conditioned(self) -> bool:

@@ -6,13 +6,12 @@ A run folder loads like an exported model: its `checkpoints/selected.json` names
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from varkd.backbones.arpg import ARPG
@@ -22,7 +21,7 @@ from varkd.backbones.randar import RandAR
 from varkd.backbones.rar import RAR
 from varkd.backbones.var import VAR
 from varkd.errors import VarkdError, did_you_mean
-from varkd.files import atomic_folder, read_json, write_json
+from varkd.files import read_json
 from varkd.types import state_hash
 
 FAMILIES: dict[str, type[Backbone]] = {model.family: model for model in (LlamaGen, VAR, ARPG, RandAR, RAR)}
@@ -69,17 +68,10 @@ def _construct(family: str, sizes: dict[str, Any], dropout: float) -> Backbone:
         raise VarkdError(f"{family}: {str(error).replace('__init__() ', '')}") from None
 
 
-def describe(model: Backbone, tokenizer_hash: str | None) -> dict[str, Any]:
-    """The `config.json` of a model."""
-    return {"family": model.family, **asdict(model.config), "tokenizer_hash": tokenizer_hash}
-
-
 def save_backbone(model: Backbone, folder: str | Path, tokenizer_hash: str | None = None) -> None:
-    """Export `model` to `folder` (replaced as a whole)."""
-    with atomic_folder(Path(folder)) as temporary:
-        write_json(temporary / "config.json", describe(model, tokenizer_hash))
-        save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()},
-                  temporary / "model.safetensors")  # fmt: skip
+    """Export `model` as one that was trained on codes of the tokenizer `tokenizer_hash`."""
+    model.tokenizer_hash = tokenizer_hash
+    model.save(folder)
 
 
 def load_backbone(folder: str | Path, device: str = "cpu", step: int | None = None) -> tuple[Backbone, dict[str, Any]]:
@@ -100,6 +92,7 @@ def load_backbone(folder: str | Path, device: str = "cpu", step: int | None = No
     with torch.device("meta"):
         model = _construct(info.get("family", "?"), sizes, dropout=0.0)
     load_weights(model, _weights_path(folder) if step is None else checkpoint_path(folder, step) / "ema.safetensors")
+    model.tokenizer_hash = info.get("tokenizer_hash")
     return model.to(device).eval(), info
 
 

@@ -6,6 +6,7 @@ Opening reads the manifest, the labels and the shards' headers; codes are paged 
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from varkd.errors import VarkdError
 from varkd.files import read_json
+from varkd.tokenizers.protocol import Tokenizer
+from varkd.tokenizers.store import load_tokenizer
 
 FORMAT, VERSION = "varkd-codes", 1
 MANIFEST, PARTIAL = "manifest.json", "partial.json"
@@ -70,58 +73,97 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-class CodeDataset:
-    """One split of a codes folder."""
+def open_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that a codes folder names.
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], split: str) -> None:
-        entry = manifest["splits"][split]
-        self.folder, self.split, self.manifest = folder, split, manifest
+    Raises:
+        VarkdError: it is missing, or another one stands at its path.
+    """
+    recorded = manifest["tokenizer"]
+    path = Path(recorded["path"])
+    path = path if path.is_absolute() or path.is_dir() else folder / path
+    return check_tokenizer(load_tokenizer(path), folder, manifest)
+
+
+def check_tokenizer(tokenizer: Tokenizer, folder: Path, manifest: dict[str, Any]) -> Tokenizer:
+    """`tokenizer`, if it is the one that wrote the codes in `folder`.
+
+    Raises:
+        VarkdError: it is another one.
+    """
+    recorded = manifest["tokenizer"]["hash"]
+    if tokenizer.hash != recorded:
+        raise VarkdError(f"{folder} holds codes of tokenizer {recorded[:12]}, but this one is {tokenizer.hash[:12]}: "
+                         "encode the images again with it")  # fmt: skip
+    return tokenizer
+
+
+class CodeDataset:
+    """One split of a codes folder; with `tokenizer_hash`, only if the codes are of that tokenizer.
+
+    `manifest` stands in for one that is not written yet (while encoding).
+
+    Raises:
+        VarkdError: not a codes folder, unfinished, of another version or tokenizer, damaged, or with labels that have
+            no class name.
+    """
+
+    def __init__(
+        self, folder: str | Path, split: str = "train", tokenizer_hash: str | None = None, *,
+        manifest: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.split = Path(folder), split
+        self.manifest = read_manifest(self.folder) if manifest is None else manifest
+        try:
+            self._check(tokenizer_hash)
+            self._open()
+        except (KeyError, TypeError) as error:
+            raise VarkdError(f"{self.folder / MANIFEST} is damaged (at {error}): run `varkd encode` again") from error
+        low, high = int(self.labels.min(initial=0)), int(self.labels.max(initial=0))
+        if low < 0 or high >= self.num_classes:
+            label = low if low < 0 else high
+            raise VarkdError(f"{folder} has label {label} but {self.num_classes} classes: encode it again")
+
+    def _check(self, tokenizer_hash: str | None) -> None:
+        recorded = self.manifest["tokenizer"]["hash"]
+        if tokenizer_hash is not None and recorded != tokenizer_hash:
+            raise VarkdError(
+                f"{self.folder} holds codes of tokenizer {recorded[:12]}, not {tokenizer_hash[:12]}: encode the "
+                "images with this tokenizer, or name the tokenizer of these codes"
+            )
+        if self.split not in self.manifest["splits"]:
+            raise VarkdError(f"{self.folder} has no split '{self.split}' (it has {', '.join(self.manifest['splits'])})")
+
+    def _open(self) -> None:
+        manifest = self.manifest
+        entry = manifest["splits"][self.split]
         self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
         self.image_shape: tuple[int, int, int] = tuple(manifest["image_shape"])
         self.tokenizer_hash: str = manifest["tokenizer"]["hash"]
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
         self.sequence_length: int = sequence_length(manifest)
-        self.num_views = len(manifest["views"]) if split == "train" else 1
+        self.num_views = len(manifest["views"]) if self.split == "train" else 1
         self._shards: list[NDArray[np.uint16]] = []
         labels: list[NDArray[np.int64]] = []
         for shard in entry["shards"]:
             shape = (shard["num"], self.num_views, self.sequence_length)
-            self._shards.append(map_shard(folder / shard["file"], shape, np.uint16))
-            labels.append(np.array(map_shard(folder / shard["labels"], shape[:1], np.int64)))
+            self._shards.append(map_shard(self.folder / shard["file"], shape, np.uint16))
+            labels.append(np.array(map_shard(self.folder / shard["labels"], shape[:1], np.int64)))
         self._start_S = np.array([shard["start"] for shard in entry["shards"]], dtype=np.int64)
         self.labels = np.concatenate(labels)
         if len(self.labels) != entry["num"]:
             raise VarkdError(
-                f"{folder}: {split} shards hold {len(self.labels)} images, not {entry['num']}: encode again"
+                f"{self.folder}: {self.split} shards hold {len(self.labels)} images, not {entry['num']}: encode again"
             )
 
-    @classmethod
-    def open(cls, folder: str | Path, split: str = "train", tokenizer_hash: str | None = None) -> CodeDataset:
-        """Open one split; with `tokenizer_hash`, only if the codes are of that tokenizer.
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the codes, checked by its hash.
 
         Raises:
-            VarkdError: not a codes folder, unfinished, of another version or tokenizer, damaged, or
-                with labels that have no class name.
+            VarkdError: it is missing, or it is not the one that wrote the codes.
         """
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        try:
-            found = manifest["tokenizer"]["hash"]
-            if tokenizer_hash is not None and found != tokenizer_hash:
-                raise VarkdError(
-                    f"{folder} holds codes of tokenizer {found[:12]}, not {tokenizer_hash[:12]}: encode the "
-                    "images with this tokenizer, or name the tokenizer of these codes"
-                )
-            if split not in manifest["splits"]:
-                raise VarkdError(f"{folder} has no split '{split}' (it has {', '.join(manifest['splits'])})")
-            codes = cls(folder, manifest, split)
-        except (KeyError, TypeError) as error:
-            raise VarkdError(f"{folder / MANIFEST} is damaged (at {error}): run `varkd encode` again") from error
-        low, high = int(codes.labels.min(initial=0)), int(codes.labels.max(initial=0))
-        if low < 0 or high >= codes.num_classes:
-            label = low if low < 0 else high
-            raise VarkdError(f"{folder} has label {label} but {codes.num_classes} classes: encode it again")
-        return codes
+        return open_tokenizer(self.folder, self.manifest)
 
     @property
     def num_classes(self) -> int:

@@ -7,6 +7,7 @@ s * B on, across the border of epochs. Every rank computes the same global batch
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 import torch
@@ -18,26 +19,45 @@ from varkd.types import Batch
 from varkd.world import Rng, World
 
 
-class Loader:
+class DataLoader:
     """Training batches of `codes`: each image once an epoch, each time in a view drawn at random.
 
-    `images` (ascending int64) restricts it to those of the split.
+    Iterate over it for the batches of `updates` steps, or ask for any step with `batch`.
+
+    Args:
+        batch_size: sequences per step, over all processes.
+        updates: steps that an iteration runs through, from `start` on; None never ends.
+        device: where batches go; None leaves them on the CPU.
+        images: ascending int64 indices that restrict it to some images of the split.
+        start: the first step of an iteration, to resume at.
 
     Raises:
         VarkdError: the global `batch_size` is no multiple of the number of processes, or there are no images.
     """
 
     def __init__(
-        self, codes: CodeDataset, batch_size: int, seed: int, world: World | None = None,
-        images: NDArray[np.int64] | None = None,
+        self, codes: CodeDataset, batch_size: int, seed: int = 0, world: World | None = None,
+        images: NDArray[np.int64] | None = None, *, updates: int | None = None,
+        device: torch.device | str | None = None, start: int = 0,
     ) -> None:  # fmt: skip
         self.codes, self.batch_size, self.seed, self.world = codes, batch_size, seed, world or World()
         self.images = np.arange(len(codes)) if images is None else images
+        self.updates, self.device, self.start = updates, device, start
         if batch_size < 1 or batch_size % self.world.size:
             raise VarkdError(f"batch_size={batch_size} must be a positive multiple of the {self.world.size} processes")
         if len(self.images) == 0:
             raise VarkdError(f"the {codes.split} split of {codes.folder} is empty: encode some images")
         self._permutations: dict[int, NDArray[np.int64]] = {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step in count(self.start) if self.updates is None else range(self.start, self.updates):
+            batch = self.batch(step)
+            yield batch if self.device is None else batch.to(self.device)
+
+    def __len__(self) -> int:
+        if self.updates is None:
+            raise TypeError("this DataLoader never ends: give it updates=")
+        return max(0, self.updates - self.start)
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of the global batch of `step` (counted from 0)."""

@@ -7,7 +7,7 @@ that are logged have them; neither the loss nor its gradient sees whether one wa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -56,7 +56,11 @@ class Stats:
         for name, parts in other.observed.items():
             self.observed.setdefault(name, []).extend(parts)
 
-    def means(self, world: World) -> dict[str, float]:
+    def collect(self, world: World) -> StepStats:
+        """The means and the observed numbers of the whole step, of all ranks. Every rank must call it."""
+        return StepStats(self._means(world), self._gathered(world))
+
+    def _means(self, world: World) -> dict[str, float]:
         """Each name's numerator over its denominator, summed over ranks (names are the same on every rank)."""
         names = sorted(self.sums)
         if not names:
@@ -64,9 +68,26 @@ class Stats:
         total = world.sum(torch.stack([self.sums[name] for name in names]))
         return {name: float(top / bottom) for name, (top, bottom) in zip(names, total, strict=True) if bottom > 0}
 
-    def gathered(self, world: World) -> dict[str, Tensor]:
+    def _gathered(self, world: World) -> dict[str, Tensor]:
         """What was observed in this step on all ranks, by key."""
         return {key: world.gather_varied(torch.cat(parts)) for key, parts in sorted(self.observed.items())}
+
+
+@dataclass(frozen=True)
+class StepStats(Mapping[str, float]):
+    """The means of a step by name, and what the method's state learns from it (`Method.update`)."""
+
+    means: dict[str, float]
+    observed: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> float:
+        return self.means[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.means)
+
+    def __len__(self) -> int:
+        return len(self.means)
 
 
 def sequence_stats(part: Part, stats: Stats) -> None:

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from varkd.distill.inputs import Prefixes, StepInputs
 from varkd.distill.prefixes import MixtureSampling, PrefixRestart, Rollout, SpeculativeSampling
-from varkd.distill.scene import Prefixes, Scene
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
 from varkd.types import Batch, Context, Part, Source
@@ -62,20 +62,20 @@ class BestOf(Prefixes):
     def no_reward(self, source: Source) -> str | None:
         return self.rollout.no_reward(source) or "the best of several is not a sample of a known probability"
 
-    def __call__(self, batch: Batch, scene: Scene) -> Context:
+    def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
         # All tries in one pass, try by try: decoding is bound by its steps, not by its rows (benchmarks/best_of.py).
         nth_C1 = torch.arange(self.count, device=batch.row_B.device).unsqueeze(1)
         every = batch.select(torch.arange(len(batch), device=batch.row_B.device).repeat(self.count))
-        made = self.rollout(replace(every, row_B=(batch.row_B + nth_C1 * FAR).flatten()), scene).parts[0]
-        score_BC = self._score(made, scene).view(self.count, len(batch)).T
+        made = self.rollout(replace(every, row_B=(batch.row_B + nth_C1 * FAR).flatten()), inputs).parts[0]
+        score_BC = self._score(made, inputs).view(self.count, len(batch)).T
         if self.shuffle:
-            chance_BC = scene.rng.uniform("best-of/shuffle", batch.row_B, self.count)
+            chance_BC = inputs.rng.uniform("best-of/shuffle", batch.row_B, self.count)
             score_BC = score_BC.gather(1, chance_BC.argsort(1))
         chosen_B = score_BC.argmax(1) * len(batch) + torch.arange(len(batch), device=score_BC.device)
         return Context((replace(made.select(chosen_B), row_B=batch.row_B),))
 
-    def _score(self, part: Part, scene: Scene) -> Tensor:
-        logp_BL = scene.logp("teacher", part)
+    def _score(self, part: Part, inputs: StepInputs) -> Tensor:
+        logp_BL = inputs.logp("teacher", part)
         if self.score == "difference":
-            logp_BL = logp_BL - scene.logp("reference", part)
+            logp_BL = logp_BL - inputs.logp("reference", part)
         return logp_BL.mean(1)

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varkd.backbones.protocol import Backbone
 from varkd.distill.audit import Stats, kept_divergence, sequence_stats, teacher_drift
 from varkd.distill.divergences import TargetRows
-from varkd.distill.method import Method, Term, skew_key, threshold_key
-from varkd.distill.scene import merge
+from varkd.distill.inputs import StepInputs, merge
+from varkd.distill.method import Term, skew_key, threshold_key
 from varkd.distill.schedule import value_of
 from varkd.distill.scores import ScoreInputs, Scores, chunks, of_student, position_scores
 from varkd.distill.selection import All, Confidence, kept_share
@@ -29,9 +28,6 @@ from varkd.distill.target import Guided, Target
 from varkd.errors import VarkdError
 from varkd.rollout import evaluating, with_null_branch
 from varkd.types import Context, Part
-from varkd.world import Rng, World
-
-DEFAULT_CHUNK_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -55,25 +51,8 @@ class Group:
         return cls(merge(parts), tuple(parts), tuple(pairwise(ends)))
 
 
-@dataclass(frozen=True)
-class LossInputs:
-    """Everything of a step that the loss reads beside the micro-batch.
-
-    With `audit` the statistics hold numbers that cost another pass of the heads; the loss is the same, bit by bit.
-    """
-
-    method: Method
-    student: Backbone
-    teacher: Backbone | None
-    state: Mapping[str, Tensor]
-    codebook_tables: CodebookTables
-    rng: Rng
-    chunk_rows: int = DEFAULT_CHUNK_ROWS
-    audit: bool = False
-
-
 def distill_loss(
-    inputs: LossInputs, context: Context, denominators: Mapping[str, float], gradient_scale: float = 1.0
+    inputs: StepInputs, context: Context, denominators: Mapping[str, float], gradient_scale: float = 1.0
 ) -> tuple[Tensor, Stats]:
     """The loss of one micro-batch, to be summed over the micro-batches of an optimizer step.
 
@@ -98,7 +77,7 @@ def distill_loss(
 
 
 @torch.no_grad()
-def denominators(inputs: LossInputs, context: Context, world: World) -> dict[str, float]:
+def denominators(inputs: StepInputs, context: Context) -> dict[str, float]:
     """One denominator per term, over the whole optimizer step and all ranks; at least 1."""
     counts = []
     for term in inputs.method.terms:
@@ -106,11 +85,11 @@ def denominators(inputs: LossInputs, context: Context, world: World) -> dict[str
             counts.append(sum(part.codes_BL.numel() for part in context.parts if part.source in term.on))
         else:
             counts.append(_selected_mass(inputs, context, term))
-    summed = world.sum(torch.tensor(counts, dtype=torch.float64)).clamp_min(1)
+    summed = inputs.world.sum(torch.tensor(counts, dtype=torch.float64)).clamp_min(1)
     return dict(zip([term.name for term in inputs.method.terms], summed.tolist(), strict=True))
 
 
-def _selected_mass(inputs: LossInputs, context: Context, term: Term) -> float:
+def _selected_mass(inputs: StepInputs, context: Context, term: Term) -> float:
     alone = replace(inputs, method=replace(inputs.method, terms=(term,)), audit=False)
     mass = 0.0
     for group in Group.all_of(context):
@@ -148,7 +127,7 @@ class TeacherRows:
 
 
 @torch.no_grad()
-def _teacher_rows(inputs: LossInputs, part: Part) -> TeacherRows | None:
+def _teacher_rows(inputs: StepInputs, part: Part) -> TeacherRows | None:
     teacher, target = inputs.teacher, inputs.method.target
     if teacher is None or not any(term.needs_teacher for term in inputs.method.terms):
         return None
@@ -179,7 +158,7 @@ class TermRows:
 
 @torch.no_grad()
 def _term_rows(
-    inputs: LossInputs, group: Group, teacher: TeacherRows | None, student_hidden_ND: Tensor | None, stats: Stats
+    inputs: StepInputs, group: Group, teacher: TeacherRows | None, student_hidden_ND: Tensor | None, stats: Stats
 ) -> dict[str, TermRows]:
     """Weights and skews per term."""
     terms, shape = inputs.method.terms, group.stacked.codes_BL.shape
@@ -208,7 +187,7 @@ def _term_rows(
 
 
 def _scores(
-    inputs: LossInputs, part: Part, teacher: TeacherRows | None, student_hidden_ND: Tensor | None
+    inputs: StepInputs, part: Part, teacher: TeacherRows | None, student_hidden_ND: Tensor | None
 ) -> dict[str, Tensor]:
     """Every score that some term reads, (B, L) each."""
     names = {name for term in inputs.method.terms for name in term.score_names}
@@ -227,7 +206,7 @@ def _scores(
     return {name: score_N.view(shape) for name, score_N in found.items()}
 
 
-def _part_selection(inputs: LossInputs, term: Term, part: Part, scores: Scores, stats: Stats) -> Tensor:
+def _part_selection(inputs: StepInputs, term: Term, part: Part, scores: Scores, stats: Stats) -> Tensor:
     key = threshold_key(term)
     selected_BL = term.selection(scores, part, term.space, inputs.state.get(key), inputs.rng)
     if isinstance(term.selection, Confidence):
@@ -240,7 +219,7 @@ def _part_selection(inputs: LossInputs, term: Term, part: Part, scores: Scores, 
     return selected_BL
 
 
-def _part_skew(inputs: LossInputs, term: Term, scores: Scores, stats: Stats) -> Tensor:
+def _part_skew(inputs: StepInputs, term: Term, scores: Scores, stats: Stats) -> Tensor:
     assert term.skew is not None
     gap_B1 = term.skew.gap(scores["teacher_logp"], scores["student_logp"])
     alpha_B1 = term.skew.alpha(gap_B1, inputs.state.get(skew_key(term)))
@@ -250,7 +229,7 @@ def _part_skew(inputs: LossInputs, term: Term, scores: Scores, stats: Stats) -> 
 
 
 def _group_loss(
-    inputs: LossInputs, group: Group, hidden_BLD: Tensor, teacher: TeacherRows | None,
+    inputs: StepInputs, group: Group, hidden_BLD: Tensor, teacher: TeacherRows | None,
     rows_of: Mapping[str, TermRows], denominators: Mapping[str, float], stats: Stats,
 ) -> Tensor:  # fmt: skip
     terms = inputs.method.terms
@@ -286,7 +265,7 @@ def _group_loss(
 
 @torch.no_grad()
 def _audit(
-    inputs: LossInputs, group: Group, hidden_ND: Tensor, teacher: TeacherRows | None, rows_of: Mapping[str, TermRows],
+    inputs: StepInputs, group: Group, hidden_ND: Tensor, teacher: TeacherRows | None, rows_of: Mapping[str, TermRows],
     stats: Stats,
 ) -> None:  # fmt: skip
     """Numbers for the log only: the student's drift, and how much divergence each selection keeps."""
@@ -311,7 +290,7 @@ def _audit(
                 kept_divergence(term, value_N, kept_N[rows], stats)
 
 
-def _about(inputs: LossInputs, term: Term, code_N: Tensor, rows: TermRows) -> TargetRows:
+def _about(inputs: StepInputs, term: Term, code_N: Tensor, rows: TermRows) -> TargetRows:
     """What the divergence of `term` may know of some rows."""
     return TargetRows(code_N, rows.alpha_N, inputs.codebook_tables.get(CODEBOOK) if term.needs_codebook else None)
 

@@ -13,8 +13,8 @@ from varkd.distill.contexts import Contexts
 from varkd.distill.credit import Credit, NoCredit
 from varkd.distill.divergences import Divergence, SequenceSkew
 from varkd.distill.filtering import AllImages, DifferenceSampling
+from varkd.distill.inputs import State
 from varkd.distill.prefixes import Data
-from varkd.distill.scene import State
 from varkd.distill.schedule import Schedule, adaptives, check_range, resolve
 from varkd.distill.scores import of_teacher
 from varkd.distill.selection import All, Confidence, Selection

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varkd.distill.bestof import BestOf
+from varkd.distill.inputs import Prefixes, State, StepInputs
 from varkd.distill.prefixes import (
     Completions,
     Data,
@@ -21,7 +22,6 @@ from varkd.distill.prefixes import (
     SpeculativeSampling,
 )
 from varkd.distill.replay import Replay
-from varkd.distill.scene import Prefixes, Scene, State
 from varkd.distill.schedule import Schedule, check_range, value_of
 from varkd.distill.spaces import CodebookTables
 from varkd.errors import VarkdError
@@ -109,13 +109,13 @@ class Mixture(Prefixes):
         rest = max(0.0, 1.0 - sum(fraction for fraction in fixed if fraction is not None))
         return tuple(rest if fraction is None else fraction for fraction in fixed)
 
-    def __call__(self, batch: Batch, scene: Scene) -> Context:
+    def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
         owner_B = self._owner(batch.row_B)
         parts: list[Part] = []
         for index, share in enumerate(self.shares):
             rows = batch.select(owner_B == index)
             if len(rows):
-                parts.extend(share.contexts(rows, scene).parts)
+                parts.extend(share.contexts(rows, inputs).parts)
         return Context(tuple(parts))
 
     def update(self, context: Context, state: State, rng: Rng) -> State:

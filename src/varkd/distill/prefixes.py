@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from varkd.distill.divergences import log_mixture
-from varkd.distill.scene import Prefixes, Scene, filtered
+from varkd.distill.inputs import Prefixes, StepInputs, filtered
 from varkd.distill.schedule import Schedule, check_range, value_of
 from varkd.distill.scores import chunks
 from varkd.distill.spaces import CODEBOOK, CodebookTables, log_softmax
@@ -41,8 +41,8 @@ class Data(Prefixes):
     def sources(self) -> tuple[Source, ...]:
         return ("data",)
 
-    def __call__(self, batch: Batch, scene: Scene) -> Context:
-        plan = scene.student.plan(len(batch), scene.rng, batch.row_B)
+    def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
+        plan = inputs.student.plan(len(batch), inputs.rng, batch.row_B)
         return Context((Part.of("data", batch.codes_BL, batch.condition, plan, batch.row_B),))
 
 
@@ -70,10 +70,10 @@ class Rollout(Prefixes):
         del source
         return filtered(self.sampler)
 
-    def __call__(self, batch: Batch, scene: Scene) -> Context:
-        plan = self.sampler.plan(scene.student, scene.rng, batch.row_B)
-        uniform_BL = scene.rng.uniform(f"rollout/{self.by}", batch.row_B, plan.order_BL.shape[1])
-        samples = rollout(scene.model(self.by), batch.condition, plan, self.sampler, uniform_BL)
+    def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
+        plan = self.sampler.plan(inputs.student, inputs.rng, batch.row_B)
+        uniform_BL = inputs.rng.uniform(f"rollout/{self.by}", batch.row_B, plan.order_BL.shape[1])
+        samples = rollout(inputs.model(self.by), batch.condition, plan, self.sampler, uniform_BL)
         part = Part.of(self.by, samples.codes_BL, batch.condition, plan, batch.row_B)
         return Context((replace(part, behavior_logp_BL=samples.logp_BL),))
 
@@ -102,12 +102,12 @@ class _TwoModels(Prefixes):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes (B, n), the log-probability of each under the whole procedure, and which proposals were accepted."""
 
-    def __call__(self, batch: Batch, scene: Scene) -> Context:
-        plan = self.sampler.plan(scene.student, scene.rng, batch.row_B)
+    def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
+        plan = self.sampler.plan(inputs.student, inputs.rng, batch.row_B)
         length = plan.order_BL.shape[1]
-        uniform_BL, spare_BL = (scene.rng.uniform(name, batch.row_B, length) for name in ("propose", "resample"))
-        joint = JointDecoding(scene.model("teacher"), self.choose, spare_BL)
-        samples = rollout(scene.student, batch.condition, plan, self.sampler, uniform_BL, joint=joint)
+        uniform_BL, spare_BL = (inputs.rng.uniform(name, batch.row_B, length) for name in ("propose", "resample"))
+        joint = JointDecoding(inputs.model("teacher"), self.choose, spare_BL)
+        samples = rollout(inputs.student, batch.condition, plan, self.sampler, uniform_BL, joint=joint)
         part = Part.of("student", samples.codes_BL, batch.condition, plan, batch.row_B)
         return Context((replace(part, behavior_logp_BL=samples.logp_BL, accept_BL=samples.accept_BL),))
 
@@ -189,14 +189,14 @@ class PrefixRestart(Prefixes):
         del source
         return "their first codes come from the data"
 
-    def __call__(self, batch: Batch, scene: Scene) -> Context:
-        plan = self.sampler.plan(scene.student, scene.rng, batch.row_B)
+    def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
+        plan = self.sampler.plan(inputs.student, inputs.rng, batch.row_B)
         low, high = value_of(self.low), value_of(self.high)
-        share_B1 = low + (high - low) * scene.rng.uniform("restart", batch.row_B, 1)
-        uniform_BL = scene.rng.uniform("rollout/restart", batch.row_B, plan.order_BL.shape[1])
+        share_B1 = low + (high - low) * inputs.rng.uniform("restart", batch.row_B, 1)
+        uniform_BL = inputs.rng.uniform("rollout/restart", batch.row_B, plan.order_BL.shape[1])
         kept_BL = leading(plan, share_B1)
         samples = rollout(
-            scene.student, batch.condition, plan, self.sampler, uniform_BL, batch.codes_BL, kept_BL
+            inputs.student, batch.condition, plan, self.sampler, uniform_BL, batch.codes_BL, kept_BL
         )  # fmt: skip
         part = Part.of("student", samples.codes_BL, batch.condition, plan, batch.row_B)
         return Context((replace(part, behavior_logp_BL=samples.logp_BL),))
@@ -224,12 +224,12 @@ class ScheduledSampling(Prefixes):
     def samplers(self) -> tuple[Sampler, ...]:
         return (self.sampler,)
 
-    def __call__(self, batch: Batch, scene: Scene) -> Context:
-        plan, length = self.sampler.plan(scene.student, scene.rng, batch.row_B), batch.codes_BL.shape[1]
-        kept_BL = scene.rng.uniform("coins", batch.row_B, length) >= value_of(self.share)
-        uniform_BL = scene.rng.uniform("rollout/scheduled", batch.row_B, length)
+    def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
+        plan, length = self.sampler.plan(inputs.student, inputs.rng, batch.row_B), batch.codes_BL.shape[1]
+        kept_BL = inputs.rng.uniform("coins", batch.row_B, length) >= value_of(self.share)
+        uniform_BL = inputs.rng.uniform("rollout/scheduled", batch.row_B, length)
         samples = rollout(
-            scene.student, batch.condition, plan, self.sampler, uniform_BL, batch.codes_BL, kept_BL
+            inputs.student, batch.condition, plan, self.sampler, uniform_BL, batch.codes_BL, kept_BL
         )  # fmt: skip
         part = Part.of("student", samples.codes_BL, batch.condition, plan, batch.row_B)
         return Context((replace(part, supervision_BL=batch.codes_BL),))
@@ -263,27 +263,27 @@ class ParallelSampling(Prefixes):
     def sources(self) -> tuple[Source, ...]:
         return ("data", "student") if self.with_data else ("student",)
 
-    def __call__(self, batch: Batch, scene: Scene) -> Context:
-        plan = scene.student.plan(len(batch), scene.rng, batch.row_B)
+    def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
+        plan = inputs.student.plan(len(batch), inputs.rng, batch.row_B)
         parts = [Part.of("data", batch.codes_BL, batch.condition, plan, batch.row_B)]
         for turn in range(self.rounds):
-            streams = (scene.rng.uniform(f"{name}/{turn}", batch.row_B, batch.codes_BL.shape[1])
+            streams = (inputs.rng.uniform(f"{name}/{turn}", batch.row_B, batch.codes_BL.shape[1])
                        for name in ("propose", "coins"))  # fmt: skip
             uniform_BL, coin_BL = streams
-            proposed_BL = self._predict(parts[-1], scene, uniform_BL)
+            proposed_BL = self._predict(parts[-1], inputs, uniform_BL)
             codes_BL = torch.where(coin_BL < value_of(self.share), proposed_BL, batch.codes_BL)
             part = Part.of("student", codes_BL, batch.condition, plan, batch.row_B)
             parts.append(replace(part, supervision_BL=batch.codes_BL))
         return Context(tuple(parts if self.with_data else parts[-1:]))
 
     @torch.no_grad()
-    def _predict(self, part: Part, scene: Scene, uniform_BL: Tensor) -> Tensor:
+    def _predict(self, part: Part, inputs: StepInputs, uniform_BL: Tensor) -> Tensor:
         """The student's code for every position, given the codes of `part` before it."""
-        with evaluating(scene.student):
-            hidden_ND = scene.student(part.codes_BL, part.condition, part.plan).flatten(0, 1)
+        with evaluating(inputs.student):
+            hidden_ND = inputs.student(part.codes_BL, part.condition, part.plan).flatten(0, 1)
         uniform_N, found = uniform_BL.flatten(), []
-        for rows in chunks(len(hidden_ND), scene.chunk_rows):
-            logp_NV = log_softmax(scene.student.head(hidden_ND[rows]))
+        for rows in chunks(len(hidden_ND), inputs.chunk_rows):
+            logp_NV = log_softmax(inputs.student.head(hidden_ND[rows]))
             found.append(logp_NV.argmax(1) if self.greedy else _pick_rows(logp_NV, uniform_N[rows]))
         return torch.cat(found).view(part.codes_BL.shape)
 
@@ -321,17 +321,17 @@ class Completions(Prefixes):
     def prepare(self, codebook_VE: Tensor) -> CodebookTables:
         return {CODEBOOK: codebook_VE.detach().float()}
 
-    def __call__(self, batch: Batch, scene: Scene) -> Context:
-        plan, length = self.sampler.plan(scene.student, scene.rng, batch.row_B), batch.codes_BL.shape[1]
+    def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
+        plan, length = self.sampler.plan(inputs.student, inputs.rng, batch.row_B), batch.codes_BL.shape[1]
         kept_BL = leading(plan, torch.full((len(batch), 1), value_of(self.prefix), device=batch.codes_BL.device))
-        uniforms = [scene.rng.uniform(f"complete/{nth}", batch.row_B, length) for nth in range(self.count)]
+        uniforms = [inputs.rng.uniform(f"complete/{nth}", batch.row_B, length) for nth in range(self.count)]
         scales = None if batch.guidance_B is None else batch.guidance_B.repeat(self.count)
         condition = Condition(batch.label_B.repeat(self.count), scales)
         plans = Plan(plan.order_BL.repeat(self.count, 1), plan.sizes)
         gold, kept = batch.codes_BL.repeat(self.count, 1), kept_BL.repeat(self.count, 1)
-        model = scene.model("teacher")
+        model = inputs.model("teacher")
         samples = rollout(model, condition, plans, self.sampler, torch.cat(uniforms), gold, kept)
-        codebook_VE = scene.codebook_tables[CODEBOOK]
+        codebook_VE = inputs.codebook_tables[CODEBOOK]
         distance_M = (codebook_VE[samples.codes_BL] - codebook_VE[gold]).square().sum((1, 2))
         nearest_B = distance_M.view(self.count, -1).argmin(0)
         codes_BL = samples.codes_BL.view(self.count, len(batch), -1)[nearest_B, torch.arange(len(batch))]

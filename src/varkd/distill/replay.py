@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from varkd.distill.bestof import BestOf
+from varkd.distill.inputs import Prefixes, State, StepInputs, in_row_order, merge
 from varkd.distill.prefixes import MixtureSampling, PrefixRestart, Rollout, SpeculativeSampling
-from varkd.distill.scene import Prefixes, Scene, State, in_row_order, merge
 from varkd.distill.schedule import Schedule, check_range, value_of
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
@@ -60,9 +60,9 @@ class Replay(Prefixes):
     def no_reward(self, source: Source) -> str | None:
         return self.rollout.no_reward(source)
 
-    def __call__(self, batch: Batch, scene: Scene) -> Context:
-        step, state = scene.rng.step, scene.state
-        stale_B = self._due(batch, scene.rng)
+    def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
+        step, state = inputs.rng.step, inputs.state
+        stale_B = self._due(batch, inputs.rng)
         if "rows/replay_born" in state:
             # A mixture that changes over training brings in rows that have no ring yet.
             known_B = torch.isin(batch.row_B, state["rows/replay_row"])
@@ -73,9 +73,9 @@ class Replay(Prefixes):
             stale_B[:] = True
         parts = []
         if stale_B.any():
-            parts.append(self.rollout(batch.select(stale_B), scene).parts[0])
+            parts.append(self.rollout(batch.select(stale_B), inputs).parts[0])
         if not stale_B.all():
-            parts.append(self._reuse(batch.select(~stale_B), scene))
+            parts.append(self._reuse(batch.select(~stale_B), inputs))
         return Context((in_row_order(parts),))
 
     def _due(self, batch: Batch, rng: Rng) -> Tensor:
@@ -90,10 +90,10 @@ class Replay(Prefixes):
     def _slots(self, row_B: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         return torch.searchsorted(state["rows/replay_row"], row_B)
 
-    def _reuse(self, batch: Batch, scene: Scene) -> Part:
-        state, slot_B = scene.state, self._slots(batch.row_B, scene.state)
-        age_BC = scene.rng.step - state["rows/replay_born"][slot_B]
-        uniform_B = scene.rng.uniform("replay", batch.row_B, 1).squeeze(1)
+    def _reuse(self, batch: Batch, inputs: StepInputs) -> Part:
+        state, slot_B = inputs.state, self._slots(batch.row_B, inputs.state)
+        age_BC = inputs.rng.step - state["rows/replay_born"][slot_B]
+        uniform_B = inputs.rng.uniform("replay", batch.row_B, 1).squeeze(1)
         usable_BC = self._usable(age_BC)
         nth_B = (uniform_B * usable_BC.sum(1)).long()
         pick_B = ((usable_BC.cumsum(1) > nth_B.unsqueeze(1)) & usable_BC).int().argmax(1)
@@ -102,7 +102,7 @@ class Replay(Prefixes):
         guidance_B = None if scales is None else scales[slot_B, pick_B]
         condition = Condition(state["rows/replay_label"][slot_B, pick_B], guidance_B)
         order_BL = state["rows/replay_order"][slot_B, pick_B]  # the very order in which the codes were sampled
-        plan = self.rollout.sampler.plan(scene.student, scene.rng, batch.row_B, order_BL)
+        plan = self.rollout.sampler.plan(inputs.student, inputs.rng, batch.row_B, order_BL)
         part = Part.of(self.sources[0], codes_BL, condition, plan, batch.row_B)
         return replace(part, behavior_logp_BL=logp_BL, age_B=age_BC.gather(1, pick_B.unsqueeze(1)).squeeze(1))
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from varkd.distill.bestof import BestOf
+from varkd.distill.inputs import Prefixes, State, StepInputs
 from varkd.distill.mixture import Mixture
 from varkd.distill.prefixes import Rollout
 from varkd.distill.replay import Replay
-from varkd.distill.scene import Prefixes, Scene, State
 from varkd.distill.schedule import check_range
 from varkd.distill.spaces import CodebookTables
 from varkd.errors import VarkdError
@@ -58,17 +58,17 @@ class _Weighed(Prefixes):
     def update(self, context: Context, state: State, rng: Rng) -> State:
         return self.contexts.update(context, state, rng)
 
-    def __call__(self, batch: Batch, scene: Scene) -> Context:
-        context = self.contexts(batch, scene)
+    def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
+        context = self.contexts(batch, inputs)
         student = [part for part in context.parts if part.source == "student"]
         none = batch.row_B[:0]
         empty_0X = none.float().view(0, 1).expand(0, self._width(batch.codes_BL.shape[1]))
-        ratio_BX = torch.cat([empty_0X, *(self._measure(part, scene) for part in student)])
+        ratio_BX = torch.cat([empty_0X, *(self._measure(part, inputs) for part in student)])
         row_B = torch.cat([none, *(part.row_B for part in student)])
         # Every rank takes part in both gathers, also one that holds no student row in this step.
-        ratio_BX, row_B = scene.world.gather_varied(ratio_BX), scene.world.gather_varied(row_B)
+        ratio_BX, row_B = inputs.world.gather_varied(ratio_BX), inputs.world.gather_varied(row_B)
         order = torch.argsort(row_B)  # so that nothing depends on the number of ranks
-        row_B, weight_BX = row_B[order], self._weights(ratio_BX[order], scene.rng)
+        row_B, weight_BX = row_B[order], self._weights(ratio_BX[order], inputs.rng)
         weigh = lambda part: self._weighed(part, weight_BX[torch.searchsorted(row_B, part.row_B)])
         return Context(tuple(weigh(part) if part.source == "student" else part for part in context.parts))
 
@@ -77,7 +77,7 @@ class _Weighed(Prefixes):
         """How many numbers `_measure` takes of a sequence."""
 
     @abstractmethod
-    def _measure(self, part: Part, scene: Scene) -> Tensor:
+    def _measure(self, part: Part, inputs: StepInputs) -> Tensor:
         """The log ratios that the weights of some sequences hang on, (B, X)."""
 
     @abstractmethod
@@ -115,8 +115,8 @@ class Reweighted(_Weighed):
         del length
         return 1
 
-    def _measure(self, part: Part, scene: Scene) -> Tensor:
-        return log_ratio(part, scene).unsqueeze(1)
+    def _measure(self, part: Part, inputs: StepInputs) -> Tensor:
+        return log_ratio(part, inputs).unsqueeze(1)
 
     def _weights(self, ratio_BX: Tensor, rng: Rng) -> Tensor:
         if not len(ratio_BX):
@@ -152,8 +152,8 @@ class PrefixReweighted(_Weighed):
     def _width(self, length: int) -> int:
         return length
 
-    def _measure(self, part: Part, scene: Scene) -> Tensor:
-        return part.plan.before(code_log_ratios(part, scene)).gather(1, part.plan.order_BL)
+    def _measure(self, part: Part, inputs: StepInputs) -> Tensor:
+        return part.plan.before(code_log_ratios(part, inputs)).gather(1, part.plan.order_BL)
 
     def _weights(self, ratio_BX: Tensor, rng: Rng) -> Tensor:
         del rng
@@ -163,14 +163,14 @@ class PrefixReweighted(_Weighed):
         return replace(part, position_weight_BL=weight_BX.gather(1, part.plan.rank_BL))
 
 
-def code_log_ratios(part: Part, scene: Scene) -> Tensor:
+def code_log_ratios(part: Part, inputs: StepInputs) -> Tensor:
     """log p(code) - log q(code) at every position, in nats, float32 (B, L)."""
-    return scene.logp("teacher", part) - scene.logp("student", part)
+    return inputs.logp("teacher", part) - inputs.logp("student", part)
 
 
-def log_ratio(part: Part, scene: Scene) -> Tensor:
+def log_ratio(part: Part, inputs: StepInputs) -> Tensor:
     """r(x) = mean over positions of log p(code) - log q(code), in nats, float32 (B,)."""
-    return code_log_ratios(part, scene).mean(1)
+    return code_log_ratios(part, inputs).mean(1)
 
 
 def prefix_weights(sum_BL: Tensor, kappa: float, clip: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from varkd.backbones.protocol import Layout
 from varkd.config import RunConfig
-from varkd.data.codes import CodeDataset, read_manifest
+from varkd.data.codes import CodeDataset, check_tokenizer, open_tokenizer, read_manifest
 from varkd.data.images import ImageSet, Split, open_images
 from varkd.data.views import view_names
 from varkd.errors import VarkdError
@@ -48,21 +48,13 @@ class Codes:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the manifest, checked by its hash."""
-        recorded = self.manifest["tokenizer"]
-        path = Path(recorded["path"])
-        path = path if path.is_absolute() or path.is_dir() else self.folder / path
-        return self.checked(load_tokenizer(path))
+        return open_tokenizer(self.folder, self.manifest)
 
     def checked(self, tokenizer: Tokenizer) -> Tokenizer:
-        if tokenizer.hash != self.manifest["tokenizer"]["hash"]:
-            raise VarkdError(
-                f"{self.folder} holds codes of tokenizer {self.manifest['tokenizer']['hash'][:12]}, but this one is "
-                f"{tokenizer.hash[:12]}: encode the images again with it"
-            )
-        return tokenizer
+        return check_tokenizer(tokenizer, self.folder, self.manifest)
 
     def split(self, split: Split) -> CodeDataset:
-        return CodeDataset.open(self.folder, split)
+        return CodeDataset(self.folder, split)
 
     def images(self, split: Split) -> ImageSet:
         """The images that were encoded."""

@@ -27,7 +27,8 @@ from varkd.rollout import Sampler
 from varkd.run.data import Codes, pick_device
 from varkd.run.environment import versions
 from varkd.run.models import load_trained
-from varkd.run.sampling import balanced_labels, generate
+from varkd.run.sampling import balanced_labels
+from varkd.sampling import generate_with_codes
 from varkd.types import Batch
 
 _GRID_ROWS = 4
@@ -115,7 +116,8 @@ class Judge:
         self, model: Backbone, num: int, sampler: Sampler, settings: EvaluationConfig, label: str, quiet: bool
     ) -> tuple[Tensor, Tensor]:
         label_B = balanced_labels(num, model.num_classes)
-        images, _ = generate(model, self.codes.tokenizer, label_B, sampler, settings.seed, settings.batch_size, label,
+        images, _ = generate_with_codes(
+            model, self.codes.tokenizer, label_B, sampler, settings.seed, settings.batch_size, label,
                              quiet)  # fmt: skip
         return images, label_B
 

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
-from varkd.backbones.store import build, describe, load_backbone
+from varkd.backbones.store import build, load_backbone
 from varkd.config import ModelConfig
 from varkd.data.text import Text, read_text
 from varkd.evaluate.agreement import cross_entropy
 from varkd.files import read_json, write_json
-from varkd.methods import METHODS
+from varkd.train.distiller import Distiller
 from varkd.train.loop import Job, TrainConfig, train
 from varkd.train.optim import OptimizerConfig
 from varkd.types import Batch
-from varkd.world import Rng, World
+from varkd.world import Rng
 
 _HELD_OUT = 128  # sequences that the loop looks at
 
@@ -103,13 +103,15 @@ def _trained(
         chosen = {name: getattr(sizes, name) for name in ("num_layers", "dim", "num_heads", "ffn_dim")}
         new = lambda: build(sizes.family, {**shape, **chosen}, seed=settings.seed).to(device)
         student = new()
-        write_json(folder / "config.json", describe(student, text.hash))
+        student.tokenizer_hash = text.hash
+        write_json(folder / "config.json", student.describe())
         held_out = text_batch(text.validation_ML[:_HELD_OUT])
         batches = TextBatches(text.train_NL, settings.train.batch_size, settings.seed)
         label = f"language {folder.name}"
-        train(Job(student, teacher, METHODS[method].method, {}, batches, settings.train, settings.seed, folder, World(),
-                  device, new, lambda model: {"ce": cross_entropy(model, [held_out], device)}, label=label,
-                  quiet=quiet))  # fmt: skip
+        distiller = Distiller(method, student, teacher, updates=settings.train.updates, seed=settings.seed,
+                              label_drop=settings.train.label_drop, codebook_tables={})  # fmt: skip
+        validate = lambda model: {"ce": cross_entropy(model, [held_out], device)}
+        train(Job(distiller, batches, settings.train, folder, new, validate, label=label, quiet=quiet))
     return load_backbone(folder, str(device))[0].requires_grad_(False)
 
 

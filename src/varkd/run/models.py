@@ -11,27 +11,22 @@ from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import build, check_state, family_class, load_backbone, weights_hash
 from varkd.config import RunConfig, read_run
 from varkd.data.codes import sequence_length
-from varkd.distill.spaces import CodebookTables
 from varkd.distill.target import Guided
 from varkd.errors import VarkdError
 from varkd.files import read_json
 from varkd.run.data import Codes, pick_device
+from varkd.run.official import load_official
+from varkd.train.distiller import Distiller
 from varkd.train.parallel import distribute
 from varkd.world import Rng, World
 
 
 @dataclass(frozen=True)
 class Objects:
-    """The models of a run and what a method makes of the tokenizer.
+    """A run's distiller and the hash of its teacher's weights."""
 
-    `reference` is a second student that stays as it was at the start, where the method compares with it.
-    """
-
-    student: Backbone
-    teacher: Backbone | None
-    codebook_tables: CodebookTables
+    distiller: Distiller
     teacher_hash: str | None
-    reference: Backbone | None = None
 
 
 def build_objects(run: RunConfig, codes: Codes, world: World, device: torch.device) -> Objects:
@@ -61,16 +56,24 @@ def build_objects(run: RunConfig, codes: Codes, world: World, device: torch.devi
     reference = None
     if run.method.needs_reference:
         reference = distribute(new_student(run, codes).to(device).requires_grad_(False), world, run.train.replicas)
-    return Objects(student, teacher, codebook_tables, teacher_hash, reference)
+    distiller = Distiller(
+        run.method, student, teacher, updates=run.train.updates, seed=run.seed, label_drop=run.train.label_drop,
+        chunk_rows=run.train.chunk_rows, precision=run.train.precision, world=world, reference=reference,
+        codebook_tables=codebook_tables,
+    )  # fmt: skip
+    return Objects(distiller, teacher_hash)
 
 
 def new_student(run: RunConfig, codes: Codes) -> Backbone:
     """The student at its first step: drawn from the seed, or the weights of `init`."""
     if run.init:
-        return _from_start(run, run.init, codes)
-    chosen = {name: value for name, value in asdict(run.model).items() if name != "family" and value is not None}
-    sizes = {**family_class(run.model.family).sizes_for(codes.layout), **chosen}
-    return build(run.model.family, sizes, _dropout(run), run.seed, quantizer=codes.tokenizer.quantizer)
+        student = _from_start(run, run.init, codes)
+    else:
+        chosen = {name: value for name, value in asdict(run.model).items() if name != "family" and value is not None}
+        sizes = {**family_class(run.model.family).sizes_for(codes.layout), **chosen}
+        student = build(run.model.family, sizes, _dropout(run), run.seed, quantizer=codes.tokenizer.quantizer)
+    student.tokenizer_hash = codes.manifest["tokenizer"]["hash"]
+    return student
 
 
 def _from_start(run: RunConfig, init: str, codes: Codes) -> Backbone:
@@ -133,9 +136,13 @@ def load_trained(folder: str | Path, device: str = "auto") -> tuple[RunConfig, C
 
 
 def load(path: str | Path, device: str = "auto") -> Backbone:
-    """`varkd.load`: the model of a run folder (its selected weights) or of an exported folder, in eval mode.
+    """`varkd.load`: the model of a run folder (its selected weights), a model folder or an official file.
+
+    An official file that does not say all of its sizes needs `varkd.load_official`, which takes them as arguments.
 
     Raises:
         VarkdError: no model there, a truncated file, or weights of other shapes.
     """
+    if Path(path).is_file():
+        return load_official(path, device=device)
     return load_backbone(path, str(pick_device(device)))[0]

@@ -9,39 +9,11 @@ import torch
 from torch import Tensor
 
 from varkd import pictures
-from varkd.backbones.protocol import Backbone
 from varkd.errors import VarkdError
 from varkd.files import atomic_folder, write_json
-from varkd.progress import bar
-from varkd.rollout import Sampler, rollout
+from varkd.rollout import Sampler
 from varkd.run.models import load_trained
-from varkd.tokenizers.protocol import Tokenizer
-from varkd.types import Condition
-from varkd.world import Rng
-
-
-def generate(
-    model: Backbone, tokenizer: Tokenizer, label_B: Tensor, sampler: Sampler, seed: int, batch_size: int = 250,
-    label: str = "sample", quiet: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Sample one image per label: uint8 (N, C, H, W) and codes (N, L), both on the CPU.
-
-    Image i depends on (seed, i, label, model, sampler) only: runs that are compared share their noise.
-    """
-    device = model.head.weight.device
-    tokenizer = tokenizer.to(device).eval()
-    images, codes, rng = [], [], Rng(seed)
-    with bar(label, len(label_B), quiet) as running, torch.no_grad():
-        for begin in range(0, len(label_B), batch_size):
-            row_B = torch.arange(begin, min(begin + batch_size, len(label_B)), device=device)
-            condition = Condition(label_B[row_B.cpu()].to(device))
-            plan = sampler.plan(model, rng, row_B)
-            uniform_BL = rng.uniform("sample", row_B, plan.order_BL.shape[1])
-            codes_BL = rollout(model, condition, plan, sampler, uniform_BL).codes_BL
-            images.append(tokenizer.to_uint8(tokenizer.decode(codes_BL)).cpu())
-            codes.append(codes_BL.cpu())
-            running.update(int(row_B[-1]) + 1)
-    return torch.cat(images), torch.cat(codes)
+from varkd.sampling import generate_with_codes
 
 
 def balanced_labels(num: int, num_classes: int) -> Tensor:
@@ -70,7 +42,7 @@ def sample_run(
         torch.tensor(labels).repeat(-(-num // len(labels)))[:num] if labels else balanced_labels(num, model.num_classes)
     )
     sampler, seed = sampler or run.evaluation.sampler, run.evaluation.seed if seed is None else seed
-    images, codes_BL = generate(model, codes.tokenizer, label_B, sampler, seed, batch_size, "sample", quiet)
+    images, codes_BL = generate_with_codes(model, codes.tokenizer, label_B, sampler, seed, batch_size, "sample", quiet)
     images_NHWC = images.permute(0, 2, 3, 1).numpy()
     columns = min(model.num_classes, 10) if model.num_classes > 1 else 10
     about = {

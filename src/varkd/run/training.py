@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from varkd import pictures
 from varkd.backbones.protocol import Backbone
-from varkd.backbones.store import describe, load_backbone, weights_hash
+from varkd.backbones.store import load_backbone, weights_hash
 from varkd.config import RunConfig, differences, dump, read_run
 from varkd.data.codes import CodeDataset
-from varkd.data.loader import Loader, ordered_batches
+from varkd.data.loader import DataLoader, ordered_batches
 from varkd.distill.clustering import cluster_statistics
 from varkd.distill.filtering import DifferenceSampling, difference_scores
 from varkd.errors import VarkdError
@@ -25,7 +25,7 @@ from varkd.progress import console, track
 from varkd.run.data import Codes, open_codes, pick_device
 from varkd.run.environment import environment
 from varkd.run.models import Objects, build_objects, new_student
-from varkd.run.sampling import generate
+from varkd.sampling import generate_with_codes
 from varkd.train.checkpoint import Progress
 from varkd.train.loop import Job, train
 from varkd.train.parallel import gathered
@@ -57,10 +57,10 @@ def train_run(run: RunConfig, *, overwrite: bool = False, quiet: bool = False) -
     job = _job(run, codes, folder, objects, world, device, quiet)
     claim_folder(run, folder, overwrite, world)  # only now: bad input leaves no trace, and deletes nothing
     _record(run, codes, folder, objects, world)
-    if objects.reference is not None:
+    if objects.distiller.reference is not None:
         _note_start(run, "best_of", world, quiet)
-    images = chosen_images(run, codes, objects.teacher, folder, world, device, quiet)
-    job.batches = Loader(codes.split("train"), run.train.batch_size, run.seed, world, images)
+    images = chosen_images(run, codes, objects.distiller.teacher, folder, world, device, quiet)
+    job.batches = DataLoader(codes.split("train"), run.train.batch_size, run.seed, world, images)
     return train(job)
 
 
@@ -150,7 +150,7 @@ def _record(run: RunConfig, codes: Codes, folder: Path, objects: Objects, world:
         "teacher_hash": objects.teacher_hash,
         "tokenizer_hash": codes.manifest["tokenizer"]["hash"],
         "codes": str(codes.folder.resolve()),
-        "codebook_tables_hash": state_hash(codes.manifest["tokenizer"]["hash"], objects.codebook_tables),
+        "codebook_tables_hash": state_hash(codes.manifest["tokenizer"]["hash"], objects.distiller.codebook_tables),
         "init_hash": weights_hash(load_backbone(run.init)[0]) if run.init else None,
     }
     path = folder / "environment.json"
@@ -161,10 +161,12 @@ def _record(run: RunConfig, codes: Codes, folder: Path, objects: Objects, world:
                 old, new = (str(values.get(name))[:12] for values in (before, recorded))
                 what = name.removesuffix("_hash")
                 raise VarkdError(f"{folder} was begun with another {what} ({old}, now {new}): --overwrite starts anew")
-    plain = objects.student if world.size == 1 else new_student(run, codes)
-    write_json(folder / "config.json", describe(plain, recorded["tokenizer_hash"]))
+    plain = objects.distiller.student if world.size == 1 else new_student(run, codes)
+    write_json(folder / "config.json", plain.describe())
     codebook_VE = codes.tokenizer.codebook_VE
-    clusters = {key: cluster_statistics(codebook_VE, objects.codebook_tables[key]) for key in run.method.cluster_keys}
+    clusters = {
+        key: cluster_statistics(codebook_VE, objects.distiller.codebook_tables[key]) for key in run.method.cluster_keys
+    }
     write_json(path, {**recorded, **({"clusters": clusters} if clusters else {}), **environment(world)})
 
 
@@ -180,16 +182,17 @@ def _job(
     def draw_grid(model: Backbone, path: Path) -> None:
         columns = min(model.num_classes, 10)
         label_B = torch.arange(columns).repeat(_GRID_ROWS)
-        images, _ = generate(model, codes.tokenizer, label_B, run.evaluation.sampler, run.evaluation.seed, quiet=True)
+        images, _ = generate_with_codes(
+            model, codes.tokenizer, label_B, run.evaluation.sampler, run.evaluation.seed, quiet=True
+        )
         pictures.save_png(path, pictures.grid(images.permute(0, 2, 3, 1).numpy(), columns))
 
     def plain_copy() -> Backbone:
         return new_student(run, codes).to(device)
 
     return Job(
-        objects.student, objects.teacher, run.method, objects.codebook_tables,
-        Loader(codes.split("train"), run.train.batch_size, run.seed, world), run.train, run.seed, folder, world, device,
-        plain_copy, validate, draw_grid, label=run.name or folder.name, quiet=quiet, reference=objects.reference,
+        objects.distiller, DataLoader(codes.split("train"), run.train.batch_size, run.seed, world), run.train, folder,
+        plain_copy, validate, draw_grid, label=run.name or folder.name, quiet=quiet,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import checkpoint_path
-from varkd.distill.scene import State
+from varkd.distill.inputs import State
 from varkd.errors import VarkdError
 from varkd.files import atomic_folder, read_json, write_json
 from varkd.train.optim import Ema

@@ -146,7 +146,7 @@ def _reconstruction(
     device: str | torch.device,
 ) -> dict[str, Any]:
     """Decode validation codes, write reconstruction.png, return {"psnr": mean dB, "num": images}."""
-    codes = CodeDataset(out, planned, "validation")
+    codes = CodeDataset(out, "validation", manifest=planned)
     num = min(len(codes), _CHECKED_IMAGES)
     psnrs: list[Tensor] = []
     for start in range(0, num, batch_size):

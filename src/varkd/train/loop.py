@@ -8,30 +8,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn, Protocol
 
 import torch
 
 from varkd.backbones.protocol import Backbone
-from varkd.distill.audit import Stats, guard_rails
-from varkd.distill.loss import LossInputs, denominators, distill_loss
-from varkd.distill.method import Method
-from varkd.distill.prefixes import Data
-from varkd.distill.scene import Scene, State
+from varkd.distill.audit import Stats, StepStats, guard_rails
 from varkd.distill.schedule import check_range
-from varkd.distill.spaces import CodebookTables
-from varkd.distill.target import Guided
 from varkd.errors import VarkdError
 from varkd.files import write_json
 from varkd.progress import Bar, bar, console
 from varkd.train.checkpoint import Checkpoints, Progress
+from varkd.train.distiller import Distiller
 from varkd.train.log import Log
 from varkd.train.optim import Ema, OptimizerConfig
-from varkd.train.parallel import clip_gradients, frozen_tensors, full_tensors, gathered
-from varkd.types import Batch, Context
-from varkd.world import Rng, World
+from varkd.train.parallel import clip_gradients, frozen_tensors, full_tensors
+from varkd.types import Batch
+from varkd.world import World
 
 
 @dataclass(frozen=True)
@@ -75,28 +70,25 @@ class Batches(Protocol):
 
 @dataclass
 class Job:
-    """The objects of one run. `student` may be sharded; the callbacks receive a plain copy with the EMA weights.
+    """The objects of one run. The student may be sharded; the callbacks receive a plain copy with the EMA weights."""
 
-    `reference` is the student as it was at the start, where the method compares with it. It never changes and is a
-    function of the run's settings, so no checkpoint holds it.
-    """
-
-    student: Backbone
-    teacher: Backbone | None
-    method: Method
-    codebook_tables: CodebookTables
+    distiller: Distiller
     batches: Batches
     train: TrainConfig
-    seed: int
     folder: Path
-    world: World
-    device: torch.device
     plain_copy: Callable[[], Backbone]
     validate: Callable[[Backbone], dict[str, float]]
     draw_grid: Callable[[Backbone, Path], None] | None = None
     label: str = "train"
     quiet: bool = False
-    reference: Backbone | None = None
+
+    @property
+    def student(self) -> Backbone:
+        return self.distiller.student
+
+    @property
+    def world(self) -> World:
+        return self.distiller.world
 
 
 class Diverged(VarkdError):
@@ -144,84 +136,48 @@ class Session:
         self.job = job
         self.optimizer = job.train.optim.build(job.student)
         self.ema = Ema(job.student, job.train.optim.ema)
-        self.state: State = {}
         self.progress = Progress()
         self.checkpoints = Checkpoints(job.folder, job.world, job.train.keep, job.train.select)
         latest = self.checkpoints.latest()
         if latest is not None:
             rows_per_rank = job.train.batch_size // job.world.size
             rows = range(job.world.rank * rows_per_rank, (job.world.rank + 1) * rows_per_rank)
-            self.state, self.progress = self.checkpoints.load(latest, job.student, self.ema, self.optimizer, rows)
+            loaded = self.checkpoints.load(latest, job.student, self.ema, self.optimizer, rows)
+            job.distiller.state, self.progress = loaded
+            job.distiller.step = self.progress.step
         self.saved_step = latest
         self.log = Log(job.folder, job.world, self.progress.step, job.train.tensorboard)
         self.window_begun, self.window_step = time.perf_counter(), self.progress.step
 
     def update(self) -> dict[str, float]:
-        """One optimizer step; the paper's algorithm box."""
+        """One optimizer step."""
         job, settings, step = self.job, self.job.train, self.progress.step
-        method, rng = job.method.at(step / settings.updates, self.state), Rng(job.seed, step)
-        batch = self._scaled(method, _to(job.batches.batch(step), job.device), rng)
-        scene = Scene(
-            job.student, job.teacher, self.state, rng, job.world, settings.chunk_rows, job.codebook_tables,
-            job.reference,
-        )  # fmt: skip
-        inputs = LossInputs(
-            method, job.student, job.teacher, self.state, job.codebook_tables, rng, settings.chunk_rows,
-            audit=self._is_logged(step + 1),
-        )  # fmt: skip
-
-        with self._autocast():
-            sampling = not isinstance(method.contexts, Data)
-            with gathered(*(model for model in (job.student, job.teacher, job.reference) if sampling)):
-                context = method.contexts(batch, scene)
-            fed = self._drop_labels(context, rng)
-            totals = denominators(inputs, fed, job.world)
+        distiller, world = job.distiller, job.world
+        batch = job.batches.batch(step).to(distiller.device)
         stats, loss = Stats(), torch.zeros((), dtype=torch.float64)
-        job.student.train()
-        for index, micro in enumerate(fed.micro_batches(settings.micro_batches)):
-            if settings.dropout:  # dropout has no generator of its own: seed the global one, as a function of the step
-                torch.manual_seed(rng.generator("dropout", index * job.world.size + job.world.rank).initial_seed())
-            with self._autocast():
-                part_loss, part_stats = distill_loss(inputs, micro, totals, gradient_scale=job.world.size)
+        audit = self._is_logged(step + 1)
+        for part_loss, part_stats in distiller.micro_batches(batch, settings.micro_batches, audit=audit):
             part_loss.backward()
-            loss += part_loss.detach().double().cpu() / job.world.size
+            loss += part_loss.detach().double().cpu() / world.size
             stats.merge(part_stats)
 
-        loss = float(job.world.sum(loss))
+        loss, collected = float(world.sum(loss)), stats.collect(world)
         norm = clip_gradients(job.student, settings.optim.clip)
-        self._check_finite(loss, norm, stats)
+        self._check_finite(loss, norm, collected)
         lr = settings.optim.lr_at(step, settings.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(step)
-        self.state = method.update(self.state, context, stats.gathered(job.world), rng)
-        self.state = job.method.adapt(self.state, (step + 1) / settings.updates, loss)
+        distiller.update(loss, collected)
         self.progress.step += 1
-        adapted = {key: float(memory[0]) for key, memory in self.state.items() if key.startswith("adaptive")}
-        return {"loss": loss, "grad_norm": norm, "lr": lr, **stats.means(job.world), **adapted}
+        return {"loss": loss, "grad_norm": norm, "lr": lr, **collected, **distiller.adaptive_values}
 
-    def _scaled(self, method: Method, batch: Batch, rng: Rng) -> Batch:
-        """With a range of guidance scales: every row draws its own."""
-        if not isinstance(method.target, Guided):
-            return batch
-        return replace(batch, guidance_B=method.target.guidance_B(batch.row_B, rng))
-
-    def _drop_labels(self, context: Context, rng: Rng) -> Context:
-        rate = self.job.train.label_drop
-        if not rate:
-            return context
-        uniform = [rng.uniform("label-drop", part.row_B, 1).squeeze(1) for part in context.parts]
-        return context.drop_labels(rate, self.job.student.null_label, uniform)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.job.device.type, torch.bfloat16, enabled=self.job.train.precision == "bf16")
-
-    def _check_finite(self, loss: float, norm: float, stats: Stats) -> None:
+    def _check_finite(self, loss: float, norm: float, stats: StepStats) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        terms = ", ".join(f"{name} {value:.4g}" for name, value in stats.means(self.job.world).items() if "/" in name)
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in stats.items() if "/" in name)
         step = self.progress.step + 1
         self._fail(f"the loss is not finite at update {step} (loss {loss:g}, gradient norm {norm:g}; {terms})")
 
@@ -266,13 +222,13 @@ class Session:
         if self.job.draw_grid is not None and settings.grid_every and (last or step % settings.grid_every == 0):
             self._draw_grid()
         if stop or last or step % settings.checkpoint_every == 0 or self.progress.best_step == step:
-            self.checkpoints.save(self.job.student, self.ema, self.optimizer, self.state, self.progress)
+            self.checkpoints.save(self.job.student, self.ema, self.optimizer, self.job.distiller.state, self.progress)
             self.saved_step = step
 
     def _validate(self) -> None:
         values = self.job.validate(self.evaluation_model())
         self.log.write("validation", self.progress.step, values)
-        self.state = self.job.method.validated(self.state, values["ce"])
+        self.job.distiller.validated(values["ce"])
         if not math.isfinite(values["ce"]):
             self._fail(f"the validation loss is not finite after update {self.progress.step}")
         best = self.progress.best_value
@@ -299,11 +255,6 @@ class Session:
             status = {"state": state, "step": self.progress.step, "updates": self.job.train.updates,
                       "seconds": self.progress.seconds}  # fmt: skip
             write_json(self.job.folder / "status.json", status)
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    guidance_B = None if batch.guidance_B is None else batch.guidance_B.to(device)
-    return Batch(batch.codes_BL.to(device), batch.label_B.to(device), batch.row_B.to(device), guidance_B)
 
 
 class _Received:

@@ -17,7 +17,8 @@ from varkd.backbones.layers import GuidanceEmbedding
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import FAMILIES, build, weights_hash
 from varkd.distill import loss as loss_module
-from varkd.distill.loss import LossInputs, denominators, distill_loss
+from varkd.distill.inputs import StepInputs
+from varkd.distill.loss import denominators, distill_loss
 from varkd.distill.method import Method
 from varkd.distill.target import Guided
 from varkd.evaluate.agreement import agreement, cross_entropy, student_batches
@@ -25,7 +26,7 @@ from varkd.evaluate.speed import samples_per_second
 from varkd.methods import METHODS
 from varkd.rollout import Sampler, guidance_per_step, rollout
 from varkd.types import Batch, Condition, Context, Part, Plan, state_hash
-from varkd.world import Rng, World
+from varkd.world import Rng
 
 SMALL = {"vocab_size": 12, "num_classes": 3, "num_layers": 2, "dim": 16, "num_heads": 2, "ffn_dim": 24}
 CPU = torch.device("cpu")
@@ -93,7 +94,7 @@ def taught(teacher: Backbone, target: Guided, part: Part) -> Tensor:
     """The log-probabilities of kd_guided's target, (B, L, V)."""
     method = replace(METHODS["kd_guided"].method, target=target)
     student = make(teacher.family, seed=9, guidance_conditioned=True)
-    found = loss_module._teacher_rows(LossInputs(method, student, teacher, {}, {}, Rng(0)), part)
+    found = loss_module._teacher_rows(StepInputs(method, student, teacher, {}, Rng(0), codebook_tables={}), part)
     assert found is not None
     return found.logits(slice(None)).log_softmax(-1).view(*part.codes_BL.shape, -1)
 
@@ -233,8 +234,8 @@ def learn(student: Backbone, teacher: Backbone, method: Method, updates: int = 1
         assert isinstance(method.target, Guided)
         batch = Batch(codes_BL, label_B, row_B, method.target.guidance_B(row_B, rng))
         context = Context((Part.of("data", codes_BL, batch.condition, plan, row_B),))
-        inputs = LossInputs(method, student, teacher, {}, {}, rng)
-        loss, _ = distill_loss(inputs, context, denominators(inputs, context, World()))
+        inputs = StepInputs(method, student, teacher, {}, rng, codebook_tables={})
+        loss, _ = distill_loss(inputs, context, denominators(inputs, context))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -19,7 +19,7 @@ CodesFolder = Callable[..., Path]
 
 
 def test_reads_what_was_written(codes_folder: CodesFolder) -> None:
-    codes = CodeDataset.open(codes_folder(), "train", tokenizer_hash="a" * 64)
+    codes = CodeDataset(codes_folder(), "train", tokenizer_hash="a" * 64)
     assert (len(codes), codes.num_views, codes.sequence_length, codes.vocab_size) == (23, 3, 6, 4096)
     assert codes.class_names == ("cat", "dog", "owl") and codes.num_classes == 3 and codes.image_shape == (1, 4, 6)
     assert codes.labels.tolist() == [n % 3 for n in range(23)]
@@ -27,19 +27,19 @@ def test_reads_what_was_written(codes_folder: CodesFolder) -> None:
     codes_BL = codes.codes(index, view)
     assert codes_BL.dtype == torch.int64 and codes_BL.shape == (6, 6)
     assert codes_BL[:, 0].tolist() == index.tolist() and codes_BL[:, 1].tolist() == view.tolist()
-    validation = CodeDataset.open(codes_folder(), "validation")
+    validation = CodeDataset(codes_folder(), "validation")
     assert (len(validation), validation.num_views) == (4, 1)
 
 
 def test_shards_are_mapped_not_read(codes_folder: CodesFolder) -> None:
-    codes = CodeDataset.open(codes_folder())
+    codes = CodeDataset(codes_folder())
     assert len(codes._shards) == 5
     assert all(isinstance(shard, np.memmap) and not shard.flags.writeable for shard in codes._shards)
 
 
 def test_another_tokenizer(codes_folder: CodesFolder) -> None:
     with pytest.raises(VarkdError, match=r"tokenizer aaaaaaaaaaaa, not bbbbbbbbbbbb: encode the images with"):
-        CodeDataset.open(codes_folder(), tokenizer_hash="b" * 64)
+        CodeDataset(codes_folder(), tokenizer_hash="b" * 64)
 
 
 def test_truncated_and_missing_shards(codes_folder: CodesFolder) -> None:
@@ -49,20 +49,20 @@ def test_truncated_and_missing_shards(codes_folder: CodesFolder) -> None:
     for length in (len(whole) - 6, 60, 0):
         shard.write_bytes(whole[:length])
         with pytest.raises(VarkdError, match=r"train-00002\.npy is truncated .* run `varkd encode` again"):
-            CodeDataset.open(folder)
+            CodeDataset(folder)
     np.save(shard, np.zeros((5, 3, 7), np.uint16))
     with pytest.raises(VarkdError, match=r"holds uint16 \(5, 3, 7\), expected uint16 \(5, 3, 6\)"):
-        CodeDataset.open(folder)
+        CodeDataset(folder)
     np.save(shard, np.array([object()]), allow_pickle=True)  # must not be unpickled
     with pytest.raises(VarkdError, match="not a shard"):
-        CodeDataset.open(folder)
+        CodeDataset(folder)
     shard.unlink()
     with pytest.raises(VarkdError, match=r"train-00002\.npy is missing"):
-        CodeDataset.open(folder)
+        CodeDataset(folder)
 
 
 def test_codes_outside_the_codebook(codes_folder: CodesFolder) -> None:
-    codes = CodeDataset.open(codes_folder(vocab_size=20))
+    codes = CodeDataset(codes_folder(vocab_size=20))
     codes.codes(np.array([19]), np.array([0]))
     with pytest.raises(VarkdError, match="holds code 20 but the tokenizer has 20"):
         codes.codes(np.array([19, 20]), np.array([0, 0]))
@@ -73,7 +73,7 @@ def test_labels_outside_the_classes(codes_folder: CodesFolder, label: int) -> No
     folder = codes_folder()
     np.save(folder / "train-00004-labels.npy", np.array([0, label, 0], dtype=np.int64))
     with pytest.raises(VarkdError, match=f"label {label} but 3 classes"):
-        CodeDataset.open(folder)
+        CodeDataset(folder)
 
 
 def test_manifests_that_are_refused(codes_folder: CodesFolder, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_manifests_that_are_refused(codes_folder: CodesFolder, tmp_path: Path) -
     def refused(match: str, **changes: object) -> None:
         write_json(folder / "manifest.json", {**manifest, **changes})
         with pytest.raises(VarkdError, match=match):
-            CodeDataset.open(folder)
+            CodeDataset(folder)
 
     refused("is of version 2, this varkd reads", version=2)
     refused("is not a manifest of codes", format="other")
@@ -91,12 +91,12 @@ def test_manifests_that_are_refused(codes_folder: CodesFolder, tmp_path: Path) -
     refused(r"is damaged \(at 'hash'\)", tokenizer={})
     (folder / "manifest.json").write_text("[]")
     with pytest.raises(VarkdError, match="is not a manifest of codes"):
-        CodeDataset.open(folder)
+        CodeDataset(folder)
     (folder / "manifest.json").rename(folder / "partial.json")
     with pytest.raises(VarkdError, match="is not complete: run the same"):
-        CodeDataset.open(folder)
+        CodeDataset(folder)
     with pytest.raises(VarkdError, match="is not a codes folder"):
-        CodeDataset.open(tmp_path / "missing")
+        CodeDataset(tmp_path / "missing")
 
 
 def test_writer_keeps_whole_shards_and_repairs_others(codes_folder: CodesFolder) -> None:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from varkd.data.codes import CodeDataset
-from varkd.data.loader import Loader, ordered_batches
+from varkd.data.loader import DataLoader, ordered_batches
 from varkd.errors import VarkdError
 from varkd.types import Batch
 from varkd.world import World
@@ -29,7 +29,7 @@ def same(one: Batch, other: Batch) -> bool:
 @given(num=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 3))
 def test_every_epoch_is_a_permutation(codes_folder: CodesFolder, num: int, batch_size: int, seed: int) -> None:
     folder = codes_folder(num=num, views=2, shard_size=7, name=f"codes-{num}")
-    loader = Loader(CodeDataset.open(folder), batch_size, seed)
+    loader = DataLoader(CodeDataset(folder), batch_size, seed)
     steps = -(-3 * num // batch_size)
     images = torch.cat([loader.batch(step).codes_BL[:, 0] for step in range(steps)]).tolist()
     epochs = [images[start : start + num] for start in range(0, 3 * num, num)]
@@ -39,41 +39,41 @@ def test_every_epoch_is_a_permutation(codes_folder: CodesFolder, num: int, batch
 
 
 def test_batches_are_consistent_and_typed(codes_folder: CodesFolder) -> None:
-    batch = Loader(CodeDataset.open(codes_folder()), 8, seed=0).batch(2)
+    batch = DataLoader(CodeDataset(codes_folder()), 8, seed=0).batch(2)
     assert batch.codes_BL.shape == (8, 6) and batch.row_B.tolist() == list(range(8))
     assert batch.codes_BL.dtype == batch.label_B.dtype == batch.row_B.dtype == torch.int64
     assert batch.label_B.equal(batch.codes_BL[:, 0] % 3)
 
 
 def test_resume_in_mid_epoch_and_any_order(codes_folder: CodesFolder) -> None:
-    codes = CodeDataset.open(codes_folder())
-    straight = Loader(codes, 8, seed=1)
+    codes = CodeDataset(codes_folder())
+    straight = DataLoader(codes, 8, seed=1)
     batches = [straight.batch(step) for step in range(9)]
     for step in (5, 0, 8, 2):
-        assert same(Loader(codes, 8, seed=1).batch(step), batches[step])
+        assert same(DataLoader(codes, 8, seed=1).batch(step), batches[step])
         assert same(straight.batch(step), batches[step])
-    assert not same(Loader(codes, 8, seed=2).batch(0), batches[0])
+    assert not same(DataLoader(codes, 8, seed=2).batch(0), batches[0])
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_together_are_one(codes_folder: CodesFolder, size: int) -> None:
-    codes = CodeDataset.open(codes_folder())
+    codes = CodeDataset(codes_folder())
     for step in range(6):  # 12 of 23 images: crosses the border of epochs
-        whole = Loader(codes, 12, seed=0).batch(step)
-        parts = [Loader(codes, 12, 0, World(rank, size)).batch(step) for rank in range(size)]
+        whole = DataLoader(codes, 12, seed=0).batch(step)
+        parts = [DataLoader(codes, 12, 0, World(rank, size)).batch(step) for rank in range(size)]
         for field in ("codes_BL", "label_B", "row_B"):
             assert torch.cat([getattr(part, field) for part in parts]).equal(getattr(whole, field))
 
 
 def test_views_are_drawn_evenly(codes_folder: CodesFolder) -> None:
-    loader = Loader(CodeDataset.open(codes_folder()), 23, seed=0)
+    loader = DataLoader(CodeDataset(codes_folder()), 23, seed=0)
     views = Counter(torch.cat([loader.batch(step).codes_BL[:, 1] for step in range(40)]).tolist())
     assert set(views) == {0, 1, 2}
     assert all(abs(count - 920 / 3) < 70 for count in views.values())  # 5 sigma
 
 
 def test_permutation_is_cached(codes_folder: CodesFolder) -> None:
-    loader = Loader(CodeDataset.open(codes_folder()), 5, seed=0)
+    loader = DataLoader(CodeDataset(codes_folder()), 5, seed=0)
     loader.batch(0)
     first = loader._permutations[0]
     loader.batch(1)
@@ -85,7 +85,7 @@ def test_permutation_is_cached(codes_folder: CodesFolder) -> None:
 
 
 def test_ordered_batches(codes_folder: CodesFolder) -> None:
-    batches = list(ordered_batches(CodeDataset.open(codes_folder()), 10))
+    batches = list(ordered_batches(CodeDataset(codes_folder()), 10))
     assert [len(batch) for batch in batches] == [10, 10, 3]
     codes_BL, row_B = torch.cat([b.codes_BL for b in batches]), torch.cat([b.row_B for b in batches])
     assert codes_BL[:, 0].tolist() == row_B.tolist() == list(range(23))
@@ -94,10 +94,10 @@ def test_ordered_batches(codes_folder: CodesFolder) -> None:
 
 
 def test_batch_sizes_that_do_not_divide(codes_folder: CodesFolder) -> None:
-    codes = CodeDataset.open(codes_folder())
+    codes = CodeDataset(codes_folder())
     for batch_size in (0, 9):
         with pytest.raises(VarkdError, match="positive multiple of the 2 processes"):
-            Loader(codes, batch_size, 0, World(0, 2))
+            DataLoader(codes, batch_size, 0, World(0, 2))
 
 
 # ---- a part of the images
@@ -109,7 +109,7 @@ def chosen(*numbers: int) -> np.ndarray:
 
 def test_only_the_chosen_images_are_shown_each_once_an_epoch(codes_folder: CodesFolder) -> None:
     images = chosen(1, 4, 5, 9, 16, 20, 22)
-    loader = Loader(CodeDataset.open(codes_folder()), 3, seed=0, images=images)
+    loader = DataLoader(CodeDataset(codes_folder()), 3, seed=0, images=images)
     batches = [loader.batch(step) for step in range(14)]  # 42 rows: six epochs, borders within batches
     shown = torch.cat([batch.codes_BL[:, 0] for batch in batches]).tolist()
     epochs = [shown[start : start + 7] for start in range(0, 42, 7)]
@@ -121,24 +121,24 @@ def test_only_the_chosen_images_are_shown_each_once_an_epoch(codes_folder: Codes
 
 
 def test_all_images_by_name_are_all_images(codes_folder: CodesFolder) -> None:
-    codes = CodeDataset.open(codes_folder())
-    named, plain = Loader(codes, 8, seed=3, images=np.arange(23)), Loader(codes, 8, seed=3)
+    codes = CodeDataset(codes_folder())
+    named, plain = DataLoader(codes, 8, seed=3, images=np.arange(23)), DataLoader(codes, 8, seed=3)
     assert all(same(named.batch(step), plain.batch(step)) for step in range(6))
 
 
 def test_chosen_images_on_several_ranks_and_after_a_resume(codes_folder: CodesFolder) -> None:
-    codes, images = CodeDataset.open(codes_folder()), chosen(0, 2, 3, 7, 11, 13, 21)
-    straight = Loader(codes, 4, seed=0, images=images)
+    codes, images = CodeDataset(codes_folder()), chosen(0, 2, 3, 7, 11, 13, 21)
+    straight = DataLoader(codes, 4, seed=0, images=images)
     batches = [straight.batch(step) for step in range(8)]
     for step in (6, 0, 3):
-        assert same(Loader(codes, 4, seed=0, images=images).batch(step), batches[step])
-        parts = [Loader(codes, 4, 0, World(rank, 2), images).batch(step) for rank in range(2)]
+        assert same(DataLoader(codes, 4, seed=0, images=images).batch(step), batches[step])
+        parts = [DataLoader(codes, 4, 0, World(rank, 2), images).batch(step) for rank in range(2)]
         for field in ("codes_BL", "label_B", "row_B"):
             assert torch.cat([getattr(part, field) for part in parts]).equal(getattr(batches[step], field))
 
 
 def test_one_image_fills_every_batch_and_none_is_refused(codes_folder: CodesFolder) -> None:
-    codes = CodeDataset.open(codes_folder())
-    assert Loader(codes, 4, 0, images=chosen(17)).batch(5).codes_BL[:, 0].tolist() == [17] * 4
+    codes = CodeDataset(codes_folder())
+    assert DataLoader(codes, 4, 0, images=chosen(17)).batch(5).codes_BL[:, 0].tolist() == [17] * 4
     with pytest.raises(VarkdError, match="empty"):
-        Loader(codes, 4, 0, images=chosen())
+        DataLoader(codes, 4, 0, images=chosen())

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from reference import step_inputs
 from varkd.distill import loss as module
 from varkd.distill.audit import guard_rails
 from varkd.distill.divergences import CrossEntropy, ForwardKL
-from varkd.distill.loss import LossInputs, Stats, denominators, distill_loss
+from varkd.distill.inputs import StepInputs
+from varkd.distill.loss import Stats, denominators, distill_loss
 from varkd.distill.method import Method, Term
 from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import Data, Rollout
 from varkd.distill.reweighted import PrefixReweighted
-from varkd.distill.scene import Scene
 from varkd.distill.selection import Horizon, Random, Selection, Threshold
 from varkd.distill.spaces import Clusters
 from varkd.distill.target import Target, Truncated
@@ -29,26 +30,28 @@ MIXTURE = Mixture((Share(Data(), 0.5), Share(Rollout(), 0.5)))
 
 def inputs_of(
     student, teacher, terms: tuple[Term, ...], batch, contexts=MIXTURE, **other
-) -> tuple[LossInputs, Context]:
+) -> tuple[StepInputs, Context]:
     method = Method(terms, contexts, **other)
-    context = contexts(batch, Scene(student, teacher, {}, RNG))
+    context = contexts(batch, step_inputs(student, teacher, {}, RNG))
     codebook_tables = method.prepare(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)))
-    return LossInputs(method, student, teacher, {}, codebook_tables, RNG, chunk_rows=7, audit=True), context
+    return StepInputs(
+        method, student, teacher, {}, RNG, codebook_tables=codebook_tables, chunk_rows=7, audit=True
+    ), context
 
 
-def step(inputs: LossInputs, context: Context, micro_batches: int = 1) -> tuple[Tensor, list[Tensor], dict[str, float]]:
-    totals, stats, total = denominators(inputs, context, World()), Stats(), torch.zeros(())
+def step(inputs: StepInputs, context: Context, micro_batches: int = 1) -> tuple[Tensor, list[Tensor], dict[str, float]]:
+    totals, stats, total = denominators(inputs, context), Stats(), torch.zeros(())
     inputs.student.zero_grad()
     for micro in context.micro_batches(micro_batches):
         value, found = distill_loss(inputs, micro, totals)
         value.backward()
         total = total + value.detach()
         stats.merge(found)
-    return total, [parameter.grad.clone() for parameter in inputs.student.parameters()], stats.means(World())
+    return total, [parameter.grad.clone() for parameter in inputs.student.parameters()], stats.collect(World()).means
 
 
 @torch.no_grad()
-def laws(inputs: LossInputs, context: Context, source: str) -> tuple[Tensor, Tensor, Tensor]:
+def laws(inputs: StepInputs, context: Context, source: str) -> tuple[Tensor, Tensor, Tensor]:
     """log p and log q on the rows of one source, and their codes."""
     (part,) = [part for part in context.parts if part.source == source]
     read = lambda model: model.head(model(part.codes_BL, part.condition, part.plan)).log_softmax(-1)
@@ -104,7 +107,7 @@ def test_the_teachers_own_samples_do_not_surprise_it(teacher, make_batch):
     terms = (Term("kd", ForwardKL()),)
     inputs, context = inputs_of(teacher.requires_grad_(True), teacher, terms, make_batch(600), Rollout())
     with torch.no_grad():
-        stats = distill_loss(inputs, context, {"kd": 1.0})[1].means(World())
+        stats = distill_loss(inputs, context, {"kd": 1.0})[1].collect(World()).means
     assert abs(stats["teacher_surprise/student"]) < 0.05
 
 

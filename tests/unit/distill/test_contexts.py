@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from reference import step_inputs
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import build
 from varkd.distill import prefixes as module
 from varkd.distill.contexts import Contexts
 from varkd.distill.credit import FutureReturn, Importance, NoCredit, PrefixDiscrepancy, Reward
 from varkd.distill.divergences import CrossEntropy
+from varkd.distill.inputs import State, StepInputs, merge
 from varkd.distill.method import Method, Term
 from varkd.distill.mixture import Mixture, Share, composition
 from varkd.distill.prefixes import (
@@ -30,7 +32,6 @@ from varkd.distill.prefixes import (
 )
 from varkd.distill.replay import Replay
 from varkd.distill.reweighted import Reweighted, effective_share, log_ratio, sequence_weights
-from varkd.distill.scene import Scene, State, merge
 from varkd.distill.schedule import LinearSchedule, Plateau, resolve
 from varkd.distill.scores import code_logp
 from varkd.errors import VarkdError
@@ -39,8 +40,8 @@ from varkd.types import Batch, Condition, Context, Part
 from varkd.world import Rng
 
 
-def scene(student: Backbone, teacher: Backbone | None = None, step: int = 0, state: State | None = None) -> Scene:
-    return Scene(student, teacher, state or {}, Rng(0, step), chunk_rows=5)
+def inputs(student: Backbone, teacher: Backbone | None = None, step: int = 0, state: State | None = None) -> StepInputs:
+    return step_inputs(student, teacher, state or {}, Rng(0, step), chunk_rows=5)
 
 
 def same_part(one: Part, other: Part) -> bool:
@@ -85,28 +86,28 @@ def test_without_student_rows_nothing_is_sampled(student, batch, monkeypatch):
 
     monkeypatch.setattr(module, "rollout", refuse)
     mixture = Mixture((Share(Data(), 1.0), Share(Rollout(), 0.0)))
-    (part,) = mixture(batch, scene(student)).parts
+    (part,) = mixture(batch, inputs(student)).parts
     assert part.source == "data" and torch.equal(part.codes_BL, batch.codes_BL)
 
 
 def test_without_data_rows_the_codes_are_never_read(student, batch):
     mixture = Mixture((Share(Data(), 0.0), Share(Rollout(), 1.0)))
     garbage = replace(batch, codes_BL=torch.full_like(batch.codes_BL, 10**9))
-    (part,) = mixture(garbage, scene(student)).parts
-    assert part.source == "student" and same_part(part, mixture(batch, scene(student)).parts[0])
+    (part,) = mixture(garbage, inputs(student)).parts
+    assert part.source == "student" and same_part(part, mixture(batch, inputs(student)).parts[0])
     assert part.codes_BL.max() < student.vocab_size
 
 
 def test_a_mixture_deals_every_row_to_one_source(student, teacher, batch):
     mixture = Mixture((Share(Data(), 0.5), Share(Rollout(), 0.25), Share(Rollout("teacher"), 0.25)))
-    parts = mixture(batch, scene(student, teacher)).parts
+    parts = mixture(batch, inputs(student, teacher)).parts
     assert {part.source: len(part) for part in parts} == {"data": 4, "student": 2, "teacher": 2}
     rows = torch.cat([part.row_B for part in parts])
     assert torch.equal(rows.sort().values, batch.row_B)
     for part in parts:
         assert torch.equal(part.condition.label_B, batch.label_B[part.row_B])
         alone = {"data": Data(), "student": Rollout(), "teacher": Rollout("teacher")}[part.source]
-        whole = alone(batch, scene(student, teacher)).parts[0]
+        whole = alone(batch, inputs(student, teacher)).parts[0]
         assert same_part(part, whole.select(part.row_B))
 
 
@@ -115,31 +116,31 @@ def test_a_mixture_deals_every_row_to_one_source(student, teacher, batch):
 
 @pytest.mark.parametrize("by", ["student", "teacher"])
 def test_rollouts_belong_to_rows_and_not_to_batches(student, teacher, batch, by):
-    whole = Rollout(by)(batch, scene(student, teacher)).parts[0]
+    whole = Rollout(by)(batch, inputs(student, teacher)).parts[0]
     assert whole.source == by and whole.behavior_logp_BL is not None and (whole.age_B == 0).all()
     for rows in (torch.tensor([5]), torch.tensor([7, 0, 3]), torch.arange(4, 8)):
-        part = Rollout(by)(batch.select(rows), scene(student, teacher)).parts[0]
+        part = Rollout(by)(batch.select(rows), inputs(student, teacher)).parts[0]
         assert torch.equal(part.codes_BL, whole.codes_BL[rows])
-    later = Rollout(by)(batch, scene(student, teacher, step=1)).parts[0]
+    later = Rollout(by)(batch, inputs(student, teacher, step=1)).parts[0]
     assert not torch.equal(later.codes_BL, whole.codes_BL)
 
 
 def test_rollouts_carry_the_log_probability_of_their_codes(student, batch):
-    part = Rollout()(batch, scene(student)).parts[0]
+    part = Rollout()(batch, inputs(student)).parts[0]
     logp = student.head(student(part.codes_BL, part.condition, part.plan)).log_softmax(-1)
     expected = logp.gather(2, part.codes_BL.unsqueeze(2)).squeeze(2)
     torch.testing.assert_close(part.behavior_logp_BL, expected.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_student_and_teacher_draw_different_numbers(student, batch):
-    both = Scene(student, student, {}, Rng(0, 0))
+    both = step_inputs(student, student, {}, Rng(0, 0))
     assert not torch.equal(Rollout()(batch, both).parts[0].codes_BL, Rollout("teacher")(batch, both).parts[0].codes_BL)
 
 
 def test_a_missing_teacher_is_named(student, batch):
     for contexts in (Rollout("teacher"), Reweighted(Rollout())):
         with pytest.raises(VarkdError, match="teacher=RUN"):
-            contexts(batch, scene(student))
+            contexts(batch, inputs(student))
     assert Rollout("teacher").needs_teacher and not Rollout().needs_teacher
     assert Mixture((Share(Data(), 1.0), Share(Replay(Rollout("teacher")), 0.1))).needs_teacher
     assert Reweighted(Rollout()).needs_teacher
@@ -152,7 +153,7 @@ def run_replay(contexts: Contexts, student: Backbone, batch: Batch, steps: int) 
     state: State = {}
     found = []
     for step in range(steps):
-        context = contexts(batch, scene(student, step=step, state=state))
+        context = contexts(batch, inputs(student, step=step, state=state))
         state = contexts.update(context, state, Rng(0, step))
         found.append(context)
     return found
@@ -165,7 +166,7 @@ def test_replay_refreshes_on_time_and_reuses_in_between(student, batch):
     for step, context in enumerate(run_replay(replay, student, batch, 17)):
         (part,) = context.parts
         assert part.source == "student" and torch.equal(part.row_B, batch.row_B)
-        fresh = Rollout()(batch, scene(student, step=step)).parts[0]
+        fresh = Rollout()(batch, inputs(student, step=step)).parts[0]
         for row, age in enumerate(part.age_B.tolist()):
             if step % 4 == 0:
                 assert age == 0 and torch.equal(part.codes_BL[row], fresh.codes_BL[row])
@@ -188,10 +189,10 @@ def test_replayed_sequences_keep_their_log_probabilities(student, batch):
 
 def test_replay_keeps_the_labels_of_its_sequences(student, batch):
     replay, state = Replay(every=10), {}
-    context = replay(batch, scene(student, step=0))
+    context = replay(batch, inputs(student, step=0))
     state = replay.update(context, state, Rng(0, 0))
     other = replace(batch, label_B=(batch.label_B + 1) % 3)
-    part = replay(other, scene(student, step=1, state=state)).parts[0]
+    part = replay(other, inputs(student, step=1, state=state)).parts[0]
     assert torch.equal(part.condition.label_B, batch.label_B)
 
 
@@ -216,14 +217,14 @@ def test_rows_that_join_between_refreshes_are_sampled_afresh(student, batch):
     born_at: dict[int, int] = {}
     for step in range(12):
         contexts = resolve(mixture, step / 12)
-        context = contexts(batch, scene(student, step=step, state=state))
+        context = contexts(batch, inputs(student, step=step, state=state))
         state = contexts.update(context, state, Rng(0, step))
         for part in context.parts:
             if part.source == "student":
                 for row, age, codes in zip(part.row_B.tolist(), part.age_B.tolist(), part.codes_BL, strict=True):
                     born_at.setdefault(row, step)
                     assert step - age == born_at[row]  # its own ring, never a neighbor's
-                    fresh = Rollout()(batch, scene(student, step=born_at[row])).parts[0]
+                    fresh = Rollout()(batch, inputs(student, step=born_at[row])).parts[0]
                     assert torch.equal(codes, fresh.codes_BL[row])
                     owned.add(row)
     assert len(owned) >= 6 and len(set(born_at.values())) >= 4
@@ -232,9 +233,9 @@ def test_rows_that_join_between_refreshes_are_sampled_afresh(student, batch):
 def test_replay_can_keep_teacher_samples(student, teacher, batch):
     replay = Replay(Rollout("teacher"), every=4)
     state: State = {}
-    first = replay(batch, scene(student, teacher, 0, state)).parts[0]
+    first = replay(batch, inputs(student, teacher, 0, state)).parts[0]
     state = replay.update(Context((first,)), state, Rng(0, 0))
-    later = replay(batch, scene(student, teacher, 1, state)).parts[0]
+    later = replay(batch, inputs(student, teacher, 1, state)).parts[0]
     assert later.source == "teacher" and (later.age_B == 1).all() and torch.equal(later.codes_BL, first.codes_BL)
 
 
@@ -297,10 +298,10 @@ def test_the_plan_of_a_replayed_part_gives_the_log_probabilities_it_was_drawn_wi
 def test_rows_sampled_afresh_among_replayed_ones_keep_their_own_orders(any_order, batch):
     model, rollout = any_order
     replay, state = Replay(rollout, every=10), {}
-    old = replay(batch.select(torch.tensor([1, 4, 6])), scene(model, step=0))
+    old = replay(batch.select(torch.tensor([1, 4, 6])), inputs(model, step=0))
     state = replay.update(old, state, Rng(0, 0))
-    part = replay(batch, scene(model, step=1, state=state)).parts[0]
-    fresh = rollout(batch, scene(model, step=1)).parts[0]
+    part = replay(batch, inputs(model, step=1, state=state)).parts[0]
+    fresh = rollout(batch, inputs(model, step=1)).parts[0]
     assert part.row_B.tolist() == list(range(8)) and part.age_B.tolist() == [0, 1, 0, 0, 1, 0, 1, 0]
     expected_BL = fresh.plan.order_BL.clone()
     expected_BL[[1, 4, 6]] = old.parts[0].plan.order_BL
@@ -322,7 +323,7 @@ def test_fresh_sequences_are_drawn_row_by_row(student, batch):
     replay = Replay(fresh=0.4, capacity=3, max_age=5)
     rings: list[list[int]] = [[] for _ in range(8)]
     drawn, picked_from, forced = 0, set(), set()
-    made = [Rollout()(batch, scene(student, step=step)).parts[0] for step in range(30)]
+    made = [Rollout()(batch, inputs(student, step=step)).parts[0] for step in range(30)]
     for step, context in enumerate(run_replay(replay, student, batch, 30)):
         (part,) = context.parts
         coin_B = Rng(0, step).uniform("replay-fresh", batch.row_B, 1).squeeze(1) < 0.4
@@ -343,7 +344,7 @@ def test_fresh_sequences_are_drawn_row_by_row(student, batch):
 def test_fresh_always_and_fresh_never(student, batch):
     always = [context.parts[0] for context in run_replay(Replay(fresh=1.0), student, batch, 4)]
     for step, part in enumerate(always):
-        assert same_part(part, Rollout()(batch, scene(student, step=step)).parts[0])
+        assert same_part(part, Rollout()(batch, inputs(student, step=step)).parts[0])
     never = [context.parts[0] for context in run_replay(Replay(fresh=0.0, max_age=10**6), student, batch, 4)]
     assert all(torch.equal(part.codes_BL, never[0].codes_BL) for part in never)
     assert [part.age_B.unique().tolist() for part in never] == [[0], [1], [2], [3]]
@@ -355,9 +356,9 @@ def test_fresh_follows_a_schedule_and_a_part_of_the_rows_is_the_same(student, ba
     shares = []
     for step in range(10):
         contexts = resolve(replay, step / 10)
-        (part,) = contexts(batch, scene(student, step=step, state=state)).parts
+        (part,) = contexts(batch, inputs(student, step=step, state=state)).parts
         some = torch.tensor([1, 6])
-        assert same_part(contexts(batch.select(some), scene(student, step=step, state=state)).parts[0],
+        assert same_part(contexts(batch.select(some), inputs(student, step=step, state=state)).parts[0],
                          part.select(some))  # fmt: skip
         state = contexts.update(Context((part,)), state, Rng(0, step))
         shares.append(float((part.age_B == 0).double().mean()))
@@ -374,10 +375,10 @@ def test_fresh_follows_a_schedule_and_a_part_of_the_rows_is_the_same(student, ba
 )
 def test_replay_keeps_what_any_sampling_context_makes(student, teacher, batch, inner):
     replay, state = Replay(inner, every=3, capacity=2), {}
-    made = {step: inner(batch, scene(student, teacher, step)).parts[0] for step in (0, 3, 6)}
+    made = {step: inner(batch, inputs(student, teacher, step)).parts[0] for step in (0, 3, 6)}
     ages = set()
     for step in range(9):
-        (part,) = replay(batch, scene(student, teacher, step, state)).parts
+        (part,) = replay(batch, inputs(student, teacher, step, state)).parts
         state = replay.update(Context((part,)), state, Rng(0, step))
         assert part.source == inner.sources[0] and part.behavior_logp_BL is not None
         for row, age in enumerate(part.age_B.tolist()):
@@ -397,26 +398,26 @@ def test_replay_keeps_the_guidance_scale_that_a_row_was_sampled_with(student, ba
     for step in range(6):
         guidance_B = torch.arange(8.0) + 10 * step
         scaled = replace(batch, guidance_B=guidance_B)
-        (part,) = replay(scaled, scene(student, step=step, state=state)).parts
+        (part,) = replay(scaled, inputs(student, step=step, state=state)).parts
         state = replay.update(Context((part,)), state, Rng(0, step))
         if step % 2 == 0:
             born[step] = guidance_B
         expected = [born[step - age][row].item() for row, age in enumerate(part.age_B.tolist())]
         assert part.condition.guidance_B is not None and part.condition.guidance_B.tolist() == expected
     assert state["rows/replay_scale"].shape == (8, 2)
-    assert "rows/replay_scale" not in replay.update(replay(batch, scene(student)), {}, Rng(0, 0))
+    assert "rows/replay_scale" not in replay.update(replay(batch, inputs(student)), {}, Rng(0, 0))
 
 
 def test_rows_that_join_keep_the_scales_of_the_others(student, batch):
     replay, state = Replay(every=10), {}
     scaled = replace(batch, guidance_B=torch.arange(8.0))
-    old = replay(scaled.select(torch.tensor([1, 4, 6])), scene(student))
+    old = replay(scaled.select(torch.tensor([1, 4, 6])), inputs(student))
     state = replay.update(old, state, Rng(0, 0))
     later = replace(scaled, guidance_B=torch.arange(8.0) + 100)
-    mixed = replay(later, scene(student, step=1, state=state))
+    mixed = replay(later, inputs(student, step=1, state=state))
     assert mixed.parts[0].condition.guidance_B.tolist() == [100, 1, 102, 103, 4, 105, 6, 107]
     state = replay.update(mixed, state, Rng(0, 1))
-    again = replay(later, scene(student, step=2, state=state)).parts[0]
+    again = replay(later, inputs(student, step=2, state=state)).parts[0]
     assert again.condition.guidance_B.tolist() == [100, 1, 102, 103, 4, 105, 6, 107]
     assert again.age_B.tolist() == [1, 2, 1, 1, 2, 1, 2, 1]
 
@@ -432,10 +433,10 @@ def test_a_ring_takes_in_nothing_that_another_source_made(student, teacher, batc
     mixture = Mixture((Share(other, LinearSchedule(0.8, 0.2)), Share(Replay(every=3, capacity=2), "rest")))
     state: State = {}
     owned: dict[int, set[int]] = {}
-    made = [Rollout()(batch, scene(student, step=step)).parts[0] for step in range(12)]
+    made = [Rollout()(batch, inputs(student, step=step)).parts[0] for step in range(12)]
     for step in range(12):
         contexts = resolve(mixture, step / 12)
-        context = contexts(batch, scene(student, teacher, step, state))
+        context = contexts(batch, inputs(student, teacher, step, state))
         state = contexts.update(context, state, Rng(0, step))
         part = context.parts[-1]
         fresh = part.row_B[part.age_B == 0].tolist()
@@ -463,7 +464,7 @@ def test_the_rest_is_what_the_others_leave():
 
 def test_the_rest_gets_its_rows(student, batch):
     mixture = Mixture((Share(Data(), "rest"), Share(Rollout(), 0.25)))
-    assert [(part.source, len(part)) for part in mixture(batch, scene(student)).parts] == [("data", 6), ("student", 2)]
+    assert [(part.source, len(part)) for part in mixture(batch, inputs(student)).parts] == [("data", 6), ("student", 2)]
 
 
 def test_mixtures_refuse_what_they_cannot_keep_apart():
@@ -538,7 +539,7 @@ def test_rewards_are_accepted_where_log_probabilities_are_stored(student, teache
     contexts = make(sampler)
     source = contexts.sources[-1]
     Method((Term("pg", CrossEntropy(), on=(source,), credit=Reward()),), contexts)
-    part = contexts(batch, scene(student, teacher)).parts[-1]
+    part = contexts(batch, inputs(student, teacher)).parts[-1]
     assert part.source == source and part.behavior_logp_BL is not None
     assert part.behavior_logp_BL.isfinite().all() and (part.behavior_logp_BL < 0).all()
 
@@ -593,28 +594,28 @@ def test_effective_share():
 
 
 def test_log_ratio(student, teacher, batch):
-    part = Rollout()(batch, scene(student)).parts[0]
+    part = Rollout()(batch, inputs(student)).parts[0]
     logp = [m.head(m(part.codes_BL, part.condition, part.plan)).log_softmax(-1) for m in (teacher, student)]
     expected = (logp[0] - logp[1]).gather(2, part.codes_BL.unsqueeze(2)).squeeze(2).mean(1)
-    torch.testing.assert_close(log_ratio(part, scene(student, teacher)), expected.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(log_ratio(part, inputs(student, teacher)), expected.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_reweighting_touches_student_rows_only(student, teacher, batch):
     mixture = Mixture((Share(Data(), 0.5), Share(Rollout(), 0.5)))
-    data, sampled = Reweighted(mixture, kappa=3.0, clip=1e6, ess_floor=0.0)(batch, scene(student, teacher)).parts
+    data, sampled = Reweighted(mixture, kappa=3.0, clip=1e6, ess_floor=0.0)(batch, inputs(student, teacher)).parts
     assert (data.weight_B == 1).all()
-    ratio_B = log_ratio(sampled, scene(student, teacher))
+    ratio_B = log_ratio(sampled, inputs(student, teacher))
     torch.testing.assert_close(sampled.weight_B, 4 * (3 * ratio_B).softmax(0), rtol=1e-4, atol=1e-5)
     assert sampled.weight_B.std() > 0.01
-    plain = mixture(batch, scene(student, teacher)).parts[1]
+    plain = mixture(batch, inputs(student, teacher)).parts[1]
     assert torch.equal(plain.codes_BL, sampled.codes_BL)
 
 
 def test_weights_find_their_rows_across_several_student_sources(student, teacher, batch):
     """Two student sources hand their rows over as 0 2 4 6, 1 3 5 7: out of order."""
     mixture = Mixture((Share(Rollout(), 0.5), Share(Replay(), 0.5)))
-    whole = Reweighted(Rollout())(batch, scene(student, teacher)).parts[0]  # at step 0 both sources sample alike
-    parts = Reweighted(mixture)(batch, scene(student, teacher)).parts
+    whole = Reweighted(Rollout())(batch, inputs(student, teacher)).parts[0]  # at step 0 both sources sample alike
+    parts = Reweighted(mixture)(batch, inputs(student, teacher)).parts
     assert parts[0].row_B.tolist() == [0, 2, 4, 6] and parts[1].row_B.tolist() == [1, 3, 5, 7]
     for part in parts:
         torch.testing.assert_close(part.weight_B, whole.weight_B[part.row_B])
@@ -622,7 +623,7 @@ def test_weights_find_their_rows_across_several_student_sources(student, teacher
 
 def test_the_shuffled_control_permutes_the_same_weights(student, teacher, batch):
     straight, shuffled = (
-        Reweighted(Rollout(), shuffle=shuffle)(batch, scene(student, teacher)).parts[0] for shuffle in (False, True)
+        Reweighted(Rollout(), shuffle=shuffle)(batch, inputs(student, teacher)).parts[0] for shuffle in (False, True)
     )
     assert torch.equal(straight.codes_BL, shuffled.codes_BL)
     assert torch.equal(straight.weight_B.sort().values, shuffled.weight_B.sort().values)
@@ -631,7 +632,7 @@ def test_the_shuffled_control_permutes_the_same_weights(student, teacher, batch)
 
 def test_a_step_without_student_rows_can_be_reweighted(student, teacher, batch):
     mixture = Mixture((Share(Data(), 1.0), Share(Rollout(), 0.0)))
-    (part,) = Reweighted(mixture)(batch, scene(student, teacher)).parts
+    (part,) = Reweighted(mixture)(batch, inputs(student, teacher)).parts
     assert (part.weight_B == 1).all()
 
 
@@ -643,14 +644,14 @@ def test_reweighting_refuses_nonsense(values: dict):
 
 def test_sampling_leaves_no_graph_and_the_models_in_their_mode(student, teacher, batch):
     student.train()
-    part = Reweighted(Rollout(sampler=Sampler(top_k=3)))(batch, scene(student, teacher)).parts[0]
+    part = Reweighted(Rollout(sampler=Sampler(top_k=3)))(batch, inputs(student, teacher)).parts[0]
     assert student.training and not teacher.training
     assert not part.weight_B.requires_grad
     assert part.behavior_logp_BL is not None and not part.behavior_logp_BL.requires_grad
 
 
 def test_merge_keeps_optional_fields_only_if_all_parts_have_them(student, batch):
-    data, sampled = Data()(batch, scene(student)).parts[0], Rollout()(batch, scene(student)).parts[0]
+    data, sampled = Data()(batch, inputs(student)).parts[0], Rollout()(batch, inputs(student)).parts[0]
     assert merge([data, sampled]).behavior_logp_BL is None
     both = merge([sampled, sampled])
     assert both.behavior_logp_BL is not None and len(both) == 16

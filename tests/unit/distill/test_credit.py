@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import reference
+from reference import step_inputs
 from varkd.distill.credit import (
     Credit,
     DiscrepancyDecay,
@@ -20,11 +21,11 @@ from varkd.distill.credit import (
     Reward,
 )
 from varkd.distill.divergences import CrossEntropy, Divergence, ForwardKL, ReverseKL
-from varkd.distill.loss import LossInputs, distill_loss
+from varkd.distill.inputs import StepInputs
+from varkd.distill.loss import distill_loss
 from varkd.distill.method import Method, Term
 from varkd.distill.prefixes import Data, PrefixRestart, Rollout, ScheduledSampling
 from varkd.distill.replay import Replay
-from varkd.distill.scene import Scene
 from varkd.distill.target import Plain, Truncated
 from varkd.errors import VarkdError
 from varkd.types import Condition, Context, Part, Plan
@@ -223,7 +224,7 @@ def test_the_loss_holds_the_coefficient_fixed(student, teacher, batch, credit: C
     part = Part.of("student", batch.codes_BL, batch.condition, plan, batch.row_B)
     part = replace(part, behavior_logp_BL=of_code[0] + noise_BL)
     method = Method((Term("d", divergence, credit=credit),), Rollout())
-    inputs = LossInputs(method, student, teacher, {}, {}, Rng(0), chunk_rows=7)
+    inputs = StepInputs(method, student, teacher, {}, Rng(0), codebook_tables={}, chunk_rows=7)
     value, stats = distill_loss(inputs, Context((part,)), {"d": 10.0})
 
     coefficient_BL = by_hand(credit, {"student_logp": of_code[0], "teacher_logp": of_code[1]}, part)
@@ -312,8 +313,8 @@ def test_the_decay_weighs_any_divergence_on_any_rows(student, teacher, batch, co
     """By the codes that stand in the sequence, also where others are the targets; nothing is refused or infinite."""
     term = Term("kd", ForwardKL(), credit=DiscrepancyDecay(0.8))
     method, rng = Method((term,), contexts, target), Rng(0, 1)
-    (part,) = contexts(batch, Scene(student, teacher, {}, rng)).parts
-    inputs = LossInputs(method, student, teacher, {}, {}, rng, chunk_rows=7)
+    (part,) = contexts(batch, step_inputs(student, teacher, {}, rng)).parts
+    inputs = StepInputs(method, student, teacher, {}, rng, codebook_tables={}, chunk_rows=7)
     value, _ = distill_loss(inputs, Context((part,)), {"kd": 1.0})
     value.backward()
     q, p = ((model.head(model(part.codes_BL, part.condition, part.plan))).detach() for model in (student, teacher))

@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import torch
 
+from reference import step_inputs
 from varkd.backbones.llamagen import LlamaGen
 from varkd.distill.credit import FutureReturn, NoCredit, Reward
 from varkd.distill.describe import COSTS, cost_at, describe_presets, explain, first_sentence, format_term, phrase
 from varkd.distill.divergences import CrossEntropy, ForwardKL, ReverseKL
-from varkd.distill.loss import LossInputs, Stats, denominators, distill_loss
+from varkd.distill.inputs import State, StepInputs
+from varkd.distill.loss import Stats, denominators, distill_loss
 from varkd.distill.method import Method, Term
 from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import Completions, Data, Rollout
 from varkd.distill.replay import Replay
-from varkd.distill.scene import Scene, State
 from varkd.distill.schedule import ExponentialSchedule, LinearSchedule, Plateau, TaidTime, adaptives
 from varkd.distill.selection import Accepted, Confidence
 from varkd.distill.target import Guided, Truncated
@@ -203,15 +204,15 @@ def test_the_cost_is_what_is_counted(name: str, make_model: Callable[..., LlamaG
     codebook_tables = method.prepare(torch.randn(12, 4, generator=torch.Generator().manual_seed(0)))
     for step in range(STEPS):
         rng = Rng(0, step)
-        scene = Scene(student, teacher, state, rng, codebook_tables=codebook_tables, reference=student)
-        context = method.contexts(make_batch(ROWS, seed=step), scene)
-        inputs = LossInputs(method, student, teacher, state, codebook_tables, rng)
-        totals, stats = denominators(inputs, context, World()), Stats()
+        inputs = step_inputs(student, teacher, state, rng, codebook_tables=codebook_tables, reference=student)
+        context = method.contexts(make_batch(ROWS, seed=step), inputs)
+        inputs = StepInputs(method, student, teacher, state, rng, codebook_tables=codebook_tables)
+        totals, stats = denominators(inputs, context), Stats()
         for micro in context.micro_batches(2):
             loss, found = distill_loss(inputs, micro, totals)
             stats.merge(found)
             assert torch.isfinite(loss)
-        state = method.update(state, context, stats.gathered(World()), rng)
+        state = method.update(state, context, stats.collect(World()).observed, rng)
     measured, told = counted.per_update(length=6), cost_at(method)
     for key in COSTS:
         assert measured[key] == pytest.approx(told[key], abs=1 / ROWS), (key, measured, told)

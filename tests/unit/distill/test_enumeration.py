@@ -16,16 +16,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from reference import step_inputs
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import build
 from varkd.distill.credit import FutureReturn, Importance, Reward
 from varkd.distill.divergences import CrossEntropy, Divergence, ForwardKL, ReverseKL, TotalVariation
-from varkd.distill.loss import LossInputs, distill_loss
+from varkd.distill.inputs import Prefixes, StepInputs
+from varkd.distill.loss import distill_loss
 from varkd.distill.method import Method, Term
 from varkd.distill.prefixes import MixtureSampling, Rollout
 from varkd.distill.reweighted import log_ratio
-from varkd.distill.scene import Prefixes
-from varkd.distill.scene import Scene as _Scene
 from varkd.methods import METHODS
 from varkd.rollout import Sampler
 from varkd.types import Batch, Condition, Context, Part, Source
@@ -52,7 +52,7 @@ def gradient(value: Tensor, model: Backbone) -> Tensor:
 
 def trained(method: Method, parts: tuple[Part, ...], models: tuple[Backbone, Backbone]) -> Tensor:
     """The training loss as a plain sum: every denominator is 1."""
-    inputs = LossInputs(method, *models, {}, {}, Rng(0), chunk_rows=10)
+    inputs = StepInputs(method, *models, {}, Rng(0), codebook_tables={}, chunk_rows=10)
     return distill_loss(inputs, Context(parts), {term.name: 1.0 for term in method.terms})[0]
 
 
@@ -112,7 +112,7 @@ def test_full_importance_weights_turn_student_sequences_into_teacher_sequences(m
     """kappa = L in `Reweighted` is self-normalized importance weighting: E_q[w f] = E_p[f]."""
     student, teacher = models
     part = Part.of("student", CODES_BL, CONDITION, student.plan(27), torch.arange(27))
-    ratio_B = log_ratio(part, _Scene(student, teacher, {}, Rng(0))).double()
+    ratio_B = log_ratio(part, step_inputs(student, teacher, {}, Rng(0))).double()
     lq_B, lp_B = (logp(model)[1].sum(1) for model in models)
     torch.testing.assert_close(lq_B.exp() * (3 * ratio_B).exp(), lp_B.exp(), rtol=1e-5, atol=1e-8)
 
@@ -215,7 +215,7 @@ def test_opd_is_the_reverse_kl_of_each_step_on_the_prefixes_that_it_sees(models,
 
 def sampled_part(contexts: Prefixes, models: tuple[Backbone, Backbone], count: int) -> Part:
     batch = Batch(torch.zeros(count, 3, dtype=torch.long), torch.ones(count, dtype=torch.long), torch.arange(count))
-    return contexts(batch, _Scene(*models, {}, Rng(0))).parts[0]
+    return contexts(batch, step_inputs(*models, {}, Rng(0))).parts[0]
 
 
 def once_each(part: Part, student: Backbone, weight_B: Tensor) -> Part:

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reference import plain_loss
+from reference import plain_loss, step_inputs
 from varkd.backbones.protocol import Backbone
 from varkd.distill import loss as module
 from varkd.distill.bestof import BestOf
 from varkd.distill.credit import DiscrepancyDecay
 from varkd.distill.divergences import JSD, CrossEntropy, EmbeddingMoments, ForwardKL, ReverseKL
-from varkd.distill.loss import LossInputs, Stats, chunked_head_loss, denominators, distill_loss
+from varkd.distill.inputs import State, StepInputs
+from varkd.distill.loss import Stats, chunked_head_loss, denominators, distill_loss
 from varkd.distill.method import Method, Term, skew_key, threshold_key
 from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import Data, Rollout
 from varkd.distill.replay import Replay
 from varkd.distill.reweighted import PrefixReweighted, Reweighted
-from varkd.distill.scene import Scene, State
 from varkd.distill.schedule import TaidTime, adaptives
 from varkd.distill.selection import Accepted, Confidence, Drift, EntropyRatio, Horizon, Random, Threshold
 from varkd.distill.spaces import Clusters, Neighbors
@@ -82,13 +82,13 @@ CODEBOOK_VE = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
 class Case:
     """A method frozen at one moment of a run, with thresholds from earlier steps."""
 
-    inputs: LossInputs
+    inputs: StepInputs
     context: Context
     world: World = field(default_factory=World)
 
     @property
     def totals(self) -> dict[str, float]:
-        return denominators(self.inputs, self.context, self.world)
+        return denominators(self.inputs, self.context)
 
 
 def thresholds(method: Method) -> State:
@@ -109,10 +109,9 @@ def memory(method: Method) -> State:
 def case(method: Method, student: Backbone, teacher: Backbone, batch: Batch, world: World | None = None) -> Case:
     state, world, rng = memory(method), world or World(), Rng(0, STEP)
     method, codebook_tables = method.at(PROGRESS, state), method.prepare(CODEBOOK_VE)
-    inputs = LossInputs(method, student, teacher, state, codebook_tables, rng, chunk_rows=7)
     reference = copy.deepcopy(student) if method.needs_reference else None
-    scene = Scene(student, teacher, state, rng, world, 7, codebook_tables, reference)
-    return Case(inputs, method.contexts(batch, scene), world)
+    inputs = StepInputs(method, student, teacher, state, rng, world, 7, codebook_tables, reference)
+    return Case(inputs, method.contexts(batch, inputs), world)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -165,7 +164,7 @@ def test_the_split_into_micro_batches_changes_nothing(name, student, teacher, ba
     for count in (2, 4, 8):
         split_value, split_gradient, split_stats = run(subject, micro_batches=count, audit=True)
         assert_same((split_value, split_gradient), (value, gradient))
-        means, split_means = stats.means(World()), split_stats.means(World())
+        means, split_means = stats.collect(World()).means, split_stats.collect(World()).means
         assert set(means) == set(split_means)
         for key in means:
             assert split_means[key] == pytest.approx(means[key], rel=1e-9)
@@ -173,7 +172,7 @@ def test_the_split_into_micro_batches_changes_nothing(name, student, teacher, ba
 
 def test_the_methods_here_do_select_and_reweight(student, teacher, batch):
     subject = case(GATED, student, teacher, batch)
-    means = run(subject)[2].means(World())
+    means = run(subject)[2].collect(World()).means
     assert 0.2 < means["kept/student"] < 0.9
     weights = [part.weight_B for part in subject.context.parts if part.source == "student"]
     assert weights[0].std() > 0.01
@@ -236,12 +235,12 @@ def step_on(world: World, method: Method, student: Backbone, teacher: Backbone, 
     inputs = replace(subject.inputs, audit=True)
     value, stats = distill_loss(inputs, subject.context, subject.totals, gradient_scale=world.size)
     value.backward()
-    scores = stats.gathered(world)
+    scores = stats.collect(world).observed
     state = subject.inputs.method.update({**subject.inputs.state}, subject.context, scores, subject.inputs.rng)
     return {
         "loss": value.detach() / world.size,
         "gradient": gradients(subject.inputs.student),
-        "means": stats.means(world),
+        "means": stats.collect(world).means,
         "shared": {key: value for key, value in state.items() if not key.startswith("rows/")},
         "rows": {key: value for key, value in state.items() if key.startswith("rows/")},
     }
@@ -376,10 +375,16 @@ def test_the_logits_of_the_whole_batch_are_never_held(make_model, make_batch):
     student, teacher = make_model(1, vocab_size), make_model(2, vocab_size)
     method = Method((Term("kd", JSD(0.5), selection=Confidence(0.5, "cluster_mass"), space=Clusters(within=0.5)),))
     batch = make_batch(vocab_size=vocab_size)
-    inputs = LossInputs(
-        method, student, teacher, {}, method.prepare(torch.randn(vocab_size, 3)), Rng(0, 0), chunk_rows=5
+    inputs = StepInputs(
+        method,
+        student,
+        teacher,
+        {},
+        Rng(0, 0),
+        chunk_rows=5,
+        codebook_tables=method.prepare(torch.randn(vocab_size, 3)),
     )
-    context = method.contexts(batch, Scene(student, teacher, {}, Rng(0, 0)))
+    context = method.contexts(batch, step_inputs(student, teacher, {}, Rng(0, 0)))
     with Largest() as largest:
         distill_loss(inputs, context, {"kd": 48.0})[0].backward()
     with Largest() as plain:
@@ -442,20 +447,20 @@ def test_bfloat16_stays_close_to_float32(name, make_model, batch):
 def test_statistics_are_means_in_nats(student, teacher, batch):
     subject = case(ALL["kd"], student, teacher, batch)
     stats = run(subject)[2]
-    means = stats.means(World())
+    means = stats.collect(World()).means
     assert means["kept/kd"] == 1
     part = subject.context.parts[0]
     logits = student.head(student(part.codes_BL, part.condition, part.plan))
     ce = nn.functional.cross_entropy(logits.flatten(0, 1), part.codes_BL.flatten()).detach()
     assert means["terms/ce"] == pytest.approx(float(ce), rel=1e-9)  # the term itself, without its weight of 1/2
-    assert Stats().means(World()) == {}
+    assert Stats().collect(World()).means == {}
 
 
 def test_gathered_scores_are_by_generation_rank(student, teacher, batch):
     subject = case(SELECTED, student, teacher, batch)
     stats = run(subject, micro_batches=4)[2]
     (name,) = [threshold_key(t) for t in subject.inputs.method.terms if isinstance(t.selection, Confidence)]
-    scores = stats.gathered(World())
+    scores = stats.collect(World()).observed
     assert set(scores) == {name}
     logits = [teacher.head(teacher(part.codes_BL, part.condition, part.plan)) for part in subject.context.parts]
     expected = torch.cat(logits).softmax(-1).max(-1).values
@@ -467,4 +472,4 @@ def test_a_term_of_weight_zero_costs_nothing(student, teacher, batch):
     value, gradient, stats = run(case(with_zero, student, teacher, batch))
     expected = run(case(ALL["ce"], student, teacher, batch))
     assert_same((value, gradient), expected[:2])
-    assert all(math.isfinite(mean) for mean in stats.means(World()).values())
+    assert all(math.isfinite(mean) for mean in stats.collect(World()).means.values())

@@ -21,25 +21,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reference import step_inputs
 from varkd.distill.credit import FutureReturn, PrefixDiscrepancy, Reward
 from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL, SkewKL, SkewReverseKL, TargetRows
-from varkd.distill.loss import LossInputs, denominators, distill_loss
+from varkd.distill.inputs import StepInputs
+from varkd.distill.loss import denominators, distill_loss
 from varkd.distill.method import Method, Term
 from varkd.distill.prefixes import Data, Rollout
-from varkd.distill.scene import Scene
 from varkd.distill.spaces import Full, TopK
 from varkd.methods import METHODS
 from varkd.rollout import Sampler
 from varkd.types import Batch, Condition, Part
-from varkd.world import Rng, World
+from varkd.world import Rng
 
 
 def loss_of(method: Method, student, teacher, batch: Batch) -> tuple[Tensor, Part]:
     """The loss of one step, and the (only) part of its context."""
     rng = Rng(0, 3)
-    context = method.contexts(batch, Scene(student, teacher, {}, rng))
-    inputs = LossInputs(method, student, teacher, {}, {}, rng)
-    value, _ = distill_loss(inputs, context, denominators(inputs, context, World()))
+    context = method.contexts(batch, step_inputs(student, teacher, {}, rng))
+    inputs = StepInputs(method, student, teacher, {}, rng, codebook_tables={})
+    value, _ = distill_loss(inputs, context, denominators(inputs, context))
     return value, context.parts[0]
 
 
@@ -148,10 +149,10 @@ def test_a_first_step_needs_no_memory(name: str, student, teacher, batch):
     codebook_tables = method.prepare(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)))
     rng = Rng(0, 0)
     context = method.contexts(
-        batch, Scene(student, teacher, {}, rng, codebook_tables=codebook_tables, reference=teacher)
+        batch, step_inputs(student, teacher, {}, rng, codebook_tables=codebook_tables, reference=teacher)
     )
-    inputs = LossInputs(method, student, teacher, {}, codebook_tables, rng)
-    value, _ = distill_loss(inputs, context, denominators(inputs, context, World()))
+    inputs = StepInputs(method, student, teacher, {}, rng, codebook_tables=codebook_tables)
+    value, _ = distill_loss(inputs, context, denominators(inputs, context))
     assert value.isfinite() and value.requires_grad
 
 

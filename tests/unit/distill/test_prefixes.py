@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from reference import step_inputs
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import FAMILIES, build
 from varkd.distill import prefixes as module
+from varkd.distill.inputs import Prefixes, StepInputs
 from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import (
     Completions,
@@ -33,7 +35,6 @@ from varkd.distill.prefixes import (
     leading,
 )
 from varkd.distill.replay import Replay
-from varkd.distill.scene import Prefixes, Scene
 from varkd.distill.schedule import LinearSchedule
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler, rollout
@@ -57,7 +58,7 @@ def toys(make_model: Callable[..., Backbone]) -> tuple[Backbone, Backbone]:
 def toy_part(contexts: Prefixes, toys: tuple[Backbone, Backbone], step: int = 0) -> Part:
     """Many rows of the same image and class."""
     batch = Batch(torch.tensor([GOLD_L]).expand(MANY, -1), torch.ones(MANY, dtype=torch.long), torch.arange(MANY))
-    return contexts(batch, Scene(*toys, {}, Rng(0, step))).parts[-1]
+    return contexts(batch, step_inputs(*toys, {}, Rng(0, step))).parts[-1]
 
 
 @torch.no_grad()
@@ -258,7 +259,7 @@ def test_completions_follow_the_teacher_nearest_to_the_data(toys, prefix: float)
     codebook_VE = torch.tensor([[0.0, 0.0], [1.0, 0.2], [0.3, 2.0]])
     contexts = Completions(3, prefix)
     batch = Batch(torch.tensor([GOLD_L]).expand(MANY, -1), torch.ones(MANY, dtype=torch.long), torch.arange(MANY))
-    scene = Scene(*toys, {}, Rng(0, 0), codebook_tables=contexts.prepare(codebook_VE))
+    inputs = step_inputs(*toys, {}, Rng(0, 0), codebook_tables=contexts.prepare(codebook_VE))
     kept, of_codes = int(3 * prefix), codes_of(steps(toys[1]))
     fits_B = (EVERY_BL[:, :kept] == torch.tensor(GOLD_L[:kept])).all(1)
     one_B = of_codes[:, kept:].prod(1) * fits_B
@@ -271,7 +272,7 @@ def test_completions_follow_the_teacher_nearest_to_the_data(toys, prefix: float)
         )
         beyond = 1 - nearer - as_near
         law_B[number] = one_B[number] / as_near * ((as_near + beyond) ** 3 - beyond**3) if as_near > 0 else 0
-    part = contexts(batch, scene).parts[0]
+    part = contexts(batch, inputs).parts[0]
     assert part.source == "teacher" and chi_square(part.codes_BL, law_B) < CHI_SQUARE
     assert chi_square(part.codes_BL, one_B.where(fits_B, 0.0)) > 200  # one completion has another law
 
@@ -314,12 +315,12 @@ class Pair:
                 parameter.normal_(std=0.3, generator=generator)
         return model
 
-    def scene(self, contexts: Prefixes, step: int = 0) -> Scene:
+    def inputs(self, contexts: Prefixes, step: int = 0) -> StepInputs:
         codebook_tables = contexts.prepare(self.codebook_VE)
-        return Scene(self.student, self.teacher, {}, Rng(0, step), chunk_rows=7, codebook_tables=codebook_tables)
+        return step_inputs(self.student, self.teacher, {}, Rng(0, step), chunk_rows=7, codebook_tables=codebook_tables)
 
     def parts(self, contexts: Prefixes, batch: Batch | None = None, step: int = 0) -> tuple[Part, ...]:
-        return contexts(batch or self.batch, self.scene(contexts, step)).parts
+        return contexts(batch or self.batch, self.inputs(contexts, step)).parts
 
 
 @pytest.fixture(params=KINDS, scope="module")
@@ -337,8 +338,8 @@ def every_context(sampler: Sampler) -> dict[str, Prefixes]:
         "student": Rollout(sampler=sampler),
         "teacher": Rollout("teacher", sampler),
         "mixture_sampling": MixtureSampling(sampler, 0.3),
-        "interleaved by mass": SpeculativeSampling(sampler, top_p=0.5),
-        "interleaved by count": SpeculativeSampling(sampler, top_k=3, top_p=1.0),
+        "speculative_sampling by mass": SpeculativeSampling(sampler, top_p=0.5),
+        "speculative_sampling by count": SpeculativeSampling(sampler, top_k=3, top_p=1.0),
         "prefix_restart": PrefixRestart(0.2, 0.8, sampler),
         "scheduled_sampling": ScheduledSampling(0.5, sampler),
         "parallel_sampling": ParallelSampling(0.5),
@@ -598,7 +599,7 @@ def test_a_fraction_of_nothing_calls_nobody(student, teacher, batch, monkeypatch
     monkeypatch.setattr(type(student), "forward", refuse)
     contexts = every_context(Sampler())[name]
     mixture = Mixture((Share(Data(), "rest"), Share(contexts, 0.0)))  # type: ignore[arg-type]
-    (part,) = mixture(batch, Scene(student, teacher, {}, Rng(0, 0))).parts
+    (part,) = mixture(batch, step_inputs(student, teacher, {}, Rng(0, 0))).parts
     assert part.source == "data" and torch.equal(part.codes_BL, batch.codes_BL)
 
 
@@ -610,13 +611,13 @@ SAMPLED = [Rollout(), Rollout("teacher"), MixtureSampling(), SpeculativeSampling
 def test_without_a_share_of_data_its_codes_are_never_read(student, teacher, batch, contexts):
     mixture = Mixture((Share(Data(), 0.0), Share(contexts, 1.0)))
     codebook_tables = mixture.prepare(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)))
-    scene = Scene(student, teacher, {}, Rng(0, 0), codebook_tables=codebook_tables)
+    inputs = step_inputs(student, teacher, {}, Rng(0, 0), codebook_tables=codebook_tables)
     garbage = replace(batch, codes_BL=torch.full_like(batch.codes_BL, 10**9))
     if isinstance(contexts, Completions):  # it compares with the image by design
         with pytest.raises(IndexError):
-            mixture(garbage, scene)
+            mixture(garbage, inputs)
         return
-    (poisoned,), (clean,) = mixture(garbage, scene).parts, mixture(batch, scene).parts
+    (poisoned,), (clean,) = mixture(garbage, inputs).parts, mixture(batch, inputs).parts
     assert torch.equal(poisoned.codes_BL, clean.codes_BL) and poisoned.codes_BL.max() < student.vocab_size
 
 
@@ -644,6 +645,6 @@ def test_nonsense_is_refused(make: Callable[[], Prefixes], message: str):
 
 @pytest.mark.parametrize("contexts", [MixtureSampling(), SpeculativeSampling(), Completions()])
 def test_a_missing_teacher_is_named(student, batch, contexts):
-    scene = Scene(student, None, {}, Rng(0, 0), codebook_tables=contexts.prepare(torch.randn(12, 3)))
+    inputs = step_inputs(student, None, {}, Rng(0, 0), codebook_tables=contexts.prepare(torch.randn(12, 3)))
     with pytest.raises(VarkdError, match="teacher=RUN"):
-        contexts(batch, scene)
+        contexts(batch, inputs)

@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from reference import step_inputs
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import build
 from varkd.distill.filtering import DifferenceSampling, difference_scores
-from varkd.distill.loss import LossInputs, denominators, distill_loss
-from varkd.distill.scene import Scene
+from varkd.distill.inputs import StepInputs
+from varkd.distill.loss import denominators, distill_loss
 from varkd.distill.spaces import CodebookTables
 from varkd.methods import METHODS
 from varkd.types import Batch, Context
@@ -441,7 +442,7 @@ SCORES: dict[str, dict[str, Callable[[Step], Tensor]]] = {
 class Case:
     """A preset in the middle of a run, on toy models of one family."""
 
-    inputs: LossInputs
+    inputs: StepInputs
     context: Context
     step: Step
     batch: Batch
@@ -515,8 +516,10 @@ def case(name: str, family: str = "llamagen", drift: float = 0.0) -> Case:
     method = METHODS[name].method.at(PROGRESS.get(name, 0.5), memory)
     codebook_tables = method.prepare(torch.randn(VOCAB, 3, generator=torch.Generator().manual_seed(0)))
     batch, rng = toy_batch(length=student.sequence_length), Rng(0, STEP)
-    scene = Scene(student, teacher, memory, rng, codebook_tables=codebook_tables, reference=toy(family, 3, 16).eval())
-    context = method.contexts(batch, scene)
+    inputs = step_inputs(
+        student, teacher, memory, rng, codebook_tables=codebook_tables, reference=toy(family, 3, 16).eval()
+    )
+    context = method.contexts(batch, inputs)
     if drift:
         noise = torch.Generator().manual_seed(5)
         context = Context(tuple(
@@ -527,7 +530,7 @@ def case(name: str, family: str = "llamagen", drift: float = 0.0) -> Case:
     step = look(student, teacher, context, codebook_tables)
     for key, score in SCORES.get(name, {}).items():
         memory[key] = middle(step, score(step), step.on(step.source[0]), per_rank=name != "atkd").detach()
-    inputs = LossInputs(method, student, teacher, memory, codebook_tables, rng, chunk_rows=7)
+    inputs = StepInputs(method, student, teacher, memory, rng, codebook_tables=codebook_tables, chunk_rows=7)
     return Case(inputs, context, replace(step, memory=memory), batch)
 
 
@@ -538,10 +541,10 @@ def gradients(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
 
 def assert_proof(subject: Case, expected: Tensor) -> None:
     """Value and gradient, to what is left of scores and weights that are kept in float32."""
-    totals = denominators(subject.inputs, subject.context, World())
+    totals = denominators(subject.inputs, subject.context)
     found, stats = distill_loss(subject.inputs, subject.context, totals)
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-8)
-    assert all(stats.means(World())[f"terms/{term.name}"] != 0 for term in subject.inputs.method.terms)
+    assert all(stats.collect(World()).means[f"terms/{term.name}"] != 0 for term in subject.inputs.method.terms)
     student = subject.inputs.student
     ours, formula = gradients(student, found), gradients(student, expected)
     largest = max(float(gradient.abs().max()) for gradient in formula.values())
@@ -574,13 +577,13 @@ def test_the_cases_show_every_part():
         assert 0.05 < float((selection(step) < 0.999)[step.on("student")].double().mean()) < 0.95
     for name, about in {**SCORES, "selectkd_topk": ["kd"], "selectkd_spec": ["kd"]}.items():
         subject = case(name)
-        _, stats = distill_loss(subject.inputs, subject.context, denominators(subject.inputs, subject.context, World()))
+        _, stats = distill_loss(subject.inputs, subject.context, denominators(subject.inputs, subject.context))
         for key in about:
-            assert 0.1 < stats.means(World())[f"kept/{key.removeprefix('threshold/')}"] < 0.9, (name, key)
+            assert 0.1 < stats.collect(World()).means[f"kept/{key.removeprefix('threshold/')}"] < 0.9, (name, key)
     subject = case("distillm2")
     skews = distill_loss(subject.inputs, subject.context, {"teacher_side": 1.0, "student_side": 1.0})[1]
     for side in ("teacher_side", "student_side"):
-        assert 0.02 < skews.means(World())[f"skew/{side}"] < 0.09, side
+        assert 0.02 < skews.collect(World()).means[f"skew/{side}"] < 0.09, side
 
 
 @pytest.mark.parametrize("family", ["randar", "var"])
@@ -713,7 +716,7 @@ def test_the_share_of_student_samples_follows_its_schedule(name: str):
     batch = toy_batch(40)
     for progress in (0.0, 0.2, 0.35, 0.7, 1.0):
         method = METHODS[name].method.at(progress)
-        context = method.contexts(batch, Scene(student, teacher, {}, Rng(0, STEP), reference=teacher))
+        context = method.contexts(batch, step_inputs(student, teacher, {}, Rng(0, STEP), reference=teacher))
         count = sum(len(part) for part in context.parts if part.source == "student")
         assert abs(count - 40 * STUDENT_SHARE[name](progress)) <= 1, (progress, count)
 
@@ -725,9 +728,9 @@ def test_distillm_samples_less_and_replays_more():
     for progress, expected in ((0.2, 0.8), (0.7, 0.3)):
         method, fresh = METHODS["distillm"].method.at(progress, state), []
         for turn in range(26):
-            scene = Scene(student, student, state, Rng(1, turn))
-            context = method.contexts(batch, scene)
-            state = method.update(state, context, {}, scene.rng)
+            inputs = step_inputs(student, student, state, Rng(1, turn))
+            context = method.contexts(batch, inputs)
+            state = method.update(state, context, {}, inputs.rng)
             fresh += [bool(age == 0) for part in context.parts for age in part.age_B] if turn > 5 else []
         assert abs(sum(fresh) / len(fresh) - expected) < 0.1  # 160 rows: a standard deviation of 0.04
 
@@ -740,10 +743,10 @@ QUANTILE = {"atkd": (0.5, 0.0), "eopd": (0.5, 0.9)}
 def test_thresholds_follow_the_quantiles_of_their_scores(name: str):
     """decay * before + (1 - decay) * quantile, per generation rank; ATKD: the median over all positions."""
     subject, (quantile, decay) = case(name), QUANTILE[name]
-    totals = denominators(subject.inputs, subject.context, World())
+    totals = denominators(subject.inputs, subject.context)
     _, stats = distill_loss(subject.inputs, subject.context, totals)
     before, inputs = subject.step.memory, subject.inputs
-    after = inputs.method.update(dict(before), subject.context, stats.gathered(World()), inputs.rng)
+    after = inputs.method.update(dict(before), subject.context, stats.collect(World()).observed, inputs.rng)
     step = subject.step
     rows_B = step.on(step.source[0])
     for key, score in SCORES[name].items():
@@ -779,7 +782,7 @@ def test_adaptive_numbers_move_as_published():
     step, method = subject.step, subject.inputs.method
     gap_B = (of(step.lp, step.code_BL).mean(1).exp() - of(step.lq, step.code_BL).mean(1).exp()).detach()
     _, stats = distill_loss(subject.inputs, subject.context, {"teacher_side": 1.0, "student_side": 1.0})
-    after = method.update(dict(step.memory), subject.context, stats.gathered(World()), subject.inputs.rng)
+    after = method.update(dict(step.memory), subject.context, stats.collect(World()).observed, subject.inputs.rng)
     for source in ("teacher", "student"):
         mean_gap = 0.9 * step.memory[f"skew/{source}_side"] + 0.1 * gap_B[step.on(source)].mean()
         torch.testing.assert_close(after[f"skew/{source}_side"].double(), mean_gap, rtol=1e-5, atol=0)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from varkd.distill.credit import PrefixDiscrepancy
 from varkd.distill.divergences import JSD, TAID, CrossEntropy, ForwardKL
+from varkd.distill.inputs import State
 from varkd.distill.method import Method, Term
 from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import Data, MixtureSampling, ParallelSampling, Rollout
 from varkd.distill.replay import Replay
 from varkd.distill.reweighted import Reweighted
-from varkd.distill.scene import State
 from varkd.distill.schedule import (
     Adaptive,
     ExponentialSchedule,

@@ -11,7 +11,8 @@ from torch import Tensor
 from varkd.backbones.protocol import Backbone
 from varkd.distill import loss as loss_module
 from varkd.distill.divergences import CrossEntropy, ForwardKL
-from varkd.distill.loss import LossInputs, Stats, distill_loss
+from varkd.distill.inputs import StepInputs
+from varkd.distill.loss import Stats, distill_loss
 from varkd.distill.method import Method, Term, threshold_key
 from varkd.distill.selection import Accepted, All, Confidence, Random
 from varkd.distill.spaces import Clusters, Full
@@ -178,11 +179,11 @@ def test_accepted_refuses_nonsense(values: dict):
 # ---- in the loss, on whole models
 
 
-def inputs_of(term: Term, student: Backbone, teacher: Backbone, state: dict[str, Tensor] | None = None) -> LossInputs:
-    return LossInputs(Method((term,)), student, teacher, state or {}, {}, RNG, chunk_rows=7)
+def inputs_of(term: Term, student: Backbone, teacher: Backbone, state: dict[str, Tensor] | None = None) -> StepInputs:
+    return StepInputs(Method((term,)), student, teacher, state or {}, RNG, chunk_rows=7)
 
 
-def outcome(inputs: LossInputs, whole: Part) -> tuple[Tensor, list[Tensor], Stats]:
+def outcome(inputs: StepInputs, whole: Part) -> tuple[Tensor, list[Tensor], Stats]:
     value, stats = distill_loss(inputs, Context((whole,)), {"kd": 1.0, "ce": 1.0})
     gradients = torch.autograd.grad(value, list(inputs.student.parameters()))
     return value.detach(), list(gradients), stats
@@ -203,7 +204,7 @@ def test_top_k_acceptance_in_the_loss(student, teacher, data, top_k: int):
     q_BLV, p_BLV = whole_logits(student, data), whole_logits(teacher, data)
     first = p_BLV.topk(top_k, dim=-1).indices
     expected = (first == q_BLV.argmax(-1, keepdim=True)).any(-1).double().mean()
-    assert stats.means(World())["kept/kd"] == pytest.approx(float(expected)) and 0.05 < expected < 0.95
+    assert stats.collect(World()).means["kept/kd"] == pytest.approx(float(expected)) and 0.05 < expected < 0.95
 
 
 def test_speculative_acceptance_in_the_loss_is_a_matter_of_chance_and_of_rows(student, teacher, data):
@@ -211,7 +212,7 @@ def test_speculative_acceptance_in_the_loss_is_a_matter_of_chance_and_of_rows(st
     rate = (
         torch.minimum(whole_logits(student, data).softmax(-1), whole_logits(teacher, data).softmax(-1)).sum(-1).mean()
     )
-    kept = [outcome(replace(inputs, rng=Rng(0, step)), data)[2].means(World())["kept/kd"] for step in range(30)]
+    kept = [outcome(replace(inputs, rng=Rng(0, step)), data)[2].collect(World()).means["kept/kd"] for step in range(30)]
     assert len(set(kept)) > 5
     error = float(rate * (1 - rate) / (30 * 48)) ** 0.5
     assert abs(sum(kept) / 30 - float(rate)) < 4 * error
@@ -236,7 +237,7 @@ def test_code_prob_is_about_the_target_code(student, teacher, data, side):
     kept_BL = p_BL >= 0.05 if side == "high" else p_BL <= 0.05
     assert 0.2 < kept_BL.double().mean() < 0.8
     torch.testing.assert_close(value, -(q_BL * kept_BL).sum())
-    torch.testing.assert_close(stats.gathered(World())["threshold/kd"], p_BL.float())
+    torch.testing.assert_close(stats.collect(World()).observed["threshold/kd"], p_BL.float())
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ from varkd.distill.divergences import (
     ToDi,
     TotalVariation,
 )
-from varkd.distill.loss import LossInputs, distill_loss
+from varkd.distill.inputs import StepInputs
+from varkd.distill.loss import distill_loss
 from varkd.distill.method import Method, Term
 from varkd.distill.prefixes import Data, Rollout
 from varkd.distill.schedule import LinearSchedule
@@ -203,8 +204,9 @@ def data(batch, student) -> Part:
     return Part.of("data", batch.codes_BL, batch.condition, student.plan(8), batch.row_B)
 
 
-def inputs_of(method: Method, student, teacher) -> LossInputs:
-    return LossInputs(method, student, teacher, {}, method.prepare(torch.randn(12, 3)), Rng(0), chunk_rows=7)
+def inputs_of(method: Method, student, teacher) -> StepInputs:
+    return StepInputs(method, student, teacher, {}, Rng(0), chunk_rows=7,
+                      codebook_tables=method.prepare(torch.randn(12, 3)))  # fmt: skip
 
 
 def branch(model, whole: Part, condition: Condition) -> Tensor:

@@ -9,17 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from reference import step_inputs
 from varkd.backbones.store import build
 from varkd.distill.bestof import FAR, BestOf
 from varkd.distill.credit import DiscrepancyDecay, Reward
 from varkd.distill.describe import cost_at, explain, phrase
 from varkd.distill.divergences import CrossEntropy, ForwardKL
+from varkd.distill.inputs import StepInputs, in_row_order, merge
 from varkd.distill.method import Method, Term
 from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import Data, MixtureSampling, PrefixRestart, Rollout, SpeculativeSampling
 from varkd.distill.replay import Replay
 from varkd.distill.reweighted import PrefixReweighted, Reweighted, code_log_ratios, prefix_weights
-from varkd.distill.scene import Scene, in_row_order, merge
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
 from varkd.types import Context, Part
@@ -29,8 +30,8 @@ MIXTURE = Mixture((Share(Data(), 0.5), Share(Rollout(), 0.5)))
 
 
 @pytest.fixture
-def scene(student, teacher, make_model) -> Scene:
-    return Scene(student, teacher, {}, Rng(0, 2), chunk_rows=5, reference=make_model(3))
+def inputs(student, teacher, make_model) -> StepInputs:
+    return step_inputs(student, teacher, {}, Rng(0, 2), chunk_rows=5, reference=make_model(3))
 
 
 @torch.no_grad()
@@ -67,9 +68,9 @@ def test_prefix_weights_by_hand(student, teacher, batch, family: str, kappa: flo
         student, teacher = (build("randar", sizes, seed=seed) for seed in (1, 2))
         for seed, model in enumerate((student, teacher)):
             torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(seed))
-    scene = Scene(student, teacher, {}, Rng(0, 2), chunk_rows=5)
-    (part,) = PrefixReweighted(Rollout(sampler=sampler), kappa, clip)(batch, scene).parts
-    expected_BL = by_hand(code_log_ratios(part, scene), part, kappa, clip)
+    inputs = step_inputs(student, teacher, {}, Rng(0, 2), chunk_rows=5)
+    (part,) = PrefixReweighted(Rollout(sampler=sampler), kappa, clip)(batch, inputs).parts
+    expected_BL = by_hand(code_log_ratios(part, inputs), part, kappa, clip)
     assert part.position_weight_BL is not None
     torch.testing.assert_close(part.position_weight_BL, expected_BL, rtol=1e-4, atol=1e-5)
     by_rank_BL = part.position_weight_BL.gather(1, part.plan.order_BL)
@@ -88,21 +89,21 @@ def test_prefix_weights_do_not_underflow_together():
     assert prefix_weights(sums[:0], 1.0, 4.0).shape == (0, 2)
 
 
-def test_only_student_rows_are_weighed_and_the_rest_of_the_step_counts(scene, batch):
-    context = PrefixReweighted(MIXTURE, 0.5)(batch, scene)
+def test_only_student_rows_are_weighed_and_the_rest_of_the_step_counts(inputs, batch):
+    context = PrefixReweighted(MIXTURE, 0.5)(batch, inputs)
     data, student = context.parts
     assert data.position_weight_BL is None and (data.weight_BL == 1).all()
     assert student.position_weight_BL is not None and student.weight_BL.std() > 0.05
     for count in (2, 3, 8):
         chunks = [part for micro in context.micro_batches(count) for part in micro.parts if part.source == "student"]
         assert torch.equal(merge(chunks).weight_BL, student.weight_BL)
-    (half,) = PrefixReweighted(Rollout(), 0.5)(batch.select(torch.arange(4)), scene).parts
-    (whole,) = PrefixReweighted(Rollout(), 0.5)(batch, scene).parts
+    (half,) = PrefixReweighted(Rollout(), 0.5)(batch.select(torch.arange(4)), inputs).parts
+    (whole,) = PrefixReweighted(Rollout(), 0.5)(batch, inputs).parts
     assert torch.equal(half.codes_BL, whole.codes_BL[:4]) and not torch.allclose(half.weight_BL, whole.weight_BL[:4])
 
 
-def test_merging_keeps_position_weights(batch, scene):
-    (part,) = Rollout()(batch, scene).parts
+def test_merging_keeps_position_weights(batch, inputs):
+    (part,) = Rollout()(batch, inputs).parts
     weighed = replace(part, position_weight_BL=torch.full((8, 6), 2.0))
     both = merge([part, weighed])
     assert both.position_weight_BL is not None
@@ -127,15 +128,15 @@ def test_nonsense_is_refused(settings: dict[str, float]):
     [Rollout(), Rollout("teacher"), MixtureSampling(), SpeculativeSampling(), PrefixRestart()],
     ids=lambda r: r.kind,
 )
-def test_the_best_by_hand(scene, batch, rollout, score):
-    (best,) = BestOf(rollout, 4, score)(batch, scene).parts
+def test_the_best_by_hand(inputs, batch, rollout, score):
+    (best,) = BestOf(rollout, 4, score)(batch, inputs).parts
     tries = []
     for nth in range(4):
-        tries += rollout(replace(batch, row_B=batch.row_B + nth * FAR), scene).parts  # one after the other
+        tries += rollout(replace(batch, row_B=batch.row_B + nth * FAR), inputs).parts  # one after the other
     points = []
     for part in tries:
-        logp = code_logp(scene.teacher, part)
-        points.append((logp - code_logp(scene.reference, part) if score == "difference" else logp).mean(1))
+        logp = code_logp(inputs.teacher, part)
+        points.append((logp - code_logp(inputs.reference, part) if score == "difference" else logp).mean(1))
     winner = torch.stack(points).argmax(0)
     assert len(winner.unique()) > 1
     for row, nth in enumerate(winner.tolist()):
@@ -145,32 +146,32 @@ def test_the_best_by_hand(scene, batch, rollout, score):
     assert torch.equal(best.row_B, batch.row_B) and best.source == rollout.sources[0]
 
 
-def test_one_of_one_is_the_plain_rollout_and_rows_are_independent(scene, batch):
-    (plain,) = Rollout()(batch, scene).parts
-    (one,) = BestOf(Rollout(), 1)(batch, scene).parts
+def test_one_of_one_is_the_plain_rollout_and_rows_are_independent(inputs, batch):
+    (plain,) = Rollout()(batch, inputs).parts
+    (one,) = BestOf(Rollout(), 1)(batch, inputs).parts
     assert torch.equal(one.codes_BL, plain.codes_BL)
-    (whole,) = BestOf()(batch, scene).parts
+    (whole,) = BestOf()(batch, inputs).parts
     for rows in (torch.tensor([5]), torch.tensor([7, 0, 3])):
-        assert torch.equal(BestOf()(batch.select(rows), scene).parts[0].codes_BL, whole.codes_BL[rows])
-    later = BestOf()(batch, replace(scene, rng=Rng(0, 3))).parts[0]
+        assert torch.equal(BestOf()(batch.select(rows), inputs).parts[0].codes_BL, whole.codes_BL[rows])
+    later = BestOf()(batch, replace(inputs, rng=Rng(0, 3))).parts[0]
     assert not torch.equal(later.codes_BL, whole.codes_BL)
 
 
-def test_more_tries_score_higher(scene, batch):
+def test_more_tries_score_higher(inputs, batch):
     means = []
     for count in (1, 4, 16):
-        (part,) = BestOf(Rollout(), count)(batch, scene).parts
-        means.append(float((code_logp(scene.teacher, part) - code_logp(scene.reference, part)).mean()))
+        (part,) = BestOf(Rollout(), count)(batch, inputs).parts
+        means.append(float((code_logp(inputs.teacher, part) - code_logp(inputs.reference, part)).mean()))
     assert means == sorted(means) and means[2] > means[0] + 0.1
 
 
-def test_in_a_replay_the_rings_hold_the_chosen_ones(scene, batch):
+def test_in_a_replay_the_rings_hold_the_chosen_ones(inputs, batch):
     replay = Replay(BestOf(count=3), every=2, capacity=2)
-    first = replay(batch, scene)
-    (chosen,) = BestOf(count=3)(batch, scene).parts
+    first = replay(batch, inputs)
+    (chosen,) = BestOf(count=3)(batch, inputs).parts
     assert torch.equal(first.parts[0].codes_BL, chosen.codes_BL)
-    state = replay.update(first, {}, scene.rng)
-    (again,) = replay(batch, replace(scene, state=state, rng=Rng(0, 3))).parts
+    state = replay.update(first, {}, inputs.rng)
+    (again,) = replay(batch, replace(inputs, state=state, rng=Rng(0, 3))).parts
     assert torch.equal(again.codes_BL, chosen.codes_BL) and (again.age_B == 1).all()
     assert Mixture((Share(Data(), 0.5), Share(replay, 0.5))).needs_reference
     assert Reweighted(BestOf()).needs_reference and PrefixReweighted(replay).needs_reference
@@ -178,17 +179,17 @@ def test_in_a_replay_the_rings_hold_the_chosen_ones(scene, batch):
     assert Method((Term("ce", CrossEntropy()),), replay).needs_reference
 
 
-def test_weights_go_around_the_best(scene, batch):
+def test_weights_go_around_the_best(inputs, batch):
     for contexts in (Reweighted(BestOf(count=2), kappa=20), PrefixReweighted(Replay(BestOf(count=2)), 0.5)):
-        (part,) = contexts(batch, scene).parts
+        (part,) = contexts(batch, inputs).parts
         assert part.weight_BL.std() > 0.01
         torch.testing.assert_close(part.weight_BL.mean(), torch.tensor(1.0))
 
 
-def test_what_is_missing_or_makes_no_sense_is_named(scene, batch):
+def test_what_is_missing_or_makes_no_sense_is_named(inputs, batch):
     with pytest.raises(VarkdError, match="student at its start"):
-        BestOf()(batch, replace(scene, reference=None))
-    BestOf(score="teacher", count=2)(batch, replace(scene, reference=None))
+        BestOf()(batch, replace(inputs, reference=None))
+    BestOf(score="teacher", count=2)(batch, replace(inputs, reference=None))
     with pytest.raises(VarkdError, match="best_of: count"):
         BestOf(count=0)
 
@@ -218,7 +219,7 @@ def test_words_and_cost():
 
 
 @pytest.mark.parametrize("score", ["difference", "teacher"])
-def test_the_reads_are_those_that_the_cost_tells(scene, batch, score):
+def test_the_reads_are_those_that_the_cost_tells(inputs, batch, score):
     """The reference counts as a student that is read."""
     rows = {"teacher": 0, "reference": 0}
 
@@ -229,14 +230,14 @@ def test_the_reads_are_those_that_the_cost_tells(scene, batch, score):
         return count
 
     for name in rows:
-        getattr(scene, name).register_forward_hook(counting(name))
+        getattr(inputs, name).register_forward_hook(counting(name))
     contexts = BestOf(count=3, score=score)
-    contexts(batch, scene)
+    contexts(batch, inputs)
     made = cost_at(Method((Term("ce", CrossEntropy()),), contexts))
     assert rows == {"teacher": 8 * made["teacher_read"], "reference": 8 * made["student_read"]}
     assert made["teacher_read"] == 3 and made["student_decode"] == 3
 
 
-def test_an_empty_share_of_best_of_makes_nothing(scene, batch):
-    context = PrefixReweighted(Mixture((Share(Data(), 1.0), Share(BestOf(), 0.0))))(batch, scene)
+def test_an_empty_share_of_best_of_makes_nothing(inputs, batch):
+    context = PrefixReweighted(Mixture((Share(Data(), 1.0), Share(BestOf(), 0.0))))(batch, inputs)
     assert isinstance(context, Context) and [part.source for part in context.parts] == ["data"]

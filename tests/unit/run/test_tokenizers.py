@@ -33,7 +33,7 @@ def test_multiscale_from_images_to_codes(tmp_path: Path, capsys: pytest.CaptureF
     assert run(*encode) == 0
     manifest = read_manifest(tmp_path / "codes")
     assert manifest["scales"] == [1, 3, 4] and manifest["tokenizer"]["kind"] == "multiscale"
-    codes = CodeDataset.open(tmp_path / "codes", "validation")
+    codes = CodeDataset(tmp_path / "codes", "validation")
     assert codes.sequence_length == 26 and Codes(tmp_path / "codes").layout.scales == (1, 3, 4)
     assert Codes(tmp_path / "codes").tokenizer.hash == tokenizer.hash
     assert (tmp_path / "codes" / "reconstruction.png").is_file()

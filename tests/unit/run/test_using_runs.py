@@ -17,7 +17,8 @@ from varkd.evaluate.agreement import cross_entropy
 from varkd.files import read_json
 from varkd.run.data import Codes
 from varkd.run.models import load, load_trained
-from varkd.run.sampling import balanced_labels, generate
+from varkd.run.sampling import balanced_labels
+from varkd.sampling import generate_with_codes
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_a_moved_teacher_of_codes_is_found_by_its_hash(tmp_path: Path, codes: Pa
 
 def test_generate_restores_nothing_but_images(student: Path):
     run, opened, model = load_trained(student)
-    images, codes_BL = generate(
+    images, codes_BL = generate_with_codes(
         model, opened.tokenizer, balanced_labels(10, 10), read_run(student).evaluation.sampler, 3, quiet=True
     )
     assert images.shape == (10, 1, 8, 8) and codes_BL.shape == (10, 64) and not model.training

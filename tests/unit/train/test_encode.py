@@ -64,7 +64,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_codes_of_digits_are_exact_in_every_view(tmp_path: Path) -> None:
     manifest = encode(tmp_path / "codes", views=VIEWS)
     tokenizer = load_tokenizer(tmp_path / "codes" / manifest["tokenizer"]["path"])
-    codes = CodeDataset.open(tmp_path / "codes", tokenizer_hash=tokenizer.hash)
+    codes = CodeDataset(tmp_path / "codes", tokenizer_hash=tokenizer.hash)
     images = open_images("digits", "train")
     assert (len(codes), codes.num_views, codes.num_classes) == (1617, 18, 10)
     assert (codes.labels == images.labels).all()
@@ -72,7 +72,7 @@ def test_codes_of_digits_are_exact_in_every_view(tmp_path: Path) -> None:
     for view, name in enumerate(VIEWS):
         expected_BL = tokenizer.encode(to_unit(apply_view(name, images.batch(index))))
         assert codes.codes(index, np.full(4, view)).equal(expected_BL)
-    assert CodeDataset.open(tmp_path / "codes", "validation").num_views == 1
+    assert CodeDataset(tmp_path / "codes", "validation").num_views == 1
     assert manifest["reconstruction"] == {"psnr": PSNR_CAP, "num": 180}  # nothing is lost on 17 levels
     with Image.open(tmp_path / "codes" / "reconstruction.png") as picture:
         assert picture.size == (16 * 48 + 15 * 2, 2 * 48 + 2)

@@ -1,6 +1,6 @@
 """What every source of prefixes has in common: what it may look at, and what it says of itself.
 
-A context is `(batch, scene) -> Context`, for a whole optimizer step. Every rule is row-local and every random number
+A context is `(batch, inputs) -> Context`, for a whole optimizer step. Every rule is row-local and every random number
 belongs to a global row, so a context does not depend on how rows are spread over ranks. Gradients never flow through
 sampling.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -23,33 +23,46 @@ from varkd.rollout import Sampler, evaluating
 from varkd.types import Batch, Condition, Context, Part, Source
 from varkd.world import Rng, World
 
+if TYPE_CHECKING:
+    from varkd.distill.method import Method
+
 Role = Literal["student", "teacher", "reference"]
 State = dict[str, Tensor]
 """What a method remembers between steps; every entry is checkpointed. Keys under "rows/" are split over ranks."""
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What a context may look at: the models (handed down, never changed), the method's state, and chance.
+class StepInputs:
+    """Everything that one optimizer step reads besides its batch. Built once per step by `Distiller`.
 
-    `reference` is the student as it was at the start of the run, for contexts that ask for it (`needs_reference`).
+    Attributes:
+        method: the method at this step (`Method.at`: every schedule turned into a number).
+        student, teacher: handed down, never changed here.
+        state: what the method remembers from earlier steps.
+        rng: the random numbers of this step.
+        chunk_rows: rows (positions) per chunk of logits.
+        codebook_tables: what `Method.prepare` made of the tokenizer's codebook.
+        reference: the student as it was at the start of the run, for methods with `needs_reference`.
+        audit: whether to compute statistics that cost another pass of the heads; the loss is the same, bit by bit.
     """
 
+    method: Method
     student: Backbone
     teacher: Backbone | None
     state: Mapping[str, Tensor]
     rng: Rng
     world: World = field(default_factory=World)
     chunk_rows: int = 2048
-    codebook_tables: Mapping[str, Tensor] = field(default_factory=dict)
+    codebook_tables: CodebookTables = field(default_factory=dict)
     reference: Backbone | None = None
+    audit: bool = False
 
     def model(self, name: Role) -> Backbone:
         if name == "student":
             return self.student
         if name == "reference":
             if self.reference is None:
-                raise VarkdError("this method compares with the student at its start: give the scene a reference")
+                raise VarkdError("this method compares with the student at its start: give the distiller a reference")
             return self.reference
         if self.teacher is None:
             raise VarkdError("this method samples from a teacher: give teacher=RUN")
@@ -68,7 +81,7 @@ class Prefixes(ABC):
     """Base of all contexts; subclasses are frozen dataclasses, and most of them only differ in `__call__`."""
 
     @abstractmethod
-    def __call__(self, batch: Batch, scene: Scene) -> Context:
+    def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
         """The prefixes of this rank's rows."""
 
     @property

@@ -1,0 +1,65 @@
+"""From labels to images: rollouts in batches, decoded by the tokenizer. The one place where images are generated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from varkd.backbones.protocol import Backbone
+from varkd.errors import VarkdError
+from varkd.progress import bar
+from varkd.rollout import Sampler, rollout
+from varkd.tokenizers.protocol import Tokenizer
+from varkd.types import Condition
+from varkd.world import Rng
+
+
+def generate(
+    model: Backbone, tokenizer: Tokenizer, labels: Sequence[int] | Tensor, sampler: Sampler | None = None,
+    seed: int = 0, batch_size: int = 250,
+) -> Tensor:  # fmt: skip
+    """Generate one image per label.
+
+    Image i depends on (seed, i, label, model, sampler) only, so models that are compared share their noise.
+
+    Args:
+        labels: class indices; `model.null_label` samples without a class.
+        sampler: temperature, filters, guidance; plain sampling by default.
+
+    Returns:
+        uint8 (N, C, H, W) on the CPU.
+
+    Raises:
+        VarkdError: a label that the model does not have, or codes of another tokenizer.
+    """
+    label_B = torch.as_tensor(labels, dtype=torch.long).flatten().cpu()
+    if len(label_B) == 0 or int(label_B.min()) < 0 or int(label_B.max()) > model.null_label:
+        raise VarkdError(f"generate: give at least one label, each in 0..{model.null_label}")
+    if model.tokenizer_hash is not None and model.tokenizer_hash != tokenizer.hash:
+        raise VarkdError(f"this model speaks the codes of tokenizer {model.tokenizer_hash[:12]}, "
+                         f"not of {tokenizer.hash[:12]}: pass the tokenizer that it was trained with")  # fmt: skip
+    return generate_with_codes(model, tokenizer, label_B, sampler or Sampler(), seed, batch_size, quiet=True)[0]
+
+
+@torch.no_grad()
+def generate_with_codes(
+    model: Backbone, tokenizer: Tokenizer, label_B: Tensor, sampler: Sampler, seed: int, batch_size: int = 250,
+    label: str = "sample", quiet: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `generate`: the images, and their codes int64 (N, L), both on the CPU."""
+    device = model.device
+    tokenizer = tokenizer.to(device).eval()
+    images, codes, rng = [], [], Rng(seed)
+    with bar(label, len(label_B), quiet) as running:
+        for begin in range(0, len(label_B), batch_size):
+            row_B = torch.arange(begin, min(begin + batch_size, len(label_B)), device=device)
+            condition = Condition(label_B[row_B.cpu()].to(device))
+            plan = sampler.plan(model, rng, row_B)
+            uniform_BL = rng.uniform("sample", row_B, plan.order_BL.shape[1])
+            codes_BL = rollout(model, condition, plan, sampler, uniform_BL).codes_BL
+            images.append(tokenizer.to_uint8(tokenizer.decode(codes_BL)).cpu())
+            codes.append(codes_BL.cpu())
+            running.update(int(row_B[-1]) + 1)
+    return torch.cat(images), torch.cat(codes)
