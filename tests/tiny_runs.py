@@ -26,7 +26,7 @@ SETTINGS = (
 # Student samples that are refreshed every other update, weights that differ, and a gate: rings, ages and thresholds all
 # matter at once.
 FROM_THE_START = (
-    "method=varkd", "method.terms.anchor.divergence=forward_kl", "method.terms.student.divergence=forward_kl",
+    "method=best_of_n", "method.terms.anchor.divergence=forward_kl", "method.terms.student.divergence=forward_kl",
     "method.contexts={kind: reweighted, kappa: 30, contexts: {kind: mixture, shares: [{contexts: {kind: data}, "
     "fraction: 0.5}, {contexts: {kind: replay, every: 2, capacity: 2}, fraction: 0.5}]}}",
     "method.terms.student.space={kind: clusters, within: 0.3}",
@@ -35,7 +35,7 @@ FROM_THE_START = (
 # What VarKD could be made of instead: position weights, the best of two samples against the student at its start, ...
 BEST_OF_TWO = "{kind: replay, every: 2, capacity: 2, rollout: {kind: best_of, count: 2}}"
 OTHER_PARTS = (
-    "method=varkd",
+    "method=best_of_n",
     "method.contexts={kind: prefix_reweighted, kappa: 0.02, contexts: {kind: mixture, shares: "
     "[{contexts: {kind: data}, fraction: 0.5}, {contexts: " + BEST_OF_TWO + ", fraction: 0.5}]}}",
     "method.terms.student.selection={kind: drift, window: 4, sigmas: 3}",

@@ -1,8 +1,8 @@
 """The preset table: every method as a value, with its source. Values only, no def, no if.
 
-Directions are named in words: `ForwardKL` = KL(teacher || student). `varkd` is an independent implementation of the
-idea of arXiv 2606.06078 (student samples with a reweighted signal, teacher applied by its confidence, compressed code
-space); the paper's own formulas are not public to us.
+Directions are named in words: `ForwardKL` = KL(teacher || student). `varkd` and its relatives are an independent
+implementation of the published equations of arXiv 2606.06078; no code was published. `best_of_n` and its relatives are
+our own. docs/varkd.md lists what the paper leaves open and which reading is the default.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import (
     Completions,
     Data,
+    MixedRollout,
     MixtureSampling,
     ParallelSampling,
-    PrefixRestart,
     Rollout,
     ScheduledSampling,
     SpeculativeSampling,
 )
 from varkd.distill.replay import Replay
 from varkd.distill.schedule import ExponentialSchedule, LinearSchedule, Plateau, TaidTime
-from varkd.distill.selection import Accepted, Confidence, Random
+from varkd.distill.selection import Accepted, Confidence, EntropyWeight, Random
 from varkd.distill.spaces import Clusters
 from varkd.distill.target import Guided
 from varkd.rollout import Sampler
@@ -83,7 +83,7 @@ _TIEKD = ParallelSampling(share=1.0, rounds=2, greedy=True, with_data=True)
 _IMITATION = Mixture(
     (
         Share(Data(), "rest"),
-        Share(Replay(rollout=PrefixRestart(), max_age=40, capacity=8), LinearSchedule(0.1, 0.7)),
+        Share(Replay(rollout=MixedRollout(0.0, 1.0), max_age=40, capacity=8), LinearSchedule(0.1, 0.7)),
     )
 )
 _HARD = Confidence(0.5, score="code_prob", floor=0.0, decay=0.0, side="low", per_position=False)
@@ -91,16 +91,22 @@ _EASY = replace(_HARD, side="high")
 _UNSURE = Confidence(0.5, score="entropy", floor=0.0, side="low")
 _SKEW = SequenceSkew()
 
-# VarKD (docs/varkd.md). Half of the rows are student samples: the best of eight by what the teacher sees in them that
-# the student at its start did not, drawn anew every eighth step. Selection and clusters are there to be added.
-_VARKD_SAMPLES = Replay(BestOf(count=8), every=8, max_age=40)
-_VARKD_CONTEXTS = Mixture((Share(Data(), 0.5), Share(_VARKD_SAMPLES, 0.5)))
-_VARKD_PLAIN = Mixture((Share(Data(), 0.5), Share(replace(_VARKD_SAMPLES, rollout=Rollout()), 0.5)))
-_VARKD_ANY = Mixture((Share(Data(), 0.5), Share(replace(_VARKD_SAMPLES, rollout=BestOf(count=8, shuffle=True)), 0.5)))
-_VARKD_ANCHOR = Term("anchor", ReverseKL(), on=("data",))
-_VARKD_TERM = Term("student", ReverseKL(), on=("student",))
-_VARKD_SPACE = Clusters(within=0.3)
-_IDEA = "independent implementation of the idea of arXiv 2606.06078"
+# VarKD (arXiv 2606.06078; docs/varkd.md). One term on data rows (0.9) and on student continuations of data (0.1).
+_MIXED = Mixture((Share(Data(), "rest"), Share(MixedRollout(), 0.1)))
+_VARKD_WEIGHT = Term("varkd", ReverseKL(), selection=EntropyWeight(0.1), generated_only=True)
+_VARKD_GROUPS = replace(_VARKD_WEIGHT, space=Clusters(factor=4, within=0.0, assignment="plain"))
+_PAPER = "VarKD, arXiv 2606.06078"
+
+# Best of n, our own: half of the rows are student samples, each the best of eight by what the teacher sees in them that
+# the student at its start did not, drawn anew every eighth step.
+_BEST = Replay(BestOf(count=8), every=8, max_age=40)
+_BEST_AND_DATA = Mixture((Share(Data(), 0.5), Share(_BEST, 0.5)))
+_ONE_AND_DATA = Mixture((Share(Data(), 0.5), Share(replace(_BEST, rollout=Rollout()), 0.5)))
+_ANY_AND_DATA = Mixture((Share(Data(), 0.5), Share(replace(_BEST, rollout=BestOf(count=8, shuffle=True)), 0.5)))
+_ANCHOR = Term("anchor", ReverseKL(), on=("data",))
+_STUDENT = Term("student", ReverseKL(), on=("student",))
+_BALANCED = Clusters(within=0.3)
+_OURS = "ours, not of a paper"
 
 METHODS: dict[str, Preset] = {
     "ce": Preset(
@@ -110,7 +116,12 @@ METHODS: dict[str, Preset] = {
     ),
     "kd": Preset(
         "Hinton et al. 2015, arXiv 1503.02531; word-KD of Kim & Rush 2016, arXiv 1606.07947",
-        "1/2 CE + 1/2 KL(p || q) on data prefixes",
+        "KL(p || q) on data prefixes",
+        "Imitates the teacher's full distribution on real prefixes.",
+        Method((Term("kd", ForwardKL()),)),
+    ),
+    "kd_ce": Preset(
+        "Hinton et al. 2015, arXiv 1503.02531, with the mix of losses", "1/2 CE + 1/2 KL(p || q) on data prefixes",
         "Imitates the teacher's full distribution on real prefixes, beside the data.",
         Method((Term("kd", ForwardKL(), weight=0.5), Term("ce", CrossEntropy(), weight=0.5))),
     ),
@@ -126,10 +137,14 @@ METHODS: dict[str, Preset] = {
         Method((Term("ce", CrossEntropy()),), Rollout(by="teacher", sampler=Sampler(guidance=1.5))),
     ),
     "seqkd_soft": Preset(
-        "SeqKD with soft targets; Kim & Rush 2016, arXiv 1606.07947, interpolated",
-        "E_{x~p} [1/2 CE + 1/2 KL(p || q)]",
-        "Learns from teacher samples and from the distributions that they were drawn from.",
-        Method((Term("kd", ForwardKL(), weight=0.5), Term("ce", CrossEntropy(), weight=0.5)), Rollout(by="teacher")),
+        "the SeqKD baseline of VarKD, arXiv 2606.06078, eq. 4 (samples made online)", "E_{x~p} KL(p || q)",
+        "Imitates the teacher's full distribution on sequences that the teacher samples.",
+        Method((Term("kd", ForwardKL()),), Rollout(by="teacher")),
+    ),
+    "seqkd_prefix": Preset(
+        "SeqKD++ of VarKD, arXiv 2606.06078, table 4", "KL(p || q) on teacher continuations of data",
+        "SeqKD with samples that stay near the data: the teacher continues data prefixes; only what it samples counts.",
+        Method((Term("kd", ForwardKL(), generated_only=True),), MixedRollout(by="teacher")),
     ),
     "seqinter": Preset(
         "Seq-Inter, Kim & Rush 2016, arXiv 1606.07947 (sampled completions, no beam)",
@@ -315,47 +330,91 @@ METHODS: dict[str, Preset] = {
         "Imitates the guided teacher: one pass of the student where the teacher needs two.",
         Method((Term("kd", ForwardKL(), weight=0.5), Term("ce", CrossEntropy(), weight=0.5)), target=Guided(1.5)),
     ),
+    "gkd_prefix": Preset(
+        f"the GKD baseline of {_PAPER}",
+        "JSD_0.5 on data (0.9) and on student continuations of data (0.1)",
+        "GKD on student continuations of data prefixes: the first row of the paper's ablation.",
+        Method((Term("jsd", JSD(0.5), generated_only=True),), _MIXED),
+    ),
     "varkd": Preset(
-        _IDEA, "KL(q || p) on data + KL(q || p) on student samples, each the best of 8 by log p - log r (r: the start)",
+        f"{_PAPER}, eq. 6 to 12, without parallel rollouts",
+        "a_t KL(q~ || p~) over groups of codes, on data (0.9) and student continuations of data (0.1), "
+        "a_t = 1 - H(p) / log V, 0 after the first a_t < 0.1",
+        "Distils on student continuations of data, by the teacher's confidence, over groups of look-alike codes.",
+        Method((_VARKD_GROUPS,), _MIXED),
+    ),
+    "varkd_jsd": Preset(
+        f"{_PAPER}, the wording of section 4.1", "varkd with JSD_0.5 in the place of the reverse KL",
+        "VarKD built on the GKD baseline, as the paper's experiments describe it.",
+        Method((replace(_VARKD_GROUPS, divergence=JSD(0.5)),), _MIXED),
+    ),
+    "varkd_mixed": Preset(
+        f"ablation; {_PAPER}, eq. 7", "KL(q || p) on data (0.9) and student continuations of data (0.1)",
+        "VarKD's mixed rollouts and reverse KL alone: no entropy weight, no groups.",
+        Method((Term("varkd", ReverseKL(), generated_only=True),), _MIXED),
+    ),
+    "varkd_weight": Preset(
+        f"ablation; {_PAPER}, eq. 10", "a_t KL(q || p) on data (0.9) and student continuations of data (0.1)",
+        "VarKD without groups of codes.", Method((_VARKD_WEIGHT,), _MIXED),
+    ),
+    "varkd_permuted_weight": Preset(
+        f"control; {_PAPER}", "varkd with a_t randomly permuted over the positions of a sequence",
+        "Control: the same weights at random positions. It must do worse than varkd.",
+        Method((replace(_VARKD_GROUPS, selection=EntropyWeight(0.1, permuted=True)),), _MIXED),
+    ),
+    "varkd_random_groups": Preset(
+        f"control; {_PAPER}", "varkd with random groups of the same sizes",
+        "Control: groups that forget the geometry of the codebook. It must do worse than varkd.",
+        Method((replace(_VARKD_GROUPS, space=Clusters(factor=4, within=0.0, assignment="random")),), _MIXED),
+    ),
+    "varkd_free": Preset(
+        f"control; {_PAPER}", "varkd on free-running student samples",
+        "Control: student samples without a data prefix, so that they drift.",
+        Method((_VARKD_GROUPS,), Mixture((Share(Data(), "rest"), Share(Rollout(), 0.1)))),
+    ),
+    "best_of_n": Preset(
+        _OURS, "KL(q || p) on data + KL(q || p) on student samples, each the best of 8 by log p - log r (r: the start)",
         "Reverse KL on data and on those of the student's samples that the teacher prefers.",
-        Method((_VARKD_ANCHOR, _VARKD_TERM), _VARKD_CONTEXTS),
+        Method((_ANCHOR, _STUDENT), _BEST_AND_DATA),
     ),
-    "varkd_guided": Preset(
-        f"guidance distillation; {_IDEA}", "varkd with the guided teacher (scale 1.5) as the target",
-        "VarKD that learns the guided distribution: sample it without guidance.",
-        Method((_VARKD_ANCHOR, _VARKD_TERM), _VARKD_CONTEXTS, target=Guided(1.5)),
+    "best_of_n_guided": Preset(
+        f"guidance distillation; {_OURS}", "best_of_n with the guided teacher (scale 1.5) as the target",
+        "Best of n that learns the guided distribution: sample it without guidance.",
+        Method((_ANCHOR, _STUDENT), _BEST_AND_DATA, target=Guided(1.5)),
     ),
-    "varkd_offpolicy": Preset(
-        f"ablation; {_IDEA}", "KL(q || p) on data", "VarKD without student samples.", Method((_VARKD_ANCHOR,)),
+    "kd_reverse": Preset(
+        "reverse KL in the place of forward KL; MiniLLM, Gu et al. 2023, arXiv 2306.08543", "KL(q || p) on data",
+        "Imitates the teacher on real prefixes, where the student puts its mass: a strong baseline without samples.",
+        Method((_ANCHOR,)),
     ),
-    "varkd_no_reweight": Preset(
-        f"ablation; {_IDEA}", "varkd on one student sample instead of the best of 8",
-        "VarKD on all student samples alike.", Method((_VARKD_ANCHOR, _VARKD_TERM), _VARKD_PLAIN),
+    "best_of_1": Preset(
+        f"ablation; {_OURS}", "best_of_n on one student sample instead of the best of 8",
+        "Reverse KL on data and on all student samples alike.", Method((_ANCHOR, _STUDENT), _ONE_AND_DATA),
     ),
-    "varkd_shuffled_weights": Preset(
-        f"control; {_IDEA}", "varkd with the 8 samples' scores dealt out by chance",
-        "Control: one of 8 student samples, chosen by chance. It must not help.",
-        Method((_VARKD_ANCHOR, _VARKD_TERM), _VARKD_ANY),
+    "best_of_n_random": Preset(
+        f"control; {_OURS}", "best_of_n with the 8 samples' scores randomly permuted",
+        "Control: one of 8 student samples, chosen at random. It must not help.",
+        Method((_ANCHOR, _STUDENT), _ANY_AND_DATA),
     ),
-    "varkd_select": Preset(
-        f"ablation; {_IDEA}", "varkd with a_t = 0.3 + 0.7 min(1, p(x_t) / q(x_t)) on student samples",
-        "VarKD that trusts the teacher as far as it would accept the student's code.",
-        Method((_VARKD_ANCHOR, replace(_VARKD_TERM, selection=Accepted("code", floor=0.3))), _VARKD_CONTEXTS),
+    "best_of_n_select": Preset(
+        f"ablation; {_OURS}", "best_of_n with a_t = 0.3 + 0.7 min(1, p(x_t) / q(x_t)) on student samples",
+        "Best of n that trusts the teacher as far as it would accept the student's code.",
+        Method((_ANCHOR, replace(_STUDENT, selection=Accepted("code", floor=0.3))), _BEST_AND_DATA),
     ),
-    "varkd_random_select": Preset(
-        f"control; {_IDEA}", "varkd_select with an a_t that is 0.3 at 15 % of the positions, by chance",
-        "Control: positions chosen by chance. It must do worse than varkd_select.",
-        Method((_VARKD_ANCHOR, replace(_VARKD_TERM, selection=Random(0.15, floor=0.3))), _VARKD_CONTEXTS),
+    "best_of_n_random_select": Preset(
+        f"control; {_OURS}", "best_of_n_select with an a_t that is 0.3 at 15 % of the positions, at random",
+        "Control: positions chosen at random. It must do worse than best_of_n_select.",
+        Method((_ANCHOR, replace(_STUDENT, selection=Random(0.15, floor=0.3))), _BEST_AND_DATA),
     ),
-    "varkd_clusters": Preset(
-        f"ablation; {_IDEA}", "varkd with 0.3 KL + 0.7 KL of clusters on student samples",
-        "VarKD in a compressed code space.",
-        Method((_VARKD_ANCHOR, replace(_VARKD_TERM, space=_VARKD_SPACE)), _VARKD_CONTEXTS),
+    "best_of_n_clusters": Preset(
+        f"ablation; {_OURS}", "best_of_n with 0.3 KL + 0.7 KL of clusters on student samples",
+        "Best of n in a compressed code space.",
+        Method((_ANCHOR, replace(_STUDENT, space=_BALANCED)), _BEST_AND_DATA),
     ),
-    "varkd_random_clusters": Preset(
-        f"control; {_IDEA}", "varkd_clusters with clusters of the same sizes, drawn by chance",
-        "Control: the code space compressed without its geometry. It must do worse than varkd_clusters.",
-        Method((_VARKD_ANCHOR, replace(_VARKD_TERM, space=replace(_VARKD_SPACE, assignment="random"))),
-               _VARKD_CONTEXTS),
+    "best_of_n_random_clusters": Preset(
+        f"control; {_OURS}", "best_of_n_clusters with clusters of the same sizes, drawn at random",
+        "Control: the code space compressed without its geometry. It must do worse than best_of_n_clusters.",
+        Method((_ANCHOR, replace(_STUDENT, space=replace(_BALANCED, assignment="random"))),
+               _BEST_AND_DATA),
     ),
 }  # fmt: skip

@@ -127,7 +127,8 @@ class Part:
     scheduled sampling). `weight_B` weighs whole sequences (mean 1 over the optimizer step), `position_weight_BL` their
     positions besides (mean 1 over the step at every generation rank; None: all 1), `age_B` counts optimizer steps since
     a sequence was sampled, `behavior_logp_BL` is the log-probability under which each code was drawn, `accept_BL` says
-    which of the student's proposals a verifier accepted.
+    which of the student's proposals a verifier accepted. `generated_BL` marks what was sampled where a sequence
+    continues one of the data (mixed rollouts); None where the whole sequence has one source.
     """
 
     source: Source
@@ -141,6 +142,7 @@ class Part:
     behavior_logp_BL: Tensor | None = None
     accept_BL: Tensor | None = None
     position_weight_BL: Tensor | None = None
+    generated_BL: Tensor | None = None
 
     @classmethod
     def of(cls, source: Source, codes_BL: Tensor, condition: Condition, plan: Plan, row_B: Tensor) -> Part:

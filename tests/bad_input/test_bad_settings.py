@@ -20,13 +20,22 @@ from varkd.cli import main
         (["train.update=3"], ["unknown key 'train.update'", "did you mean 'updates'?"]),
         (["modle.dim=3"], ["unknown key 'modle'", "did you mean 'model'?"]),
         (["method=vrkd"], ["unknown method 'vrkd'", "did you mean 'varkd'?"]),
-        (["method=varkd", "method.terms.studnet.weight=1"], ["unknown key", "anchor", "student"]),
-        (["method=varkd", "method.terms.student.divergence=forward_kk"], ["forward_kk", "did you mean 'forward_kl'?"]),
-        (["method=varkd", "method.terms.student.selection={kind: confidence, quantile: 1.5}"], ["quantile", "[0, 1]"]),
-        (["method=varkd", "method.terms.student.selection={kind: confidence, quantile: -0.1}"], ["quantile", "[0, 1]"]),
-        (["method=varkd", "method.terms.student.selection={kind: confidence, quantile: .nan}"], ["quantile"]),
+        (["method=best_of_n", "method.terms.studnet.weight=1"], ["unknown key", "anchor", "student"]),
         (
-            ["method=varkd", "method.terms.student.selection={kind: confidence, score: cluster_mass}"],
+            ["method=best_of_n", "method.terms.student.divergence=forward_kk"],
+            ["forward_kk", "did you mean 'forward_kl'?"],
+        ),
+        (
+            ["method=best_of_n", "method.terms.student.selection={kind: confidence, quantile: 1.5}"],
+            ["quantile", "[0, 1]"],
+        ),
+        (
+            ["method=best_of_n", "method.terms.student.selection={kind: confidence, quantile: -0.1}"],
+            ["quantile", "[0, 1]"],
+        ),
+        (["method=best_of_n", "method.terms.student.selection={kind: confidence, quantile: .nan}"], ["quantile"]),
+        (
+            ["method=best_of_n", "method.terms.student.selection={kind: confidence, score: cluster_mass}"],
             ["cluster_mass", "clusters"],
         ),
         (["train.updates=many"], ["train.updates", "many"]),
@@ -57,7 +66,11 @@ def test_settings_that_make_no_sense(
 
 def test_more_clusters_than_codes(tmp_path: Path, codes: Path, teacher: Path, refused: Refused):
     command = arguments(
-        tmp_path / "run", codes, "method=varkd_clusters", f"teacher={teacher}", "method.terms.student.space.count=18"
+        tmp_path / "run",
+        codes,
+        "method=best_of_n_clusters",
+        f"teacher={teacher}",
+        "method.terms.student.space.count=18",
     )
     refused(command, "18 clusters", "17 codes", untouched=tmp_path)
 

@@ -23,7 +23,7 @@ SECONDS = 240
 OTHERS = ("arpg", "randar", "rar", "var")
 # One student row in eight, and a teacher that samples: one rank has nothing to sample, and keeps no ring, for a while.
 FEW = (
-    "method=varkd", "method.contexts.shares.0.fraction=0.875", "method.contexts.shares.1.fraction=0.125",
+    "method=best_of_n", "method.contexts.shares.0.fraction=0.875", "method.contexts.shares.1.fraction=0.125",
     "train.micro_batches=2", "method.terms.student.normalizer=selected",
 )  # fmt: skip
 PRESETS: dict[str, tuple[str, ...]] = {

@@ -19,7 +19,7 @@ from varkd.run.models import load
 
 QUICK = ("train.updates=4", "train.validate_every=4", "train.checkpoint_every=4")
 TOLD = ("model.guidance_conditioned=true", "method.target.highest=3")
-KD, VARKD = (*TOLD, "method=kd_guided"), (*FROM_THE_START, *TOLD, "method=varkd_guided")
+KD, VARKD = (*TOLD, "method=kd_guided"), (*FROM_THE_START, *TOLD, "method=best_of_n_guided")
 
 
 def codes_of(folder: Path) -> np.ndarray:
@@ -38,7 +38,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, codes: Path) -> Path:
     return train(tmp_path_factory.mktemp("guidance") / "start", codes, *QUICK, "seed=5")
 
 
-@pytest.mark.parametrize("method", [KD, VARKD], ids=["kd_guided", "varkd_guided"])
+@pytest.mark.parametrize("method", [KD, VARKD], ids=["kd_guided", "best_of_n_guided"])
 def test_a_student_is_taught_and_sampled_at_any_scale(
     tmp_path: Path, codes: Path, teacher: Path, method: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ):

@@ -91,7 +91,7 @@ def test_the_student_of_a_pair_learns_from_its_teacher(family: str, tmp_path: Pa
     quick = (*SHORT, "train.grid_every=0", "train.tensorboard=false")
     assert main(["train", f"{family}-teacher", f"out={teacher}", f"data={data}", *quick]) == 0
     assert main(["train", f"{family}-student", f"out={start}", f"data={data}", *quick]) == 0
-    places = (f"out={student}", f"data={data}", f"teacher={teacher}", f"init={start}", "method=varkd")
+    places = (f"out={student}", f"data={data}", f"teacher={teacher}", f"init={start}", "method=best_of_n")
     assert main(["train", f"{family}-student", *places, *quick]) == 0
     sizes = [sum(p.numel() for p in load_backbone(folder)[0].parameters()) for folder in (teacher, student)]
     assert sizes[0] > 8 * sizes[1]

@@ -67,10 +67,10 @@ def test_what_is_shown_is_the_run(method: str, tmp_path: Path, capsys: pytest.Ca
 
 def test_what_is_shown_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """`varkd show ... > recipe.yaml` is how a person begins one."""
-    assert main(["show", "digits-student", "method=varkd", "method.contexts.shares.1.contexts.every=3"]) == 0
+    assert main(["show", "digits-student", "method=best_of_n", "method.contexts.shares.1.contexts.every=3"]) == 0
     (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)
     assert load_run(tmp_path / "recipe.yaml") == load_run(
-        "digits-student", ["method=varkd", "method.contexts.shares.1.contexts.every=3"]
+        "digits-student", ["method=best_of_n", "method.contexts.shares.1.contexts.every=3"]
     )
 
 
@@ -141,7 +141,7 @@ def test_a_run_is_shown_in_words_that_follow_its_overrides(capsys: pytest.Captur
 
 
 def test_a_preset_as_it_stands_is_not_called_changed(capsys: pytest.CaptureFixture[str]):
-    assert main(["show", "digits-student", "method=varkd", "train.updates=7"]) == 0
+    assert main(["show", "digits-student", "method=best_of_n", "train.updates=7"]) == 0
     assert "changed" not in capsys.readouterr().out
 
 

@@ -66,7 +66,7 @@ def test_a_recipe_changes_a_preset(tmp_path: Path):
 
 
 def test_another_kind_replaces_the_old_one():
-    run = resolve({}, ["method=varkd", "method.contexts.shares.1.contexts={kind: rollout, by: teacher}"])
+    run = resolve({}, ["method=best_of_n", "method.contexts.shares.1.contexts={kind: rollout, by: teacher}"])
     assert isinstance(run.method.contexts, Mixture) and run.method.contexts.shares[1].contexts == Rollout("teacher")
     run = resolve({"method": {"preset": "gkd", "contexts": {"kind": "replay", "every": 3}}})
     assert run.method.contexts == Replay(every=3)
@@ -90,7 +90,7 @@ def test_another_kind_replaces_the_old_one():
 )  # fmt: skip
 def test_overrides_reach_into_terms(override: str, read):
     gate = "method.terms.anchor.selection={kind: confidence, quantile: {start: 0, end: 0.5}}"
-    before, run = (resolve({}, ["method=varkd_clusters", gate, *more]) for more in ([], [override]))
+    before, run = (resolve({}, ["method=best_of_n_clusters", gate, *more]) for more in ([], [override]))
     assert read(run.method) and not read(before.method)
     assert isinstance(run.method.contexts, Mixture) and isinstance(run.method.terms[0].selection, Confidence)
     place = override.split("=")[0].replace("terms.1", "terms.student").rpartition(".")[0]
@@ -122,7 +122,7 @@ _BEST = "{kind: best_of, count: 2, rollout: {kind: mixture_sampling, alpha: 0.3}
     ],
 )  # fmt: skip
 def test_the_parts_of_varkd_can_be_exchanged(override: str, value: Any, tmp_path: Path):
-    run = resolve({}, ["method=varkd", override])
+    run = resolve({}, ["method=best_of_n", override])
     found: Any = run.method
     for name in override.split("=")[0].split(".")[1:]:
         found = next(t for t in found if t.name == name) if name in ("student", "anchor") else (
@@ -146,7 +146,7 @@ def test_the_parts_of_varkd_can_be_exchanged(override: str, value: Any, tmp_path
 def test_parts_that_do_not_fit_are_named(override: str, complaint: str):
     best = "method.contexts.shares.1.contexts={kind: best_of}"
     with pytest.raises(VarkdError, match=complaint):
-        resolve({}, ["method=varkd_clusters", best, override])
+        resolve({}, ["method=best_of_n_clusters", best, override])
 
 
 @pytest.mark.parametrize(
@@ -187,8 +187,8 @@ def test_whole_numbers_stay_whole():
 
 
 def test_differences_name_the_keys():
-    first = resolve({}, ["method=varkd", "out=a", "device=cpu", "name=a"])
-    second = resolve({}, ["method=varkd", "out=b", "device=cuda", "name=b", "train.optim.lr=0.5",
+    first = resolve({}, ["method=best_of_n", "out=a", "device=cpu", "name=a"])
+    second = resolve({}, ["method=best_of_n", "out=b", "device=cuda", "name=b", "train.optim.lr=0.5",
                           "method.terms.student.weight=2"])  # fmt: skip
     assert differences(first, first) == []
     assert sorted(differences(first, second)) == [

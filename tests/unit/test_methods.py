@@ -49,10 +49,10 @@ def test_no_two_rows_are_alike(capsys: pytest.CaptureFixture[str]):
 def test_each_preset_is_described_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """The description follows the value: change a part and its row changes."""
     before = {row["name"]: row for row in table(capsys)}["varkd"]
-    method = METHODS["varkd"].method
+    method = METHODS["best_of_n"].method
     assert isinstance(method.contexts, Mixture)
     changed = replace(method, contexts=PrefixReweighted(method.contexts, kappa=1.25))
-    monkeypatch.setitem(METHODS, "varkd", replace(METHODS["varkd"], method=changed))
+    monkeypatch.setitem(METHODS, "varkd", replace(METHODS["best_of_n"], method=changed))
     after = {row["name"]: row for row in table(capsys)}["varkd"]
     assert "1.25" in after["contexts"] and before["contexts"] != after["contexts"]
     assert {key: before[key] for key in KEYS - {"contexts"}} == {key: after[key] for key in KEYS - {"contexts"}}

@@ -42,7 +42,7 @@ class Stats:
         for name in ("ess", "age", "accepted", *more):
             self.add(f"{name}/student", 0.0, 0.0)
         for term in terms:
-            for name in ("kept", "reward", "skew", *(("kept_kl",) if audit else ())):
+            for name in ("kept", "reward", "skew", *term.selection.statistic_names, *(("kept_kl",) if audit else ())):
                 self.add(f"{name}/{term.name}", 0.0, 0.0)
             for key, width in term.observed(part.codes_BL.shape[1]).items():
                 self.observe(key, torch.zeros(0, width, device=part.codes_BL.device))

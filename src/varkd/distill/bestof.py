@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from varkd.distill.inputs import Prefixes, StepInputs
-from varkd.distill.prefixes import MixtureSampling, PrefixRestart, Rollout, SpeculativeSampling
+from varkd.distill.prefixes import MixedRollout, MixtureSampling, Rollout, SpeculativeSampling
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
 from varkd.types import Batch, Context, Part, Source
@@ -29,7 +29,7 @@ class BestOf(Prefixes):
     All are decoded in one pass, so the cache takes `count` times the memory of a plain rollout's.
     """
 
-    rollout: Rollout | MixtureSampling | SpeculativeSampling | PrefixRestart = Rollout()
+    rollout: Rollout | MixtureSampling | SpeculativeSampling | MixedRollout = Rollout()
     count: int = 4
     score: Literal["difference", "teacher"] = "difference"
     shuffle: bool = False

@@ -24,7 +24,14 @@ from varkd.distill.credit import NoCredit
 from varkd.distill.filtering import AllImages
 from varkd.distill.method import Method, Term
 from varkd.distill.mixture import Mixture, Share
-from varkd.distill.prefixes import Completions, MixtureSampling, ParallelSampling, Rollout, SpeculativeSampling
+from varkd.distill.prefixes import (
+    Completions,
+    MixedRollout,
+    MixtureSampling,
+    ParallelSampling,
+    Rollout,
+    SpeculativeSampling,
+)
 from varkd.distill.replay import Replay
 from varkd.distill.reweighted import PrefixReweighted, Reweighted
 from varkd.distill.schedule import SCHEDULES, Adaptive, ExponentialSchedule, LinearSchedule, adaptives, value_of
@@ -371,7 +378,7 @@ def _making(contexts: Contexts) -> dict[str, float]:
             return cost | {"teacher_decode": decode * contexts.count * (1 - value_of(contexts.prefix))}
         case MixtureSampling() | SpeculativeSampling():
             return cost | {"student_decode": decode, "teacher_decode": decode}
-        case Rollout():
+        case Rollout() | MixedRollout():
             return cost | {f"{contexts.by}_decode": decode}
     return cost | {"student_decode": decode}
 

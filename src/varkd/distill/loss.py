@@ -82,7 +82,7 @@ def denominators(inputs: StepInputs, context: Context) -> dict[str, float]:
     counts = []
     for term in inputs.method.terms:
         if term.normalizer == "total":
-            counts.append(sum(part.codes_BL.numel() for part in context.parts if part.source in term.on))
+            counts.append(sum(int(term.positions_BL(part).sum()) for part in context.parts))
         else:
             counts.append(_selected_mass(inputs, context, term))
     summed = inputs.world.sum(torch.tensor(counts, dtype=torch.float64)).clamp_min(1)
@@ -175,7 +175,7 @@ def _term_rows(
         for part, (begin, end) in zip(group.parts, group.bounds, strict=True):
             if part.source in term.on:
                 mine = {name: score_BL[begin:end] for name, score_BL in scores.items()}
-                selected_BL = _part_selection(inputs, term, part, mine, stats)
+                selected_BL = _part_selection(inputs, term, part, mine, stats) * term.positions_BL(part)
                 weight_BL[begin:end] = selected_BL * part.weight_BL * term.credit(mine, part)
                 if alpha_BL is not None:
                     alpha_BL[begin:end] = _part_skew(inputs, term, mine, stats)
@@ -213,6 +213,8 @@ def _part_selection(inputs: StepInputs, term: Term, part: Part, scores: Scores, 
         score_BL = scores[term.selection.score_name(term.space)]
         stats.observe(key, score_BL.gather(1, part.plan.order_BL))
     stats.add(f"kept/{term.name}", (selected_BL == 1).double().sum(), selected_BL.numel())
+    for name, (numerator, denominator) in term.selection.statistics(selected_BL, part).items():
+        stats.add(f"{name}/{term.name}", numerator, denominator)
     if term.credit.sampled and "teacher_logp" in term.credit.score_names:
         reward_BL = scores["teacher_logp"] - scores["student_logp"]
         stats.add(f"reward/{term.name}", reward_BL.double().sum(), reward_BL.numel())
@@ -258,7 +260,7 @@ def _group_loss(
     hidden_ND = hidden_BLD.flatten(0, 1)[row_N]
     loss = chunked_head_loss(hidden_ND, inputs.student.head, evaluate, inputs.chunk_rows)
     for term, value in zip(terms, sums_T, strict=True):
-        positions = sum(part.codes_BL.numel() for part in group.parts if part.source in term.on)
+        positions = sum(int(term.positions_BL(part).sum()) for part in group.parts)
         stats.add(f"terms/{term.name}", value, positions)
     return loss
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
@@ -21,7 +22,7 @@ from varkd.distill.selection import All, Confidence, Selection
 from varkd.distill.spaces import CODEBOOK, Clusters, CodebookTables, Full, Neighbors, Space
 from varkd.distill.target import Guided, Plain, Target, Truncated
 from varkd.errors import VarkdError
-from varkd.types import Context, Source
+from varkd.types import Context, Part, Source
 from varkd.world import Rng
 
 
@@ -32,6 +33,7 @@ class Term:
     `credit` multiplies D at each position: by a sampled reward (policy gradients) or by a weight of its prefix.
     `normalizer` is the denominator over the whole optimizer step and all ranks: `total` counts every position of those
     parts, `selected` the selection weights (which needs the scores of the whole step before the first gradient).
+    With `generated_only` the codes that a mixed rollout keeps from the data neither count nor weigh (eq. 7).
     """
 
     name: str
@@ -42,6 +44,7 @@ class Term:
     weight: Schedule = 1.0
     normalizer: Literal["total", "selected"] = "total"
     credit: Credit = NoCredit()
+    generated_only: bool = False
 
     def __post_init__(self) -> None:
         check_range(f"term '{self.name}'", "weight", self.weight, 0, float("inf"))
@@ -49,6 +52,13 @@ class Term:
         if self.needs_codebook and not isinstance(self.space, Full | Neighbors):
             raise VarkdError(f"term '{self.name}': {self.divergence.kind} compares the vectors of codes, and the space "
                              f"{self.space.kind} merges codes: use full or neighbors")  # fmt: skip
+
+    def positions_BL(self, part: Part) -> Tensor:
+        """Bool (B, L): where the term may count on `part`."""
+        everywhere = torch.full_like(part.codes_BL, part.source in self.on, dtype=torch.bool)
+        if self.generated_only and part.generated_BL is not None:
+            return everywhere & part.generated_BL
+        return everywhere
 
     @property
     def score_names(self) -> tuple[str, ...]:

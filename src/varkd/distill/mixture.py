@@ -14,9 +14,9 @@ from varkd.distill.inputs import Prefixes, State, StepInputs
 from varkd.distill.prefixes import (
     Completions,
     Data,
+    MixedRollout,
     MixtureSampling,
     ParallelSampling,
-    PrefixRestart,
     Rollout,
     ScheduledSampling,
     SpeculativeSampling,
@@ -34,7 +34,7 @@ Single = (
     | Rollout
     | MixtureSampling
     | SpeculativeSampling
-    | PrefixRestart
+    | MixedRollout
     | ScheduledSampling
     | ParallelSampling
     | Completions

@@ -4,7 +4,7 @@
     Rollout            the student (or the teacher) samples        GKD, f-DISTILL, SeqKD
     MixtureSampling           every code from the teacher or the student  MiniLLM (Gu et al. 2023, 2306.08543)
     SpeculativeSampling        the student proposes, the teacher vetoes    SKD (Xu et al. 2024, 2410.11325)
-    PrefixRestart      data prefix, student continuation           exposure-bias probes, Pozzi et al. 2025
+    MixedRollout       data prefix, student continuation           VarKD (2606.06078, eq. 6), Pozzi et al. 2025
     ScheduledSampling  data with student codes strewn in           Bengio et al. 2015, 1506.03099
     ParallelSampling   the same in one pass per round              TIE-KD (2305.08096) feeds back the argmax
     Completions        teacher continuations nearest to the data   Seq-Inter (Kim & Rush 2016, 1606.07947)
@@ -166,20 +166,31 @@ class SpeculativeSampling(_TwoModels):
 
 
 @dataclass(frozen=True)
-class PrefixRestart(Prefixes):
-    """The first part of a data sequence, continued by the student.
+class MixedRollout(Prefixes):
+    """The first part of a data sequence, continued by the student (or the teacher): VarKD's mixed rollouts (eq. 6).
 
-    The share of the sequence that is kept is drawn for each row from [low, high], and cut to whole steps.
+    How many codes are kept is drawn for each row, uniformly between the shares `low` and `high` of the sequence, and
+    cut to whole steps of the plan: a raster prefix (LlamaGen), a random set that the rest follows in random order
+    (ARPG, RandAR, RAR), the leading scales (VAR). The part remembers which positions were generated.
     """
 
-    low: Schedule = 0.0
-    high: Schedule = 1.0
+    low: Schedule = 0.25
+    high: Schedule = 0.75
     sampler: Sampler = Sampler()
-    kind: Literal["prefix_restart"] = "prefix_restart"
+    by: Literal["student", "teacher"] = "student"
+    kind: Literal["mixed_rollout"] = "mixed_rollout"
 
     def __post_init__(self) -> None:
-        check_range("prefix_restart", "low", self.low, 0, 1)
-        check_range("prefix_restart", "high", self.high, 0, 1)
+        check_range("mixed_rollout", "low", self.low, 0, 1)
+        check_range("mixed_rollout", "high", self.high, 0, 1)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.by == "teacher"
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.by,)
 
     @property
     def samplers(self) -> tuple[Sampler, ...]:
@@ -196,10 +207,10 @@ class PrefixRestart(Prefixes):
         uniform_BL = inputs.rng.uniform("rollout/restart", batch.row_B, plan.order_BL.shape[1])
         kept_BL = leading(plan, share_B1)
         samples = rollout(
-            inputs.student, batch.condition, plan, self.sampler, uniform_BL, batch.codes_BL, kept_BL
+            inputs.model(self.by), batch.condition, plan, self.sampler, uniform_BL, batch.codes_BL, kept_BL
         )  # fmt: skip
-        part = Part.of("student", samples.codes_BL, batch.condition, plan, batch.row_B)
-        return Context((replace(part, behavior_logp_BL=samples.logp_BL),))
+        part = Part.of(self.by, samples.codes_BL, batch.condition, plan, batch.row_B)
+        return Context((replace(part, behavior_logp_BL=samples.logp_BL, generated_BL=~kept_BL),))
 
 
 @dataclass(frozen=True)

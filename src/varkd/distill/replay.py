@@ -11,7 +11,7 @@ from torch import Tensor
 
 from varkd.distill.bestof import BestOf
 from varkd.distill.inputs import Prefixes, State, StepInputs, in_row_order, merge
-from varkd.distill.prefixes import MixtureSampling, PrefixRestart, Rollout, SpeculativeSampling
+from varkd.distill.prefixes import MixedRollout, MixtureSampling, Rollout, SpeculativeSampling
 from varkd.distill.schedule import Schedule, check_range, value_of
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
@@ -28,7 +28,7 @@ class Replay(Prefixes):
     With `fresh`, each row is instead sampled anew with that probability in every step (DistiLLM lets it fall to 0).
     """
 
-    rollout: Rollout | PrefixRestart | MixtureSampling | SpeculativeSampling | BestOf = Rollout()
+    rollout: Rollout | MixedRollout | MixtureSampling | SpeculativeSampling | BestOf = Rollout()
     every: int = 4
     fresh: Schedule | None = None
     capacity: int = 4

@@ -7,7 +7,7 @@ not depend on how the batch is split. Thresholds adapt in `update`, once per opt
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ class SelectionRule:
     """Base of all selections. Most read no score, need nothing of the codebook, and keep `floor` of what they drop."""
 
     floor: float = 0.0
+    statistic_names: ClassVar[tuple[str, ...]] = ()
+    """What `statistics` reports beside the share of positions of weight 1."""
+
+    def statistics(self, weight_BL: Tensor, part: Part) -> dict[str, tuple[Tensor, float]]:
+        """Numerators and denominators for the log, by name."""
+        del weight_BL, part
+        return {}
 
     def score_names(self, space: Space) -> tuple[str, ...]:
         """The scores that it reads; raises `VarkdError` where `space` does not have one of them."""
@@ -94,6 +101,74 @@ class Confidence(SelectionRule):
         scores = score_by_rank_BL if self.per_position else score_by_rank_BL.reshape(-1, 1)
         fresh_L = scores.quantile(value_of(self.quantile), dim=0)
         return fresh_L if threshold_L is None else self.decay * threshold_L + (1 - self.decay) * fresh_L
+
+
+@dataclass(frozen=True)
+class EntropyWeight(SelectionRule):
+    """VarKD's entropy weight (2606.06078, eq. 8 and 9): a_t = 1 - H(p) / log V, cut where the teacher is lost.
+
+    H is the teacher's entropy over the full codebook. At the first generated position, in generation order, where a_t
+    falls below `threshold` (0.1 in the paper), all strictly later decoding steps get 0; None never truncates. Data rows
+    hold no generated position, so they are weighed but not truncated. `permuted` is the control: the same weights,
+    randomly permuted over the positions of each sequence.
+    """
+
+    threshold: float | None = 0.1
+    permuted: bool = False
+    kind: Literal["entropy_weight"] = "entropy_weight"
+    statistic_names: ClassVar[tuple[str, ...]] = (
+        "confidence", *(f"confidence_q{quarter}" for quarter in range(1, 5)), "truncated", "truncated_sequences",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            check_range("entropy_weight", "threshold", self.threshold, 0, 1)
+
+    def score_names(self, space: Space) -> tuple[str, ...]:
+        del space
+        return ("entropy",)
+
+    def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
+        del space, threshold_L
+        weight_BL = (1 + scores["entropy"]).clamp(0, 1)  # the score is -H / log V
+        weight_BL = weight_BL.masked_fill(self._lost_BL(weight_BL, part), 0.0)
+        return _permuted(weight_BL, part, rng) if self.permuted else weight_BL
+
+    def _lost_BL(self, confidence_BL: Tensor, part: Part) -> Tensor:
+        """Bool (B, L): strictly later than the first generated position with too little confidence."""
+        if self.threshold is None or part.source == "data":
+            return torch.zeros_like(confidence_BL, dtype=torch.bool)
+        low_BL = confidence_BL < self.threshold
+        if part.generated_BL is not None:
+            low_BL = low_BL & part.generated_BL
+        step_BL = part.plan.step_BL
+        first_B1 = torch.where(low_BL, step_BL, len(part.plan.sizes)).amin(1, keepdim=True)
+        return step_BL > first_B1
+
+    def statistics(self, weight_BL: Tensor, part: Part) -> dict[str, tuple[Tensor, float]]:
+        """Of the generated positions: the mean weight, by quarter of the generation order too, and what was cut."""
+        if part.source == "data":
+            return {}
+        counts_BL = torch.ones_like(weight_BL) if part.generated_BL is None else part.generated_BL.to(weight_BL.dtype)
+        by_rank_BL, counted_BL = (value.gather(1, part.plan.order_BL) for value in (weight_BL * counts_BL, counts_BL))
+        quarters = zip(by_rank_BL.tensor_split(4, 1), counted_BL.tensor_split(4, 1), strict=True)
+        cut_BL = (weight_BL == 0) * counts_BL
+        return {
+            "confidence": (by_rank_BL.sum(), float(counted_BL.sum())),
+            **{f"confidence_q{n}": (w.sum(), float(c.sum())) for n, (w, c) in enumerate(quarters, 1)},
+            "truncated": (cut_BL.sum(), float(counts_BL.sum())),
+            "truncated_sequences": ((cut_BL.sum(1) > 0).sum(), float(len(cut_BL))),
+        }
+
+
+def _permuted(weight_BL: Tensor, part: Part, rng: Rng) -> Tensor:
+    """The weights of each row, moved to other positions that count (the generated ones in a mixed rollout)."""
+    counts_BL = torch.ones_like(weight_BL, dtype=torch.bool) if part.generated_BL is None else part.generated_BL
+    noise_BL = rng.uniform("permute", part.row_B, weight_BL.shape[1])
+    here_BL = torch.arange(weight_BL.shape[1], device=weight_BL.device).expand_as(weight_BL)
+    source_BL = torch.where(counts_BL, here_BL, here_BL.shape[1] + here_BL).argsort(1)
+    target_BL = torch.where(counts_BL, noise_BL, 1.0 + here_BL).argsort(1)
+    return weight_BL.scatter(1, target_BL, weight_BL.gather(1, source_BL))
 
 
 @dataclass(frozen=True)
@@ -277,7 +352,7 @@ class Drift(SelectionRule):
         return torch.where(torch.stack(drifted, 1).gather(1, part.plan.rank_BL), self.floor, 1.0)
 
 
-Selection = All | Confidence | Random | Threshold | Accepted | EntropyRatio | Horizon | Drift
+Selection = All | Confidence | EntropyWeight | Random | Threshold | Accepted | EntropyRatio | Horizon | Drift
 
 
 def kept_share(selection: Selection, weight_BL: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from varkd.distill.mixture import Mixture, Share, composition
 from varkd.distill.prefixes import (
     Completions,
     Data,
+    MixedRollout,
     MixtureSampling,
     ParallelSampling,
-    PrefixRestart,
     Rollout,
     ScheduledSampling,
     SpeculativeSampling,
@@ -370,7 +370,7 @@ def test_fresh_follows_a_schedule_and_a_part_of_the_rows_is_the_same(student, ba
 
 @pytest.mark.parametrize(
     "inner",
-    [PrefixRestart(0.3, 0.7), MixtureSampling(alpha=0.4), SpeculativeSampling(top_p=0.5), Rollout("teacher")],
+    [MixedRollout(0.3, 0.7), MixtureSampling(alpha=0.4), SpeculativeSampling(top_p=0.5), Rollout("teacher")],
     ids=lambda contexts: contexts.kind,
 )
 def test_replay_keeps_what_any_sampling_context_makes(student, teacher, batch, inner):
@@ -502,14 +502,14 @@ NO_REWARDS = [
     (Rollout("teacher", Sampler(top_p=0.9)), "teacher", OFTEN),
     (MixtureSampling(Sampler(top_k=5)), "student", OFTEN),
     (SpeculativeSampling(Sampler(top_p=0.9)), "student", OFTEN),
-    (PrefixRestart(), "student", PREFIX),
+    (MixedRollout(0.0, 1.0), "student", PREFIX),
     (ScheduledSampling(), "student", ONE_BY_ONE),
     (ParallelSampling(), "student", ONE_BY_ONE),
     (Completions(), "teacher", ONE_BY_ONE),
-    (Replay(PrefixRestart()), "student", PREFIX),
+    (Replay(MixedRollout(0.0, 1.0)), "student", PREFIX),
     (Replay(Rollout(sampler=Sampler(top_k=2))), "student", OFTEN),
-    (Mixture((Share(Rollout(), 0.5), Share(PrefixRestart(), 0.5))), "student", PREFIX),
-    (Reweighted(Mixture((Share(Data(), 0.5), Share(Replay(PrefixRestart()), 0.5)))), "student", PREFIX),
+    (Mixture((Share(Rollout(), 0.5), Share(MixedRollout(0.0, 1.0), 0.5))), "student", PREFIX),
+    (Reweighted(Mixture((Share(Data(), 0.5), Share(Replay(MixedRollout(0.0, 1.0)), 0.5)))), "student", PREFIX),
 ]  # fmt: skip
 CREDITS = [Importance(), Reward(), FutureReturn(), PrefixDiscrepancy()]
 

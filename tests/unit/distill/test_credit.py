@@ -24,7 +24,7 @@ from varkd.distill.divergences import CrossEntropy, Divergence, ForwardKL, Rever
 from varkd.distill.inputs import StepInputs
 from varkd.distill.loss import distill_loss
 from varkd.distill.method import Method, Term
-from varkd.distill.prefixes import Data, PrefixRestart, Rollout, ScheduledSampling
+from varkd.distill.prefixes import Data, MixedRollout, Rollout, ScheduledSampling
 from varkd.distill.replay import Replay
 from varkd.distill.target import Plain, Truncated
 from varkd.errors import VarkdError
@@ -308,7 +308,9 @@ def test_equal_models_decay_to_a_constant():
 
 
 @pytest.mark.parametrize("target", [Plain(), Truncated(top_p=0.5)], ids=lambda t: t.kind)
-@pytest.mark.parametrize("contexts", [Data(), ScheduledSampling(0.5), PrefixRestart(), Replay()], ids=lambda c: c.kind)
+@pytest.mark.parametrize(
+    "contexts", [Data(), ScheduledSampling(0.5), MixedRollout(0.0, 1.0), Replay()], ids=lambda c: c.kind
+)
 def test_the_decay_weighs_any_divergence_on_any_rows(student, teacher, batch, contexts, target):
     """By the codes that stand in the sequence, also where others are the targets; nothing is refused or infinite."""
     term = Term("kd", ForwardKL(), credit=DiscrepancyDecay(0.8))

@@ -98,11 +98,11 @@ def test_presets_resolve_and_prepare(name, progress):
 
 
 def test_ablations_change_one_part_of_varkd():
-    varkd = METHODS["varkd"].method
+    varkd = METHODS["best_of_n"].method
     for name, preset in METHODS.items():
         if name.startswith("varkd_"):
             same_contexts = preset.method.contexts == varkd.contexts
-            if name == "varkd_offpolicy":  # other contexts, and no term for them
+            if name == "kd_reverse":  # other contexts, and no term for them
                 assert preset.method == Method(varkd.terms[:1])
                 continue
             changed = [a for a, b in zip(preset.method.terms, varkd.terms, strict=True) if a != b]

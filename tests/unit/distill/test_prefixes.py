@@ -26,9 +26,9 @@ from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import (
     Completions,
     Data,
+    MixedRollout,
     MixtureSampling,
     ParallelSampling,
-    PrefixRestart,
     Rollout,
     ScheduledSampling,
     SpeculativeSampling,
@@ -250,7 +250,7 @@ def test_a_restart_follows_the_student_from_the_data(toys):
     for kept in range(3):
         fits_B = (EVERY_BL[:, :kept] == torch.tensor(GOLD_L[:kept])).all(1)
         law_B += codes_of(q_BLV)[:, kept:].prod(1) * fits_B / 3
-    assert chi_square(toy_part(PrefixRestart(), toys).codes_BL, law_B) < CHI_SQUARE
+    assert chi_square(toy_part(MixedRollout(0.0, 1.0), toys).codes_BL, law_B) < CHI_SQUARE
 
 
 @pytest.mark.parametrize("prefix", [0.0, 0.4])
@@ -340,7 +340,7 @@ def every_context(sampler: Sampler) -> dict[str, Prefixes]:
         "mixture_sampling": MixtureSampling(sampler, 0.3),
         "speculative_sampling by mass": SpeculativeSampling(sampler, top_p=0.5),
         "speculative_sampling by count": SpeculativeSampling(sampler, top_k=3, top_p=1.0),
-        "prefix_restart": PrefixRestart(0.2, 0.8, sampler),
+        "mixed_rollout": MixedRollout(0.2, 0.8, sampler),
         "scheduled_sampling": ScheduledSampling(0.5, sampler),
         "parallel_sampling": ParallelSampling(0.5),
         "greedy, two rounds": ParallelSampling(0.5, 2, greedy=True),
@@ -469,7 +469,7 @@ def test_leading_steps_by_brute_force(sizes: list[int], seed: int, data: st.Data
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (0.5, 0.5), (0.2, 0.8), (0.0, 1.0), (1.0, 1.0)])
 def test_restarts_keep_whole_steps_of_the_data(pair: Pair, low: float, high: float):
-    contexts, length = PrefixRestart(low, high, pair.sampler), pair.student.sequence_length
+    contexts, length = MixedRollout(low, high, pair.sampler), pair.student.sequence_length
     (part,) = pair.parts(contexts)
     law_BLV, seen = law(pair.student, part), set()
     assert part.behavior_logp_BL is not None
@@ -490,7 +490,7 @@ def test_restarts_keep_whole_steps_of_the_data(pair: Pair, low: float, high: flo
 
 
 def test_restarts_read_no_code_behind_their_prefix(pair: Pair):
-    contexts = PrefixRestart(0.5, 0.5, pair.sampler)
+    contexts = MixedRollout(0.5, 0.5, pair.sampler)
     behind_BL = ~leading(pair.plan, torch.full((8, 1), 0.5))
     assert behind_BL.any()
     garbage = replace(pair.batch, codes_BL=pair.batch.codes_BL.masked_fill(behind_BL, 10**9))
@@ -603,7 +603,7 @@ def test_a_fraction_of_nothing_calls_nobody(student, teacher, batch, monkeypatch
     assert part.source == "data" and torch.equal(part.codes_BL, batch.codes_BL)
 
 
-SAMPLED = [Rollout(), Rollout("teacher"), MixtureSampling(), SpeculativeSampling(), PrefixRestart(0.0, 0.0), Replay(),
+SAMPLED = [Rollout(), Rollout("teacher"), MixtureSampling(), SpeculativeSampling(), MixedRollout(0.0, 0.0), Replay(),
            Replay(MixtureSampling()), Completions(2, 0.0)]  # fmt: skip
 
 
@@ -629,8 +629,8 @@ def test_without_a_share_of_data_its_codes_are_never_read(student, teacher, batc
         (lambda: SpeculativeSampling(top_k=0, top_p=1.0), "speculative_sampling: need top_k > 0 or top_p in"),
         (lambda: SpeculativeSampling(top_k=-1), "speculative_sampling: need"),
         (lambda: SpeculativeSampling(top_p=0.0), "speculative_sampling: need"),
-        (lambda: PrefixRestart(low=-0.1), "prefix_restart: low must lie in"),
-        (lambda: PrefixRestart(high=1.1), "prefix_restart: high must lie in"),
+        (lambda: MixedRollout(low=-0.1), "mixed_rollout: low must lie in"),
+        (lambda: MixedRollout(high=1.1), "mixed_rollout: high must lie in"),
         (lambda: ScheduledSampling(2.0), "scheduled_sampling: share must lie in"),
         (lambda: ParallelSampling(-1.0), "parallel_sampling: share must lie in"),
         (lambda: ParallelSampling(rounds=0), "parallel_sampling: rounds must be at least 1"),

@@ -401,20 +401,20 @@ FORMULAS: dict[str, Callable[[Step], Tensor]] = {
     "selectkd_spec": selectkd_spec,
     "kd_guided": lambda step: kd(guided(step)),
     "varkd": VarKD(),
-    "varkd_guided": VarKD(target=guided),
-    "varkd_offpolicy": VarKD(sources=("data",)),
-    "varkd_no_reweight": VarKD(),
-    "varkd_shuffled_weights": VarKD(),
-    "varkd_select": VarKD(selection=by_acceptance),
-    "varkd_random_select": VarKD(selection=by_chance),
-    "varkd_clusters": VarKD(clusters="clusters/kmeans-sqrt-seed0"),
-    "varkd_random_clusters": VarKD(clusters="clusters/random-sqrt-seed0"),
+    "best_of_n_guided": VarKD(target=guided),
+    "kd_reverse": VarKD(sources=("data",)),
+    "best_of_1": VarKD(),
+    "best_of_n_random": VarKD(),
+    "best_of_n_select": VarKD(selection=by_acceptance),
+    "best_of_n_random_select": VarKD(selection=by_chance),
+    "best_of_n_clusters": VarKD(clusters="clusters/kmeans-sqrt-seed0"),
+    "best_of_n_random_clusters": VarKD(clusters="clusters/random-sqrt-seed0"),
 }
 
 DATA, TEACHER, STUDENT = {"data": ROWS}, {"teacher": ROWS}, {"student": ROWS}
 DATA_STUDENT, TEACHER_STUDENT = {"data": 4, "student": 4}, {"teacher": 4, "student": 4}
 SOURCES: dict[str, dict[str, int]] = {
-    **dict.fromkeys(("ce", "kd", "akl", "todi", "taid", "atkd", "miniplm", "kd_guided", "varkd_offpolicy"), DATA),
+    **dict.fromkeys(("ce", "kd", "akl", "todi", "taid", "atkd", "miniplm", "kd_guided", "kd_reverse"), DATA),
     **dict.fromkeys(("seqkd", "seqkd_guided", "seqkd_soft", "seqinter", "fdistill_kl"), TEACHER),
     **dict.fromkeys(("scheduled_sampling", "scheduled_sampling_parallel", "fdistill_rkl", "distillspec", "opd",
                      "iwopd", "eopd", "skd"), STUDENT),
@@ -569,7 +569,7 @@ def test_a_preset_is_its_formula(name: str):
 
 def test_the_cases_show_every_part():
     """Selections that keep some positions, skews between their limits, rejected proposals, other samples."""
-    codes = [case(name).step.code_BL for name in ("varkd", "varkd_no_reweight", "varkd_shuffled_weights")]
+    codes = [case(name).step.code_BL for name in ("varkd", "best_of_1", "best_of_n_random")]
     for first, second in combinations(codes, 2):
         assert (first != second).any(1).sum() >= 2, "they differ in which samples they are about"
     for selection in (by_acceptance, by_chance):
@@ -703,7 +703,7 @@ STUDENT_SHARE: dict[str, Callable[[float], float]] = {
     "imitkd_full": lambda p: 1 - 200**-p,
     "imitation_mix": lambda p: 0.1 + 0.6 * p,
     "varkd": lambda p: 0.5,
-    "varkd_no_reweight": lambda p: 0.5,
+    "best_of_1": lambda p: 0.5,
     "gkd": lambda p: 0.5,
     "minillm": lambda p: 0.5,
     "hybrid_gate": lambda p: 0.0,

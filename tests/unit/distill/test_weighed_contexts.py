@@ -18,7 +18,7 @@ from varkd.distill.divergences import CrossEntropy, ForwardKL
 from varkd.distill.inputs import StepInputs, in_row_order, merge
 from varkd.distill.method import Method, Term
 from varkd.distill.mixture import Mixture, Share
-from varkd.distill.prefixes import Data, MixtureSampling, PrefixRestart, Rollout, SpeculativeSampling
+from varkd.distill.prefixes import Data, MixedRollout, MixtureSampling, Rollout, SpeculativeSampling
 from varkd.distill.replay import Replay
 from varkd.distill.reweighted import PrefixReweighted, Reweighted, code_log_ratios, prefix_weights
 from varkd.errors import VarkdError
@@ -125,7 +125,7 @@ def test_nonsense_is_refused(settings: dict[str, float]):
 @pytest.mark.parametrize("score", ["difference", "teacher"])
 @pytest.mark.parametrize(
     "rollout",
-    [Rollout(), Rollout("teacher"), MixtureSampling(), SpeculativeSampling(), PrefixRestart()],
+    [Rollout(), Rollout("teacher"), MixtureSampling(), SpeculativeSampling(), MixedRollout(0.0, 1.0)],
     ids=lambda r: r.kind,
 )
 def test_the_best_by_hand(inputs, batch, rollout, score):

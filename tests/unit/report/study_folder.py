@@ -11,7 +11,7 @@ import numpy as np
 from varkd.pictures import grid, save_png
 
 NAMES = [
-    ("ce", "baseline"), ("kd", "baseline"), ("varkd", "varkd"), ("varkd_random_select", "control"),
+    ("ce", "baseline"), ("kd", "baseline"), ("varkd", "varkd"), ("best_of_n_random_select", "control"),
     ("varkd_no_anchor", "ablation"), ("gkd", "method"), ("imitkd_full", "method"), ("distillspec", "baseline"),
     ("varkd_uniform_weight", "ablation"), ("varkd_shuffled_space", "control"), ("seqkd", "baseline"),
     ("taid", "method"), ("minillm", "method"), ("distillm2", "method"), ("fdistill_tvd", "method"),

@@ -143,7 +143,7 @@ def test_every_seed_has_its_number(study, page):
 def test_controls_are_won_and_lost(study, page):
     (entry,) = [entry for entry in study["controls"] if (entry["family"], entry["budget"]) == ("llamagen", "updates")]
     (cells,) = table_of(page, "family-0-updates-controls").values()
-    assert cells[0][1] == "varkd_random_select"
+    assert cells[0][1] == "best_of_n_random_select"
     assert [cell[0] for cell in cells[1:4]] == [str(entry[key]) for key in ("value", "wins", "losses")]
 
 

@@ -48,7 +48,7 @@ def test_teacher_and_start_follow_the_pair(tmp_path: Path):
 
 
 def test_roles_come_from_what_presets_say_of_themselves(tmp_path: Path):
-    names = ("ce", "varkd", "varkd_select", "varkd_random_select")
+    names = ("ce", "varkd", "best_of_n_select", "best_of_n_random_select")
     found = study(tmp_path, methods={**dict.fromkeys(names), "mine": {"preset": "varkd", "role": "ablation"}})
     assert [found.role(name) for name in (*names, "mine")] == ["baseline", "varkd", "ablation", "control", "ablation"]
 
