@@ -365,7 +365,7 @@ METHODS: dict[str, Preset] = {
     "varkd_random_groups": Preset(
         f"control; {_PAPER}", "varkd with random groups of the same sizes",
         "Control: groups that forget the geometry of the codebook. It must do worse than varkd.",
-        Method((replace(_VARKD_GROUPS, space=Clusters(factor=4, within=0.0, assignment="random")),), _MIXED),
+        Method((replace(_VARKD_GROUPS, space=Clusters(factor=4, within=0.0, assignment="permuted")),), _MIXED),
     ),
     "varkd_free": Preset(
         f"control; {_PAPER}", "varkd on free-running student samples",

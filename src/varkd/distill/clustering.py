@@ -10,7 +10,10 @@ from torch import Tensor
 from varkd.errors import VarkdError
 from varkd.world import Rng
 
-Assignment = Literal["kmeans", "random", "plain", "agglomerative"]
+Assignment = Literal["kmeans", "random", "plain", "permuted", "agglomerative"]
+
+
+_POINTS_AT_ONCE = 1024
 
 
 def assign_clusters(codebook_VE: Tensor, count: int, assignment: Assignment, seed: int) -> Tensor:
@@ -18,7 +21,8 @@ def assign_clusters(codebook_VE: Tensor, count: int, assignment: Assignment, see
 
     `kmeans` is Lloyd's algorithm with balanced assignment (every cluster has a capacity, codes propose to their nearest
     cluster with room, the nearest proposals win): sizes differ by at most one, as those of `random` do. `plain` is
-    Lloyd's algorithm itself, and `agglomerative` merges by Ward's rule (one half of a V x V matrix in memory): their
+    Lloyd's algorithm itself, `permuted` are its groups with the codes randomly permuted (random groups of the same
+    sizes), and `agglomerative` merges by Ward's rule (one half of a V x V matrix in memory): their
     sizes follow the codebook.
 
     Raises:
@@ -38,16 +42,24 @@ def assign_clusters(codebook_VE: Tensor, count: int, assignment: Assignment, see
         cluster_V = torch.empty(vocab_size, dtype=torch.long)
         cluster_V[shuffled_V] = torch.repeat_interleave(torch.arange(count), capacity_K)
         return cluster_V
-    return _lloyd(points, _spread_centers(points, count, generator), capacity_K if assignment == "kmeans" else None)
+    centers = _spread_centers(points, count, generator)
+    if assignment == "kmeans":
+        return _lloyd(points, centers, capacity_K)
+    cluster_V = _lloyd(points, centers, None)
+    return cluster_V[shuffled_V] if assignment == "permuted" else cluster_V
 
 
 def _lloyd(points: Tensor, centers: Tensor, capacity_K: Tensor | None) -> Tensor:
     count = len(centers)
     cluster_V, spread = torch.empty(0), float("inf")
     for _ in range(50):
-        distance_VK = torch.cdist(points, centers)
-        updated = _assign_nearest(distance_VK) if capacity_K is None else _assign_with_capacity(distance_VK, capacity_K)
-        former, spread = spread, float(distance_VK.gather(1, updated.unsqueeze(1)).square().sum())
+        if capacity_K is None:
+            updated, distance_V = _assign_nearest(points, centers)
+        else:
+            distance_VK = torch.cdist(points, centers)
+            updated = _assign_with_capacity(distance_VK, capacity_K)
+            distance_V = distance_VK.gather(1, updated.unsqueeze(1)).squeeze(1)
+        former, spread = spread, float(distance_V.square().sum())
         if spread >= 0.999 * former:  # with capacities it may never come to rest: leave the last tenth of a percent
             break
         cluster_V = updated
@@ -77,26 +89,32 @@ def _merge_by_ward(points: Tensor, count: int) -> Tensor:
     return torch.argsort(torch.argsort(first_K))[labels]
 
 
-def _assign_nearest(distance_VK: Tensor) -> Tensor:
-    """The nearest cluster of each point; one that would be empty takes the worst placed point of a larger cluster."""
-    cluster_V = distance_VK.argmin(1)
-    for empty in (torch.bincount(cluster_V, minlength=distance_VK.shape[1]) == 0).nonzero().flatten().tolist():
-        size_K = torch.bincount(cluster_V, minlength=distance_VK.shape[1])
-        own_V = distance_VK.gather(1, cluster_V.unsqueeze(1)).squeeze(1)
-        cluster_V[own_V.masked_fill(size_K[cluster_V] == 1, -1.0).argmax()] = empty
-    return cluster_V
+def _assign_nearest(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest cluster of each point and its distance; a cluster that would be empty takes the worst placed point.
+
+    Distances are made for some points at a time: a whole 16,384 x 4,096 matrix would be half a gigabyte.
+    """
+    nearest = [torch.cdist(some, centers).min(1) for some in points.split(_POINTS_AT_ONCE)]
+    distance_V, cluster_V = (torch.cat(values) for values in zip(*nearest, strict=True))
+    size_K = torch.bincount(cluster_V, minlength=len(centers))
+    for empty in (size_K == 0).nonzero().flatten().tolist():
+        worst = int(distance_V.masked_fill(size_K[cluster_V] == 1, -1.0).argmax())
+        size_K[cluster_V[worst]] -= 1
+        cluster_V[worst], distance_V[worst] = empty, torch.linalg.vector_norm(points[worst] - centers[empty])
+        size_K[empty] = 1
+    return cluster_V, distance_V
 
 
 def _spread_centers(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """k-means++ seeding: each next center is drawn with probability proportional to its squared distance."""
     chosen = [int(torch.randint(len(points), (1,), generator=generator))]
-    nearest = torch.cdist(points, points[chosen]).square().squeeze(1)
+    nearest = (points - points[chosen]).square().sum(1)
     for _ in range(count - 1):
         nearest[chosen] = 0
         # Duplicated codes have distance 0 everywhere; any unused one will do then.
         odds = nearest if nearest.sum() > 0 else torch.ones_like(nearest).index_fill(0, torch.tensor(chosen), 0)
         chosen.append(int(torch.multinomial(odds, 1, generator=generator)))
-        nearest = torch.minimum(nearest, torch.cdist(points, points[chosen[-1:]]).square().squeeze(1))
+        nearest = torch.minimum(nearest, (points - points[chosen[-1:]]).square().sum(1))
     return points[chosen].clone()
 
 

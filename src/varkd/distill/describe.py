@@ -378,7 +378,9 @@ def _making(contexts: Contexts) -> dict[str, float]:
             return cost | {"teacher_decode": decode * contexts.count * (1 - value_of(contexts.prefix))}
         case MixtureSampling() | SpeculativeSampling():
             return cost | {"student_decode": decode, "teacher_decode": decode}
-        case Rollout() | MixedRollout():
+        case MixedRollout():  # what every row keeps is read in one pass
+            return cost | {f"{contexts.by}_decode": decode * (1 - value_of(contexts.low))}
+        case Rollout():
             return cost | {f"{contexts.by}_decode": decode}
     return cost | {"student_decode": decode}
 

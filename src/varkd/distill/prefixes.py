@@ -167,7 +167,7 @@ class SpeculativeSampling(_TwoModels):
 
 @dataclass(frozen=True)
 class MixedRollout(Prefixes):
-    """The first part of a data sequence, continued by the student (or the teacher): VarKD's mixed rollouts (eq. 6).
+    """The first part of a data sequence, continued by the student or the teacher: VarKD's mixed rollouts.
 
     How many codes are kept is drawn for each row, uniformly between the shares `low` and `high` of the sequence, and
     cut to whole steps of the plan: a raster prefix (LlamaGen), a random set that the rest follows in random order

@@ -105,8 +105,9 @@ class Confidence(SelectionRule):
 
 @dataclass(frozen=True)
 class EntropyWeight(SelectionRule):
-    """VarKD's entropy weight (2606.06078, eq. 8 and 9): a_t = 1 - H(p) / log V, cut where the teacher is lost.
+    """VarKD's entropy weight (2606.06078): a_t = 1 - H(p) / log V, and 0 once the teacher is lost.
 
+    Equations 8 and 9 of the paper.
     H is the teacher's entropy over the full codebook. At the first generated position, in generation order, where a_t
     falls below `threshold` (0.1 in the paper), all strictly later decoding steps get 0; None never truncates. Data rows
     hold no generated position, so they are weighed but not truncated. `permuted` is the control: the same weights,

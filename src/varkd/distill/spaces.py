@@ -67,27 +67,37 @@ class Clusters:
     1 is the full divergence and 0 leaves the split inside a cluster free. `kmeans` clusters have equal sizes, those of
     `plain` k-means and of `agglomerative` clustering (Ward) the sizes that the codebook gives them. `random` keeps the
     sizes of `kmeans` and forgets the geometry (the control: it must not help). `count=None` is the square root of V,
-    rounded up (128 for 16,384 codes).
+    rounded up (128 for 16,384 codes); `factor` asks for V / factor groups instead.
+
+    VarKD (2606.06078, eq. 11 and 12) is `Clusters(factor=4, within=0, assignment="plain")`: D over
+    the group masses only. `permuted` is its control, random groups of the same sizes.
     """
 
     count: int | None = None
     within: Schedule = 0.3
     assignment: Assignment = "kmeans"
     seed: int = 0
+    factor: int | None = None
     kind: Literal["clusters"] = "clusters"
 
     def __post_init__(self) -> None:
         check_range("clusters", "within", self.within, 0, 1)
+        if self.count is not None and self.factor is not None:
+            raise VarkdError(f"clusters: give count or factor, not both (got {self.count} and {self.factor})")
         if self.count is not None and self.count < 2:
             raise VarkdError(f"clusters: count must be at least 2, got {self.count}")
+        if self.factor is not None and self.factor < 2:
+            raise VarkdError(f"clusters: factor must be at least 2, got {self.factor}")
 
     @property
     def key(self) -> str:
-        return f"clusters/{self.assignment}-{self.count or 'sqrt'}-seed{self.seed}"
+        size = f"factor{self.factor}" if self.factor else self.count or "sqrt"
+        return f"clusters/{self.assignment}-{size}-seed{self.seed}"
 
     def prepare(self, codebook_VE: Tensor) -> CodebookTables:
         """The cluster of each code, int64 (V,), and the codes of each cluster, from the tokenizer's codebook."""
-        count = self.count or math.isqrt(len(codebook_VE) - 1) + 1
+        vocab_size = len(codebook_VE)
+        count = -(-vocab_size // self.factor) if self.factor else self.count or math.isqrt(vocab_size - 1) + 1
         cluster_V = assign_clusters(codebook_VE, count, self.assignment, self.seed)
         return {self.key: cluster_V, f"{self.key}/members": cluster_members(cluster_V)}
 

@@ -445,7 +445,7 @@ def test_bfloat16_stays_close_to_float32(name, make_model, batch):
 
 
 def test_statistics_are_means_in_nats(student, teacher, batch):
-    subject = case(ALL["kd"], student, teacher, batch)
+    subject = case(ALL["kd_ce"], student, teacher, batch)
     stats = run(subject)[2]
     means = stats.collect(World()).means
     assert means["kept/kd"] == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 import torch
@@ -97,16 +97,20 @@ def test_presets_resolve_and_prepare(name, progress):
         preset.method.terms = ()  # type: ignore[misc]
 
 
-def test_ablations_change_one_part_of_varkd():
-    varkd = METHODS["best_of_n"].method
-    for name, preset in METHODS.items():
-        if name.startswith("varkd_"):
-            same_contexts = preset.method.contexts == varkd.contexts
-            if name == "kd_reverse":  # other contexts, and no term for them
-                assert preset.method == Method(varkd.terms[:1])
-                continue
-            changed = [a for a, b in zip(preset.method.terms, varkd.terms, strict=True) if a != b]
-            assert len(changed) + (not same_contexts) + (preset.method.target != varkd.target) == 1, name
+@pytest.mark.parametrize("whole", ["varkd", "best_of_n"])
+def test_ablations_and_controls_change_one_part(whole: str):
+    method = METHODS[whole].method
+    names = [name for name in METHODS if name.startswith(f"{whole}_") and name != "varkd_mixed"]
+    assert len(names) >= 5
+    for name in names:
+        other = METHODS[name].method
+        changed = [
+            field.name
+            for mine, theirs in zip(method.terms, other.terms, strict=True)
+            for field in fields(Term)
+            if getattr(mine, field.name) != getattr(theirs, field.name)
+        ]
+        assert len(changed) + (method.contexts != other.contexts) + (method.target != other.target) == 1, name
 
 
 def test_decay_by_hand():

@@ -56,6 +56,7 @@ class Step:
     sizes: tuple[int, ...]
     row_B: Tensor
     codebook_tables: CodebookTables
+    counts_BL: Tensor  # False where a mixed rollout keeps a code of the data
     memory: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -160,7 +161,7 @@ def sums(step: Step, value_BL: Tensor, later: bool) -> Tensor:
 # ---- one formula per preset
 
 
-def kd(step: Step) -> Tensor:
+def kd_ce(step: Step) -> Tensor:
     return 0.5 * mean(ce(step)) + 0.5 * mean(fkl(step))
 
 
@@ -343,7 +344,7 @@ def by_chance(step: Step) -> Tensor:
 
 
 @dataclass(frozen=True)
-class VarKD:
+class BestOfN:
     """KL(q || p) on data, + on student sequences a [0.3 KL(q || p) + 0.7 KL of clusters]; parts can be added."""
 
     clusters: str | None = None
@@ -364,12 +365,49 @@ class VarKD:
         return total + mean(value_BL, step.on("student"), self.selection(step) if self.selection else 1.0)
 
 
+GROUPS = "clusters/plain-factor4-seed0"
+
+
+@dataclass(frozen=True)
+class Published:
+    """VarKD's equations 7 to 12: a_t D over groups of codes, on data rows and on what was generated."""
+
+    divergence: str = "rkl"
+    weighted: bool = True
+    groups: str | None = None
+    permuted: bool = False
+
+    def __call__(self, step: Step) -> Tensor:
+        lp, lq = step.lp, step.lq
+        weight_BL = self.weight(step) if self.weighted else torch.ones_like(lp[..., 0])
+        if self.groups:
+            lp, lq = (cluster_masses(each, step.codebook_tables[self.groups]) for each in (lp, lq))
+        m = mixed(lp, lq, 0.5)
+        value_BL = kl(lq, lp) if self.divergence == "rkl" else 0.5 * kl(lp, m) + 0.5 * kl(lq, m)
+        return over(weight_BL * value_BL, step.counts_BL)
+
+    def weight(self, step: Step) -> Tensor:
+        a_BL, time_BL = 1 - entropy(step.lp) / math.log(VOCAB), time_of(step)
+        for row in step.on("student").nonzero().flatten().tolist():
+            lost = time_BL[row][(a_BL[row] < 0.1) & step.counts_BL[row]]
+            if len(lost):
+                a_BL[row] = torch.where(time_BL[row] > lost.min(), 0.0, a_BL[row])
+        if self.permuted:
+            noise_BL = Rng(0, STEP).uniform("permute", step.row_B, a_BL.shape[1])
+            for row, counts in enumerate(step.counts_BL):
+                (here,) = counts.nonzero(as_tuple=True)
+                a_BL[row, here[noise_BL[row, here].argsort()]] = a_BL[row, here].clone()
+        return a_BL
+
+
 FORMULAS: dict[str, Callable[[Step], Tensor]] = {
     "ce": lambda step: mean(ce(step)),
-    "kd": kd,
+    "kd": lambda step: mean(fkl(step)),
+    "kd_ce": kd_ce,
     "seqkd": lambda step: mean(ce(step)),
     "seqkd_guided": lambda step: mean(ce(step)),
-    "seqkd_soft": kd,
+    "seqkd_soft": lambda step: mean(fkl(step)),
+    "seqkd_prefix": lambda step: over(fkl(step), step.counts_BL),
     "seqinter": lambda step: mean(ce(step)),
     "dagger": expert_action,
     "scheduled_sampling": lambda step: mean(ce(step)),
@@ -389,6 +427,7 @@ FORMULAS: dict[str, Callable[[Step], Tensor]] = {
     "hybrid_gate": hybrid_gate,
     "miniplm": lambda step: mean(ce(step)),
     "gkd": gkd,
+    "gkd_prefix": Published("jsd", weighted=False),
     "distillspec": lambda step: mean(total_variation(step)),
     "opd": opd,
     "iwopd": iwopd,
@@ -399,26 +438,35 @@ FORMULAS: dict[str, Callable[[Step], Tensor]] = {
     "skd": skd,
     "selectkd_topk": selectkd_topk,
     "selectkd_spec": selectkd_spec,
-    "kd_guided": lambda step: kd(guided(step)),
-    "varkd": VarKD(),
-    "best_of_n_guided": VarKD(target=guided),
-    "kd_reverse": VarKD(sources=("data",)),
-    "best_of_1": VarKD(),
-    "best_of_n_random": VarKD(),
-    "best_of_n_select": VarKD(selection=by_acceptance),
-    "best_of_n_random_select": VarKD(selection=by_chance),
-    "best_of_n_clusters": VarKD(clusters="clusters/kmeans-sqrt-seed0"),
-    "best_of_n_random_clusters": VarKD(clusters="clusters/random-sqrt-seed0"),
+    "kd_guided": lambda step: kd_ce(guided(step)),
+    "varkd": Published(groups=GROUPS),
+    "varkd_jsd": Published("jsd", groups=GROUPS),
+    "varkd_mixed": Published(weighted=False),
+    "varkd_weight": Published(),
+    "varkd_permuted_weight": Published(groups=GROUPS, permuted=True),
+    "varkd_random_groups": Published(groups="clusters/permuted-factor4-seed0"),
+    "varkd_free": Published(groups=GROUPS),
+    "best_of_n": BestOfN(),
+    "best_of_n_guided": BestOfN(target=guided),
+    "kd_reverse": BestOfN(sources=("data",)),
+    "best_of_1": BestOfN(),
+    "best_of_n_random": BestOfN(),
+    "best_of_n_select": BestOfN(selection=by_acceptance),
+    "best_of_n_random_select": BestOfN(selection=by_chance),
+    "best_of_n_clusters": BestOfN(clusters="clusters/kmeans-sqrt-seed0"),
+    "best_of_n_random_clusters": BestOfN(clusters="clusters/random-sqrt-seed0"),
 }
 
 DATA, TEACHER, STUDENT = {"data": ROWS}, {"teacher": ROWS}, {"student": ROWS}
 DATA_STUDENT, TEACHER_STUDENT = {"data": 4, "student": 4}, {"teacher": 4, "student": 4}
 SOURCES: dict[str, dict[str, int]] = {
-    **dict.fromkeys(("ce", "kd", "akl", "todi", "taid", "atkd", "miniplm", "kd_guided", "kd_reverse"), DATA),
-    **dict.fromkeys(("seqkd", "seqkd_guided", "seqkd_soft", "seqinter", "fdistill_kl"), TEACHER),
+    **dict.fromkeys(("ce", "kd", "akl", "todi", "taid", "atkd", "miniplm", "kd_ce", "kd_guided",
+                     "kd_reverse"), DATA),
+    **dict.fromkeys(("seqkd", "seqkd_guided", "seqkd_prefix", "seqkd_soft", "seqinter", "fdistill_kl"), TEACHER),
     **dict.fromkeys(("scheduled_sampling", "scheduled_sampling_parallel", "fdistill_rkl", "distillspec", "opd",
                      "iwopd", "eopd", "skd"), STUDENT),
     **dict.fromkeys(("dagger", "fdistill_js", "fdistill_tvd", "distillm2"), TEACHER_STUDENT),
+    **{name: {"data": ROWS - 1, "student": 1} for name in METHODS if name.startswith(("varkd", "gkd_prefix"))},
     "hybrid_gate": {"data": 4, "teacher": 4},
     "imitation_mix": {"data": 5, "student": 3},
     "tiekd": {"data": ROWS, "student": 2 * ROWS},
@@ -495,6 +543,7 @@ def look(student: Backbone, teacher: Backbone, context: Context, codebook_tables
         sizes=parts[0].plan.sizes,
         row_B=torch.cat([part.row_B for part in parts]),
         codebook_tables=codebook_tables,
+        counts_BL=stack([part.generated_BL for part in parts], True),
     )  # fmt: skip
 
 
@@ -569,11 +618,11 @@ def test_a_preset_is_its_formula(name: str):
 
 def test_the_cases_show_every_part():
     """Selections that keep some positions, skews between their limits, rejected proposals, other samples."""
-    codes = [case(name).step.code_BL for name in ("varkd", "best_of_1", "best_of_n_random")]
+    codes = [case(name).step.code_BL for name in ("best_of_n", "best_of_1", "best_of_n_random")]
     for first, second in combinations(codes, 2):
         assert (first != second).any(1).sum() >= 2, "they differ in which samples they are about"
     for selection in (by_acceptance, by_chance):
-        step = case("varkd").step
+        step = case("best_of_n").step
         assert 0.05 < float((selection(step) < 0.999)[step.on("student")].double().mean()) < 0.95
     for name, about in {**SCORES, "selectkd_topk": ["kd"], "selectkd_spec": ["kd"]}.items():
         subject = case(name)
@@ -587,7 +636,7 @@ def test_the_cases_show_every_part():
 
 
 @pytest.mark.parametrize("family", ["randar", "var"])
-@pytest.mark.parametrize("name", ["iwopd", "minillm", "eopd", "distillm2", "varkd"])
+@pytest.mark.parametrize("name", ["iwopd", "minillm", "eopd", "distillm2", "best_of_n", "varkd"])
 def test_time_is_generation_time(name: str, family: str):
     """A random order for every sequence; a whole scale at once: prefixes, futures and thresholds follow the plan."""
     subject = case(name, family)
@@ -702,7 +751,8 @@ STUDENT_SHARE: dict[str, Callable[[float], float]] = {
     "imitkd": lambda p: 1 - 200**-p,
     "imitkd_full": lambda p: 1 - 200**-p,
     "imitation_mix": lambda p: 0.1 + 0.6 * p,
-    "varkd": lambda p: 0.5,
+    "varkd": lambda p: 0.1,
+    "best_of_n": lambda p: 0.5,
     "best_of_1": lambda p: 0.5,
     "gkd": lambda p: 0.5,
     "minillm": lambda p: 0.5,

@@ -115,6 +115,7 @@ def published(
 @pytest.mark.parametrize("name", ["varkd", "varkd_jsd", "varkd_weight", "varkd_free"])
 def test_the_loss_is_the_published_equation(name: str, family: str, tau: float | None):
     student, teacher = toy(family, 1), toy(family, 2)
+    tau = 0.95 if tau == 0.4 and family == "var" else tau  # else its few steps show no truncation
     preset = METHODS[name].method
     assert isinstance(preset.contexts, Mixture)
     halves = Mixture(tuple(Share(share.contexts, 0.5) for share in preset.contexts.shares))
@@ -139,7 +140,7 @@ def test_the_loss_is_the_published_equation(name: str, family: str, tau: float |
     means = stats.collect(inputs.world).means
     assert_the_split_changes_nothing(inputs, sequences, totals, found, means)
     assert means["truncated/varkd"] == 0 if tau is None else means["truncated/varkd"] < 1
-    if tau == 0.4:
+    if tau is not None and tau >= 0.4:
         assert means["truncated/varkd"] > 0 and means["truncated_sequences/varkd"] > 0, "the case shows a truncation"
 
 
