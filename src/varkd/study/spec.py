@@ -32,11 +32,29 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Start:
+    """A second stage of the start: after cross-entropy, `method` from the teacher (VarKD's first stage is KD).
+
+    `select` "best" hands on the checkpoint with the lowest validation cross-entropy, "last" the last one.
+    """
+
+    method: str = "kd"
+    updates: int = 1000
+    select: Literal["best", "last"] = "best"
+    set: Setting = ()
+
+    def __post_init__(self) -> None:
+        if self.updates < 1:
+            raise VarkdError(f"start: updates must be at least 1, got {self.updates}")
+
+
+@dataclass(frozen=True)
 class Pair:
     """A teacher and a student. `data` is a codes folder, or images that `tokenizer` encodes into the study's folder.
 
     `teacher` and `student` are recipes; `teacher` may also be the folder of a trained run or of a converted model,
-    which is then used as it is. `methods` restricts the study's methods for this pair.
+    which is then used as it is. The student starts with `start_updates` of cross-entropy and, with `start`, a second
+    stage after it. `methods` restricts the study's methods for this pair.
     """
 
     data: str = "digits"
@@ -46,6 +64,7 @@ class Pair:
     teacher_set: Setting = ()
     student_set: Setting = ()
     start_updates: int = 150
+    start: Start | None = None
     methods: tuple[str, ...] | None = None
 
 
@@ -177,6 +196,19 @@ def recipe_run(study: Study, pair: str, role: Literal["teacher", "student"], see
         fixed += ["method=ce", f"train.updates={chosen.start_updates}"]
     run = load_run(recipe, (*_explicit(recipe, (), changes), *fixed))
     return replace(run, evaluation=study.evaluation, out=folder, name="teacher" if role == "teacher" else "start")
+
+
+def second_stage_run(study: Study, pair: str, seed: int, folder: str, init: str) -> RunConfig | None:
+    """The run that turns the warm-started student into the start of a pair with a second stage."""
+    chosen = study.pairs[pair]
+    if chosen.start is None:
+        return None
+    changes = _explicit(chosen.student, (), (*chosen.student_set, *chosen.start.set))
+    fixed = [f"method={chosen.start.method}", f"seed={seed}", "train.tensorboard=false", "train.grid_every=0",
+             f"device={study.device}", f"train.updates={chosen.start.updates}",
+             f"train.select={chosen.start.select}"]  # fmt: skip
+    run = load_run(chosen.student, (*changes, *fixed))
+    return replace(run, evaluation=study.evaluation, out=folder, init=init, name="start")
 
 
 def _explicit(recipe: str, base: Setting, changes: Setting) -> Setting:

@@ -67,7 +67,9 @@ def model_tasks(study: Study) -> list[Task]:
         tasks.append(Task(f"{pair}/teacher", work.model, (study, pair, "teacher", study.seeds[0]), needs, 500))
         for seed in study.start_seeds:
             name = study.start_of(seed)
-            tasks.append(Task(f"{pair}/{name}", work.model, (study, pair, name, seed), needs, 100))
+            # A second stage learns from the teacher, which must be there then.
+            after = (*needs, f"{pair}/teacher") if study.pairs[pair].start is not None else needs
+            tasks.append(Task(f"{pair}/{name}", work.model, (study, pair, name, seed), after, 100))
     return tasks
 
 

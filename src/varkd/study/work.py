@@ -24,7 +24,7 @@ from varkd.run.data import Codes, encode, pick_device
 from varkd.run.evaluation import Judge
 from varkd.run.models import check_pair
 from varkd.run.training import train_run
-from varkd.study.spec import Pair, Setting, Study, recipe_run, student_run
+from varkd.study.spec import Pair, Setting, Study, recipe_run, second_stage_run, student_run
 from varkd.train.loop import Diverged
 
 Choice = dict[str, Any]
@@ -68,8 +68,7 @@ def model(study: Study, pair: str, name: str, seed: int) -> None:
         return
     folder = teacher_folder(study, pair) if name == "teacher" else home
     if folder == home:
-        run = recipe_run(study, pair, "teacher" if name == "teacher" else "student", seed, str(folder))
-        train_run(replace(run, data=str(codes_folder(study, pair))), quiet=True)
+        _train_model(study, pair, name, seed, folder)
     judge = Judge.of(Codes(codes_folder(study, pair)), study.device, quiet=True)
     loaded, info = load_backbone(folder, str(pick_device(study.device)))
     check_pair(loaded, loaded, info.get("tokenizer_hash"), judge.codes)
@@ -83,6 +82,17 @@ def model(study: Study, pair: str, name: str, seed: int) -> None:
         "seconds": read_json(status)["seconds"] if status.is_file() else None,
         "ce": judge.cross_entropy(loaded), "floors": judge.floors() if name == "teacher" else None,
     })  # fmt: skip
+
+
+def _train_model(study: Study, pair: str, name: str, seed: int, folder: Path) -> None:
+    """The teacher, or the start: by cross-entropy and then, where the pair asks for one, by a second stage."""
+    data, warm = str(codes_folder(study, pair)), Path(f"{folder}-warm")
+    second = None if name == "teacher" else second_stage_run(study, pair, seed, str(folder), str(warm))
+    first_folder = str(folder) if second is None else str(warm)
+    run = recipe_run(study, pair, "teacher" if name == "teacher" else "student", seed, first_folder)
+    train_run(replace(run, data=data), quiet=True)
+    if second is not None:
+        train_run(replace(second, data=data, teacher=str(teacher_folder(study, pair))), quiet=True)
 
 
 def search(study: Study, judge: Judge, loaded: Backbone) -> tuple[list[dict[str, Any]], dict[str, float]]:

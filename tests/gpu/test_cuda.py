@@ -1,0 +1,73 @@
+"""One update of every family and kind of method on a CUDA device, against the same update on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import varkd
+from varkd.backbones.protocol import Backbone
+from varkd.backbones.store import FAMILIES, build
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+VOCAB, CLASSES, ROWS = 32, 3, 8
+SIZES = {"vocab_size": VOCAB, "num_classes": CLASSES, "num_layers": 2, "dim": 32, "num_heads": 2}
+CODEBOOK_VE = torch.randn(VOCAB, 3, generator=torch.Generator().manual_seed(0))
+PRESETS = ("ce", "kd", "gkd", "seqkd_prefix", "varkd", "varkd_jsd", "best_of_n", "distillm", "minillm", "taid", "eopd")
+IN_FLOAT64 = {"rtol": 1e-5, "atol": 1e-7}
+
+
+def toy(family: str, seed: int) -> Backbone:
+    draw = torch.Generator().manual_seed(9)
+    quantizer = {"codebook": torch.randn(VOCAB, 4, generator=draw),
+                 "phi.weight": torch.randn(2, 4, 4, 3, 3, generator=draw), "phi.bias": torch.zeros(2, 4)}  # fmt: skip
+    grid: dict[str, Any] = {"scales": (1, 2, 3), "code_dim": 4, "num_phi": 2} if family == "var" else {"grid": (4, 4)}
+    model = build(family, {**SIZES, **grid}, quantizer=quantizer if family == "var" else None).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return model
+
+
+def update(name: str, family: str, device: str, dtype: torch.dtype, precision: Any) -> tuple[float, torch.Tensor]:
+    student, teacher = toy(family, 1).to(device, dtype), toy(family, 2).to(device, dtype).eval().requires_grad_(False)
+    distiller = varkd.Distiller(name, student, teacher, CODEBOOK_VE, updates=2, precision=precision)
+    draw = torch.Generator().manual_seed(1)
+    codes_BL = torch.randint(VOCAB, (ROWS, student.sequence_length), generator=draw)
+    batch = varkd.Batch(codes_BL, torch.randint(CLASSES, (ROWS,), generator=draw), torch.arange(ROWS)).to(device)
+    loss, stats = distiller(batch)
+    loss.backward()
+    distiller.update(loss, stats)
+    grad = student.head.weight.grad
+    assert grad is not None
+    return float(loss.detach()), grad.double().cpu()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_update_on_cuda_is_the_one_on_the_cpu(name: str, family: str):
+    """In float64 the same codes are drawn from the same random numbers, so losses and gradients agree."""
+    loss, grad = update(name, family, "cpu", torch.float64, "fp32")
+    cuda_loss, cuda_grad = update(name, family, "cuda", torch.float64, "fp32")
+    assert cuda_loss == pytest.approx(loss, rel=1e-5, abs=1e-8)
+    torch.testing.assert_close(cuda_grad, grad, **IN_FLOAT64)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("name", ["kd", "kd_reverse", "ce"])
+def test_bfloat16_is_near(name: str, family: str):
+    loss, _ = update(name, family, "cuda", torch.float32, "fp32")
+    rounded, grad = update(name, family, "cuda", torch.float32, "bf16")
+    assert rounded == pytest.approx(loss, rel=0.05) and bool(grad.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["gkd", "varkd", "best_of_n"])
+def test_sampling_methods_run_in_bfloat16(name: str):
+    loss, grad = update(name, "llamagen", "cuda", torch.float32, "bf16")
+    assert loss > 0 and bool(grad.isfinite().all()) and float(grad.abs().max()) > 0
