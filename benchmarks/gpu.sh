@@ -15,12 +15,11 @@ step() {
   local rc=$?
   echo "$name: rc $rc, $((SECONDS - at)) s (of $limit), at $((at - began)) s" | tee -a "$out/results.txt"
 }
-cores=$(nproc)
 speed=(--layers 12 24 --dims 768 1024 --batch 32 --updates 4)
-updates=400 start=2000 kd=1000 teacher=2500 samples=4000 search=1500 seeds='[0,1,2]'
+updates=400 start=2000 kd=1500 teacher=3000 samples=4000 search=1500 seeds='[0,1,2]' workers=12
 if [ -n "${TINY:-}" ]; then
   speed=(--layers 1 1 --dims 16 16 --grid 4 --vocab 64 --batch 2 --updates 1)
-  updates=2 start=2 kd=2 teacher=2 samples=40 search=40 seeds='[0]'
+  updates=2 start=2 kd=2 teacher=2 samples=40 search=40 seeds='[0]' workers=2
 fi
 study=("out=$work/study" "seeds=$seeds" "updates=$updates" "evaluation.num_samples=$samples" "search_samples=$search"
   "pairs.llamagen.data=$work/codes" "pairs.llamagen.teacher=$work/teacher"
@@ -34,11 +33,17 @@ step encode "${ENCODE_LIMIT:-60}" "$python" -m varkd encode "$data/mnist-train.p
 step teacher 90 "$python" -m varkd train mnist-teacher "out=$work/teacher" "data=$work/codes" "device=$device" \
   "train.updates=$teacher" train.tensorboard=false
 step study-models 100 "$python" benchmarks/study_models.py recipes/study-mnist-gpu.yaml "${study[@]}" "device=$device"
-# Models of 80k parameters are bound by launches on a GPU: many cores run more of them at once.
+# Models of 80k parameters are bound by launches: many processes share the GPU.
 OMP_NUM_THREADS=1 step study "${STUDY_LIMIT:-250}" "$python" -m varkd study recipes/study-mnist-gpu.yaml "${study[@]}" \
-  device=cpu "workers=$cores"
+  "device=$device" "workers=$workers"
 [ -f "$work/study/results.json" ] && cp "$work/study/results.json" "$out/"
 cp "$work/study/report/index.html" "$out/study.html" 2>/dev/null
-tar czf "$out/judged.tar.gz" -C "$work" --exclude='*.safetensors' --exclude='codes' study 2>/dev/null
+tar czf "$out/judged.tar.gz" -C "$work" --exclude='*.safetensors' --exclude='*.png' study 2>/dev/null
+"$python" - "$work" <<'END' && tar czf "$out/models.tar.gz" -C "$work" models
+import pathlib, sys, varkd
+for run in [*pathlib.Path(sys.argv[1]).glob("teacher"), *pathlib.Path(sys.argv[1]).glob("study/*/start*")]:
+    if (run / "status.json").is_file():
+        varkd.load(run).save(f"{sys.argv[1]}/models/{run.name}")
+END
 (cd "$work" && find study -name judged.json | sort) >>"$out/results.txt"
 echo "total $((SECONDS - began)) s" | tee -a "$out/results.txt"

@@ -137,7 +137,7 @@ METHODS: dict[str, Preset] = {
         Method((Term("ce", CrossEntropy()),), Rollout(by="teacher", sampler=Sampler(guidance=1.5))),
     ),
     "seqkd_soft": Preset(
-        "the SeqKD baseline of VarKD, arXiv 2606.06078, eq. 4 (samples made online)", "E_{x~p} KL(p || q)",
+        "the SeqKD baseline of VarKD, arXiv 2606.06078, eq. 4, online; the KL row of f-DISTILL, arXiv 2307.15190", "E_{x~p} KL(p || q)",
         "Imitates the teacher's full distribution on sequences that the teacher samples.",
         Method((Term("kd", ForwardKL()),), Rollout(by="teacher")),
     ),
@@ -188,11 +188,6 @@ METHODS: dict[str, Preset] = {
         "Two experts: the data where there are data, the teacher where the student went on by itself.",
         Method((Term("kd", ForwardKL(), on=("data",), weight=0.5), Term("ce", CrossEntropy(), on=("data",), weight=0.5),
                 Term("student", ForwardKL(), on=("student",))), _IMITATION),
-    ),
-    "fdistill_kl": Preset(
-        "f-DISTILL, Wen et al. 2023, arXiv 2307.15190, KL row (soft SeqKD)", "E_{x~p} KL(p || q)",
-        "Imitates the teacher's full distribution on sequences that the teacher samples now.",
-        Method((Term("kd", ForwardKL()),), Rollout(by="teacher")),
     ),
     "fdistill_rkl": Preset(
         "f-DISTILL, Wen et al. 2023, arXiv 2307.15190, RKL row", "E_{x~q} KL(q || p)",

@@ -128,7 +128,7 @@ def test_a_reader_who_has_seen_enough(tmp_path: Path):
 
 def test_a_run_is_shown_in_words_that_follow_its_overrides(capsys: pytest.CaptureFixture[str]):
     """As comments before the YAML, which stays what it was."""
-    overrides = ["method=kd", "method.terms.kd.divergence=reverse_kl", "method.terms.ce.weight=0.25"]
+    overrides = ["method=kd_ce", "method.terms.kd.divergence=reverse_kl", "method.terms.ce.weight=0.25"]
     assert main(["show", "digits-student", *overrides]) == 0
     lines = capsys.readouterr().out.splitlines()
     words = [line.removeprefix("# ").removeprefix("#") for line in lines[: lines.index("out: ''")]]

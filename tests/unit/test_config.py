@@ -194,7 +194,7 @@ def test_differences_name_the_keys():
     assert sorted(differences(first, second)) == [
         "method.terms.student.weight: 1.0 -> 2.0", "train.optim.lr: 0.001 -> 0.5"
     ]  # fmt: skip
-    assert any(line.startswith("preset: varkd -> kd") for line in differences(first, resolve({}, ["method=kd"])))
+    assert any(line.startswith("preset: best_of_n -> kd") for line in differences(first, resolve({}, ["method=kd"])))
 
 
 def _dictionaries(tree: Any, path: tuple = ()) -> list[tuple]:

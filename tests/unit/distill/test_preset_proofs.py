@@ -415,7 +415,6 @@ FORMULAS: dict[str, Callable[[Step], Tensor]] = {
     "imitkd": expert_action,
     "imitkd_full": lambda step: mean(fkl(step)),
     "imitation_mix": imitation_mix,
-    "fdistill_kl": lambda step: mean(fkl(step)),
     "fdistill_rkl": lambda step: mean(rkl(step)),
     "fdistill_js": fdistill_js,
     "fdistill_tvd": fdistill_tvd,
@@ -462,7 +461,7 @@ DATA_STUDENT, TEACHER_STUDENT = {"data": 4, "student": 4}, {"teacher": 4, "stude
 SOURCES: dict[str, dict[str, int]] = {
     **dict.fromkeys(("ce", "kd", "akl", "todi", "taid", "atkd", "miniplm", "kd_ce", "kd_guided",
                      "kd_reverse"), DATA),
-    **dict.fromkeys(("seqkd", "seqkd_guided", "seqkd_prefix", "seqkd_soft", "seqinter", "fdistill_kl"), TEACHER),
+    **dict.fromkeys(("seqkd", "seqkd_guided", "seqkd_prefix", "seqkd_soft", "seqinter"), TEACHER),
     **dict.fromkeys(("scheduled_sampling", "scheduled_sampling_parallel", "fdistill_rkl", "distillspec", "opd",
                      "iwopd", "eopd", "skd"), STUDENT),
     **dict.fromkeys(("dagger", "fdistill_js", "fdistill_tvd", "distillm2"), TEACHER_STUDENT),
