@@ -2,6 +2,7 @@
 # What one GPU can show in under nine minutes: CUDA tests, the speed of each method, then training evidence on MNIST.
 #   benchmarks/gpu.sh DATA OUT          DATA holds mnist-train.parquet, mnist-test.parquet and tokenizer/ (varkd's own)
 #   TINY=1 DEVICE=cpu benchmarks/gpu.sh DATA OUT     the same steps with tiny sizes, to try the script without a GPU
+#                                     and may hold features/, a feature network fitted to them (else it is fitted)
 # Every step has its own time limit; a step that fails or is cut is said so in OUT/results.txt, and the next one runs.
 set -uo pipefail
 data=$1 out=$2 device=${DEVICE:-cuda} python=${PYTHON:-python3} work=${WORK:-/tmp/varkd-gpu}
@@ -30,6 +31,7 @@ step cuda-tests 75 "$python" -m pytest -q -x --maxfail=20 -p no:cacheprovider te
 step speed 75 "$python" benchmarks/methods.py --device "$device" --precision bf16 "${speed[@]}"
 step encode "${ENCODE_LIMIT:-60}" "$python" -m varkd encode "$data/mnist-train.parquet,$data/mnist-test.parquet" \
   --tokenizer "$data/tokenizer" --out "$work/codes" --device "$device"
+[ -d "$data/features" ] && cp -r "$data/features" "$work/codes/"   # a fitted feature network, where there is one
 step teacher 90 "$python" -m varkd train mnist-teacher "out=$work/teacher" "data=$work/codes" "device=$device" \
   "train.updates=$teacher" train.tensorboard=false
 step study-models 100 "$python" benchmarks/study_models.py recipes/study-mnist-gpu.yaml "${study[@]}" "device=$device"

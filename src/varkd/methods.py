@@ -137,7 +137,8 @@ METHODS: dict[str, Preset] = {
         Method((Term("ce", CrossEntropy()),), Rollout(by="teacher", sampler=Sampler(guidance=1.5))),
     ),
     "seqkd_soft": Preset(
-        "the SeqKD baseline of VarKD, arXiv 2606.06078, eq. 4, online; the KL row of f-DISTILL, arXiv 2307.15190", "E_{x~p} KL(p || q)",
+        "SeqKD of VarKD, arXiv 2606.06078, eq. 4, online; the KL row of f-DISTILL, arXiv 2307.15190",
+        "E_{x~p} KL(p || q)",
         "Imitates the teacher's full distribution on sequences that the teacher samples.",
         Method((Term("kd", ForwardKL()),), Rollout(by="teacher")),
     ),
