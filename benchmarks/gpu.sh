@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What one GPU can show in under nine minutes: CUDA tests, the speed of each method, then training evidence on MNIST.
 #   benchmarks/gpu.sh DATA OUT          DATA holds mnist-train.parquet, mnist-test.parquet and tokenizer/ (varkd's own)
-#   TINY=1 DEVICE=cpu benchmarks/gpu.sh DATA OUT     the same steps with tiny sizes, to try the script without a GPU
 #                                     and may hold features/, a feature network fitted to them (else it is fitted)
+#   TINY=1 DEVICE=cpu benchmarks/gpu.sh DATA OUT     the same steps with tiny sizes, to try the script without a GPU
+#   STEPS="cuda-tests speed" ...        only these
 # Every step has its own time limit; a step that fails or is cut is said so in OUT/results.txt, and the next one runs.
 set -uo pipefail
 data=$1 out=$2 device=${DEVICE:-cuda} python=${PYTHON:-python3} work=${WORK:-/tmp/varkd-gpu}
@@ -11,6 +12,7 @@ mkdir -p "$out" "$work"
 began=$SECONDS
 step() {
   local name=$1 limit=$2; shift 2
+  [[ " ${STEPS:-$name} " == *" $name "* ]] || return
   local at=$SECONDS
   timeout "$limit" "$@" >"$out/$name.txt" 2>&1
   local rc=$?
@@ -36,11 +38,12 @@ step teacher 90 "$python" -m varkd train mnist-teacher "out=$work/teacher" "data
   "train.updates=$teacher" train.tensorboard=false
 step study-models 100 "$python" benchmarks/study_models.py recipes/study-mnist-gpu.yaml "${study[@]}" "device=$device"
 # Models of 80k parameters are bound by launches: many processes share the GPU.
-OMP_NUM_THREADS=1 step study "${STUDY_LIMIT:-250}" "$python" -m varkd study recipes/study-mnist-gpu.yaml "${study[@]}" \
+OMP_NUM_THREADS=1 step study "${STUDY_LIMIT:-240}" "$python" -m varkd study recipes/study-mnist-gpu.yaml "${study[@]}" \
   "device=$device" "workers=$workers"
 [ -f "$work/study/results.json" ] && cp "$work/study/results.json" "$out/"
 cp "$work/study/report/index.html" "$out/study.html" 2>/dev/null
 tar czf "$out/judged.tar.gz" -C "$work" --exclude='*.safetensors' --exclude='*.png' study 2>/dev/null
+[[ " ${STEPS:-study} " == *" study "* ]] || exit 0
 "$python" - "$work" <<'END' && tar czf "$out/models.tar.gz" -C "$work" models
 import pathlib, sys, varkd
 for run in [*pathlib.Path(sys.argv[1]).glob("teacher"), *pathlib.Path(sys.argv[1]).glob("study/*/start*")]:
