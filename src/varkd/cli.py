@@ -141,6 +141,8 @@ def _encode(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--out", type=Path, required=True, help="codes folder")
     verb.add_argument("--flip", action="store_true", help="encode mirror images too")
     verb.add_argument("--shifts", type=int, default=0, help="encode shifts of up to this many pixels too")
+    verb.add_argument("--ten-crop", type=float, default=None, metavar="RATIO",
+                      help="LlamaGen's ten crops, of images this much larger (1.1)")  # fmt: skip
     verb.add_argument("--batch-size", type=int, default=256)
     verb.add_argument("--shard-size", type=int, default=4096, help="images per shard (default: %(default)s)")
     _image_options(verb)
@@ -151,7 +153,16 @@ def _run_encode(arguments: argparse.Namespace) -> None:
     from varkd.world import World
 
     options = _options(
-        arguments, "flip", "shifts", "batch_size", "shard_size", "image_size", "validation", "seed", "device"
+        arguments,
+        "flip",
+        "shifts",
+        "ten_crop",
+        "batch_size",
+        "shard_size",
+        "image_size",
+        "validation",
+        "seed",
+        "device",
     )
     world = World.from_environment()
     try:

@@ -176,7 +176,8 @@ def read_recipe(recipe: str | Path) -> Tree:
     """The YAML of a recipe path or of a recipe that ships with varkd."""
     path = Path(recipe)
     if not path.is_file():
-        shipped = {found.stem: found for folder in _recipe_folders() for found in sorted(folder.glob("*.yaml"))}
+        shipped = {found.relative_to(folder).with_suffix("").as_posix(): found
+                   for folder in _recipe_folders() for found in sorted(folder.rglob("*.yaml"))}  # fmt: skip
         name = str(recipe).removesuffix(".yaml")
         if name not in shipped:
             raise VarkdError(f"no recipe '{recipe}': neither a file nor one that ships with varkd; "

@@ -23,8 +23,9 @@ from varkd.tokenizers.protocol import Tokenizer
 from varkd.tokenizers.store import save_tokenizer
 from varkd.tokenizers.vq import VQ, VQConfig
 
-SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-RECIPES = [path for path in SHIPPED if not path.stem.startswith("study-")]
+FOLDER = Path(__file__).parents[2] / "recipes"
+SHIPPED = sorted(FOLDER.rglob("*.yaml"))
+RECIPES = [path for path in SHIPPED if path.parent == FOLDER and not path.stem.startswith("study-")]
 STUDIES = [path for path in SHIPPED if path.stem.startswith("study-")]
 SHORT = ("train.updates=2", "train.batch_size=8", "train.validate_every=2", "train.checkpoint_every=2",
          "train.grid_every=2", "train.log_every=1", "device=cpu")  # fmt: skip
@@ -123,4 +124,5 @@ def test_a_study_resolves(recipe: Path):
 def test_recipes_say_how_to_use_them():
     for recipe in SHIPPED:
         verb = "study" if recipe in STUDIES else "train"
-        assert f"# varkd {verb} {recipe.stem}" in recipe.read_text(), recipe.name
+        name = recipe.relative_to(FOLDER).with_suffix("").as_posix()
+        assert f"# varkd {verb} {name}" in recipe.read_text(), name

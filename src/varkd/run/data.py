@@ -14,7 +14,7 @@ from varkd.backbones.protocol import Layout
 from varkd.config import RunConfig
 from varkd.data.codes import CodeDataset, check_tokenizer, open_tokenizer, read_manifest
 from varkd.data.images import ImageSet, Split, open_images
-from varkd.data.views import view_names
+from varkd.data.views import ten_crop_names, view_names
 from varkd.errors import VarkdError
 from varkd.tokenizers.multiscale import MultiScaleConfig
 from varkd.tokenizers.pixels import Pixels, PixelsConfig
@@ -89,18 +89,31 @@ def pick_tokenizer(name: str, images: ImageSet) -> tuple[Tokenizer, str | None]:
 
 def encode(
     data: str, tokenizer: str, out: Path, *, image_size: int | None = None, validation: float = 0.1, seed: int = 0,
-    flip: bool = False, shifts: int = 0, device: str = "auto", batch_size: int = 256, shard_size: int = 4096,
-    quiet: bool = False,
+    flip: bool = False, shifts: int = 0, ten_crop: float | None = None, device: str = "auto", batch_size: int = 256,
+    shard_size: int = 4096, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """`varkd encode`: images -> code shards and a reconstruction check. Returns the manifest."""
     world = World.from_environment()
+    if ten_crop is not None and (flip or shifts or image_size is None):
+        raise VarkdError("--ten-crop needs --image-size and goes without --flip and --shifts: it has mirror images")
+    views = ten_crop_names(image_size, ten_crop) if ten_crop and image_size else view_names(flip, shifts)
     images = open_images(data, "train", image_size=image_size, validation=validation, seed=seed)
     module, path = pick_tokenizer(tokenizer, images)
     return encode_images(
-        data, module, path, out, image_size=image_size, validation=validation, seed=seed,
-        views=view_names(flip, shifts), batch_size=batch_size, shard_size=shard_size, device=pick_device(device),
-        world=world, quiet=quiet,
-    )  # fmt: skip
+        data,
+        module,
+        path,
+        out,
+        image_size=image_size,
+        validation=validation,
+        seed=seed,
+        views=views,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        device=pick_device(device),
+        world=world,
+        quiet=quiet,
+    )
 
 
 def open_codes(run: RunConfig) -> Codes:

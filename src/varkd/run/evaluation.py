@@ -14,6 +14,7 @@ from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import load_backbone
 from varkd.config import EvaluationConfig, RunConfig
 from varkd.data.loader import ordered_batches
+from varkd.data.views import has_flips
 from varkd.distill.method import Method
 from varkd.distill.spaces import Clusters
 from varkd.evaluate.agreement import agreement, cross_entropy, student_batches
@@ -159,7 +160,7 @@ def feature_network(codes: Codes, folder: Path, device: str, quiet: bool = False
     else:
         if not quiet:
             console.print(f"fitting the feature network on {codes.manifest['source']['name']} (once; kept in {folder})")
-        flip = "flip" in codes.manifest["views"]
+        flip = has_flips(codes.manifest["views"])
         net, record = fit_features(codes.images("train"), codes.images("validation"), FitFeatures(flip=flip),
                                    device=pick_device(device), quiet=quiet)  # fmt: skip
         save_features(net, record, folder)
@@ -168,7 +169,7 @@ def feature_network(codes: Codes, folder: Path, device: str, quiet: bool = False
 
 def reference_for(codes: Codes, net: FeatureNet, quiet: bool = False) -> ReferenceSet:
     """The training images as the reference, kept beside the codes."""
-    flips = "flip" in codes.manifest["views"]
+    flips = has_flips(codes.manifest["views"])
     cache = codes.folder / f"reference-{net.hash[:8]}"
     return reference_set(codes.images("train"), codes.images("validation"), net, flips=flips, cache=cache, quiet=quiet)
 

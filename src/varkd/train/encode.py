@@ -17,7 +17,7 @@ from torch import Tensor
 from varkd import pictures, progress
 from varkd.data.codes import CodeDataset, read_manifest
 from varkd.data.images import ImageSet, Split, open_images
-from varkd.data.views import apply_view, check_views
+from varkd.data.views import apply_view, check_views, load_size
 from varkd.data.writer import CodeWriter, Manifest, plan_manifest
 from varkd.errors import VarkdError
 from varkd.tokenizers.protocol import Tokenizer, to_unit
@@ -78,6 +78,8 @@ def encode_images(
     if world.is_main and tokenizer_path is None and not was_finished:
         _save_tokenizer(tokenizer, out / "tokenizer")
     tokenizer = tokenizer.to(device).eval()
+    if (load := load_size(views)) is not None:  # crops are cut from larger images than the tokenizer's
+        sets["train"] = open_images(source, "train", image_size=load, validation=validation, seed=seed)
     _write_shards(writer, sets, tokenizer, views, batch_size, device, quiet)
     world.barrier()
     if world.is_main and not was_finished:

@@ -27,7 +27,7 @@ TINY = (
     *SIZES, "train.updates=4", "train.batch_size=8", "train.grid_every=0", "train.log_every=1", "train.dropout=0",
     "evaluation.num_samples=40", "evaluation.resamples=20", "device=cpu", "train.optim.warmup=0", "train.optim.lr=0.02",
 )  # fmt: skip
-NAMES = ["teacher", "ce", "kd", "gkd", "varkd"]
+NAMES = ["teacher", "ce", "kd", "gkd", "varkd", "best_of_n"]
 
 
 def metrics_of(out: Path) -> dict[str, bytes]:
@@ -54,7 +54,7 @@ def test_the_results_hold_a_row_for_each_run(done: tuple[Path, Path, float]):
         assert row["updates"] == 4 and row["seconds"] > 0
         assert math.isfinite(row["fd"]) and row["fd_low"] <= row["fd"] <= row["fd_high"]
         assert row["fd"] == read_json(out / row["name"] / "metrics.json")["metrics"]["fd"]["value"]
-    assert len({row["fd"] for row in results["rows"]}) == 5
+    assert len({row["fd"] for row in results["rows"]}) == 6
     page = report.read_text()
     assert (
         report.is_relative_to(out) and all(name in page for name in NAMES) and "http://" not in page.split("<body")[0]

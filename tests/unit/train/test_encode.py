@@ -15,7 +15,7 @@ from torch import Tensor
 
 from varkd.data.codes import CodeDataset
 from varkd.data.images import open_images
-from varkd.data.views import apply_view, view_names
+from varkd.data.views import apply_view, ten_crop_names, view_names
 from varkd.errors import VarkdError
 from varkd.tokenizers.pixels import Pixels, PixelsConfig
 from varkd.tokenizers.protocol import to_unit
@@ -59,6 +59,19 @@ def encode(out: Path, tokenizer: Pixels | None = None, **options: Any) -> dict[s
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_ten_crops_are_cut_from_larger_images(tmp_path: Path) -> None:
+    names = ten_crop_names(8, 1.5)
+    manifest = encode(tmp_path / "codes", views=names, image_size=8)
+    codes = CodeDataset(tmp_path / "codes")
+    assert codes.num_views == 10 and manifest["image_shape"] == [1, 8, 8]
+    large = open_images("digits", "train", image_size=12)
+    index = np.array([0, 400, 1616])
+    for view, name in enumerate(names):
+        expected_BL = codes.tokenizer.encode(to_unit(apply_view(name, large.batch(index))))
+        assert codes.codes(index, np.full(3, view)).equal(expected_BL)
+    assert CodeDataset(tmp_path / "codes", "validation").num_views == 1
 
 
 def test_codes_of_digits_are_exact_in_every_view(tmp_path: Path) -> None:
