@@ -38,7 +38,8 @@ class Row:
 
 
 _B_FROM_L = {"none": (6.51, 156.3, 0.81, 0.46), "kd": (4.92, 195.6, 0.84, 0.45),
-             "seqkd_soft": (5.08, 197.9, 0.84, 0.44), "gkd_prefix": (4.94, 194.7, 0.85, 0.44), "varkd": (4.58, 203.3, 0.85, 0.46)}  # fmt: skip
+             "seqkd_soft": (5.08, 197.9, 0.84, 0.44),
+             "gkd_prefix": (4.94, 194.7, 0.85, 0.44), "varkd": (4.58, 203.3, 0.85, 0.46)}  # fmt: skip
 ROWS: dict[str, Row] = {
     "llamagen-b-from-l": Row("imagenet/llamagen-b", "LlamaGen-B-384", "LlamaGen-L-384", _B_FROM_L),
     "llamagen-b-from-l-256": Row("imagenet/llamagen-b", "LlamaGen-B-256", "LlamaGen-L-256", _B_FROM_L),
