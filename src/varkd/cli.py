@@ -239,6 +239,9 @@ def _sampler_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--guidance-power", type=float, default=None, help=f"rar: shape of the schedule {text}")
     verb.add_argument("--steps", type=int, default=None, help=f"decode in parallel in this many steps {text}")
     verb.add_argument("--step-schedule", default=None, help=f"arpg: arccos or cosine {text}")
+    verb.add_argument("--parallel", choices=("off", "zipar", "auto"), default=None,
+                      help=f"zipar decodes rows of the grid at once (llamagen) {text}")  # fmt: skip
+    verb.add_argument("--window", type=int, default=None, help=f"zipar: codes between a row and the next {text}")
 
 
 def _sampler(arguments: argparse.Namespace):
@@ -247,7 +250,17 @@ def _sampler(arguments: argparse.Namespace):
 
     from varkd.config import read_run
 
-    names = ("temperature", "top_k", "top_p", "guidance", "guidance_power", "steps", "step_schedule")
+    names = (
+        "temperature",
+        "top_k",
+        "top_p",
+        "guidance",
+        "guidance_power",
+        "steps",
+        "step_schedule",
+        "parallel",
+        "window",
+    )
     given = {name: value for name, value in _options(arguments, *names).items() if value is not None}
     return replace(read_run(arguments.run_folder).evaluation.sampler, **given) if given else None
 

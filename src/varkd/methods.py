@@ -93,6 +93,8 @@ _SKEW = SequenceSkew()
 
 # VarKD (arXiv 2606.06078; docs/varkd.md). One term on data rows (0.9) and on student continuations of data (0.1).
 _MIXED = Mixture((Share(Data(), "rest"), Share(MixedRollout(), 0.1)))
+_PARALLEL = Sampler(parallel="auto", window=4)
+_MIXED_PARALLEL = Mixture((Share(Data(), "rest"), Share(MixedRollout(sampler=_PARALLEL), 0.1)))
 _VARKD_WEIGHT = Term("varkd", ReverseKL(), selection=EntropyWeight(0.1), generated_only=True)
 _VARKD_GROUPS = replace(_VARKD_WEIGHT, space=Clusters(factor=4, within=0.0, assignment="plain"))
 _PAPER = "VarKD, arXiv 2606.06078"
@@ -333,16 +335,16 @@ METHODS: dict[str, Preset] = {
         Method((Term("jsd", JSD(0.5), generated_only=True),), _MIXED),
     ),
     "varkd": Preset(
-        f"{_PAPER}, eq. 6 to 12, without parallel rollouts",
+        f"{_PAPER}, eq. 6 to 13",
         "a_t KL(q~ || p~) over groups of codes, on data (0.9) and student continuations of data (0.1), "
         "a_t = 1 - H(p) / log V, 0 after the first a_t < 0.1",
         "Distils on student continuations of data, by the teacher's confidence, over groups of look-alike codes.",
-        Method((_VARKD_GROUPS,), _MIXED),
+        Method((_VARKD_GROUPS,), _MIXED_PARALLEL),
     ),
     "varkd_jsd": Preset(
         f"{_PAPER}, the wording of section 4.1", "varkd with JSD_0.5 in the place of the reverse KL",
         "VarKD built on the GKD baseline, as the paper's experiments describe it.",
-        Method((replace(_VARKD_GROUPS, divergence=JSD(0.5)),), _MIXED),
+        Method((replace(_VARKD_GROUPS, divergence=JSD(0.5)),), _MIXED_PARALLEL),
     ),
     "varkd_mixed": Preset(
         f"ablation; {_PAPER}, eq. 7", "KL(q || p) on data (0.9) and student continuations of data (0.1)",
@@ -351,22 +353,26 @@ METHODS: dict[str, Preset] = {
     ),
     "varkd_weight": Preset(
         f"ablation; {_PAPER}, eq. 10", "a_t KL(q || p) on data (0.9) and student continuations of data (0.1)",
-        "VarKD without groups of codes.", Method((_VARKD_WEIGHT,), _MIXED),
+        "VarKD without groups of codes and without parallel rollouts.", Method((_VARKD_WEIGHT,), _MIXED),
+    ),
+    "varkd_weight_groups": Preset(
+        f"ablation; {_PAPER}, eq. 12", "varkd with sequential rollouts",
+        "VarKD without parallel rollouts: one code after the other.", Method((_VARKD_GROUPS,), _MIXED),
     ),
     "varkd_permuted_weight": Preset(
         f"control; {_PAPER}", "varkd with a_t randomly permuted over the positions of a sequence",
         "Control: the same weights at random positions. It must do worse than varkd.",
-        Method((replace(_VARKD_GROUPS, selection=EntropyWeight(0.1, permuted=True)),), _MIXED),
+        Method((replace(_VARKD_GROUPS, selection=EntropyWeight(0.1, permuted=True)),), _MIXED_PARALLEL),
     ),
     "varkd_random_groups": Preset(
         f"control; {_PAPER}", "varkd with random groups of the same sizes",
         "Control: groups that forget the geometry of the codebook. It must do worse than varkd.",
-        Method((replace(_VARKD_GROUPS, space=Clusters(factor=4, within=0.0, assignment="permuted")),), _MIXED),
+        Method((replace(_VARKD_GROUPS, space=Clusters(factor=4, within=0.0, assignment="permuted")),), _MIXED_PARALLEL),
     ),
     "varkd_free": Preset(
         f"control; {_PAPER}", "varkd on free-running student samples",
         "Control: student samples without a data prefix, so that they drift.",
-        Method((_VARKD_GROUPS,), Mixture((Share(Data(), "rest"), Share(Rollout(), 0.1)))),
+        Method((_VARKD_GROUPS,), Mixture((Share(Data(), "rest"), Share(Rollout(sampler=_PARALLEL), 0.1)))),
     ),
     "best_of_n": Preset(
         _OURS, "KL(q || p) on data + KL(q || p) on student samples, each the best of 8 by log p - log r (r: the start)",

@@ -19,6 +19,7 @@ from varkd.backbones.protocol import Backbone, GuidanceKind, Nucleus
 from varkd.errors import VarkdError
 from varkd.types import Condition, Plan
 from varkd.world import Rng
+from varkd.zipar import NONE, Waves
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Sampler:
     null + s (cond - null) while an image is decoded, 1 is off; how s gets there is `guidance_schedule`, by default each
     family's own (`guidance_per_step`; VAR's official `cfg` is `guidance` - 1). `steps` asks for parallel decoding,
     sharing the codes out by `step_schedule` where a family knows several.
+
+    `parallel` decodes the grid's rows of raster models at once (ZipAR, `varkd.zipar`), each row `window` codes behind
+    the one above; "auto" does so where the model can and leaves other families to their own way. It changes what is
+    drawn, so the log-probability of a sample is that of the draw and not the model's.
     """
 
     kind: Literal["sampler"] = "sampler"
@@ -42,6 +47,8 @@ class Sampler:
     guidance_power: float = 1.0
     steps: int | None = None
     step_schedule: str | None = None
+    parallel: Literal["off", "zipar", "auto"] = "off"
+    window: int = 4
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and self.guidance >= 0):
@@ -51,9 +58,18 @@ class Sampler:
             )
         if self.steps is not None and self.steps < 1:
             raise VarkdError(f"sampler: steps must be at least 1, got {self.steps}")
+        if self.window < 1:
+            raise VarkdError(f"sampler: window must be at least 1 code, got {self.window}")
 
     def plan(self, model: Backbone, rng: Rng, row_B: Tensor, order_BL: Tensor | None = None) -> Plan:
-        """How `model` decodes one sequence for each of `row_B`."""
+        """How `model` decodes one sequence for each of `row_B`.
+
+        Raises:
+            VarkdError: the model cannot decode like that.
+        """
+        if self.parallel == "zipar" and not model.slots:
+            raise VarkdError(f"parallel=zipar is for llamagen; {model.family} decodes in parallel in its own way: use "
+                             "parallel=auto, or steps= where it has them")  # fmt: skip
         return model.plan(len(row_B), rng, row_B, self.steps, order_BL, self.step_schedule)
 
 
@@ -96,7 +112,7 @@ def rollout(
         uniform_BL: numbers in [0, 1), one for every code, by generation rank.
         kept_codes_BL, kept_BL: codes in raster order, and where they are kept instead of sampled (a prefix, or any
             other positions); leading steps that are kept as a whole cost one forward pass together.
-        companion: a second model to decode with.
+        joint: a second model to decode with.
 
     Returns:
         The codes; kept codes have log-probability 0 and count as accepted.
@@ -107,6 +123,10 @@ def rollout(
     given_BL, kept_rank_BL, prefix_steps = _kept_by_rank(plan, kept_codes_BL, kept_BL)
     if prefix_steps == len(plan.sizes):
         return Samples(given_BL.gather(1, plan.rank_BL), torch.zeros_like(uniform_BL))
+    if _by_waves(model, sampler):
+        if joint is not None:
+            raise VarkdError("parallel=zipar decodes one model alone: use parallel=off where two decode together")
+        return _rollout_waves(model, condition, plan, sampler, uniform_BL, given_BL, kept_rank_BL)
     models = [model, joint.model] if joint else [model]
     with ExitStack() as stack:
         for each in models:
@@ -116,7 +136,7 @@ def rollout(
         done = sum(plan.sizes[:prefix_steps])
         for index in range(prefix_steps, len(plan.sizes)):
             rank = slice(done, done + plan.sizes[index])
-            logp = [decoder.logp(index) for decoder in decoders]
+            logp = [decoder.next_logp(index) for decoder in decoders]
             if joint is None:
                 codes_Bn, logp_Bn, accept_Bn = *sample_inverse_cdf(logp[0], uniform_BL[:, rank]), None
             else:
@@ -131,6 +151,45 @@ def rollout(
                 for decoder in decoders:
                     decoder.feed(codes_Bn)
     return _in_raster_order(plan, given_BL, found)
+
+
+def _by_waves(model: Backbone, sampler: Sampler) -> bool:
+    """Whether rows of the grid are decoded at once. A window as wide as the grid is the sequential order itself."""
+    return sampler.parallel != "off" and model.slots and sampler.window < model.config.grid[1]
+
+
+def _rollout_waves(
+    model: Backbone, condition: Condition, plan: Plan, sampler: Sampler, uniform_BL: Tensor, codes_BL: Tensor,
+    kept_BL: Tensor,
+) -> Samples:  # fmt: skip
+    """ZipAR: as `rollout`, with every open row of the grid in each step. Raster order, so ranks are positions."""
+    prefix_B = kept_BL.int().cumprod(1).sum(1)
+    waves = Waves.of(model.config.grid, sampler.window, prefix_B.tolist(), codes_BL.device)
+    codes_BL, logp_BL = codes_BL.clone(), torch.zeros_like(uniform_BL, dtype=torch.float32)
+    with evaluating(model):
+        guide = _Guide(model, condition, plan, sampler)
+        state = model.prefill(guide.condition, guide.repeat(codes_BL), guide.repeat(prefix_B))
+        for index in range(waves.position_BSn.shape[1]):
+            position_Bn, input_Bn = waves.position_BSn[:, index], waves.input_BSn[:, index]
+            live_Bn, refresh_B1 = waves.live_BSn[:, index], waves.refresh_BS[:, index, None]
+            read_Bm = torch.cat([input_Bn, refresh_B1], dim=1)
+            slot_Bm = torch.cat([position_Bn, refresh_B1 + 1], dim=1).clamp(min=0)
+            writes_Bm = torch.cat([live_Bn, refresh_B1 != NONE], dim=1)
+            code_Bm = codes_BL.gather(1, read_Bm.clamp(min=0))
+            hidden = model.run_slots(state, *map(guide.repeat, (slot_Bm, code_Bm, writes_Bm)))[:, :-1]
+            at_Bn = position_Bn.clamp(min=0)
+            logp_BnV = guide.logp(hidden, guide.scale_S.to(hidden.device)[at_Bn].unsqueeze(-1))
+            drawn_Bn, drawn_logp_Bn = sample_inverse_cdf(logp_BnV, uniform_BL.gather(1, at_Bn))
+            new_Bn = live_Bn & ~kept_BL.gather(1, at_Bn)
+            _put(codes_BL, at_Bn, drawn_Bn, new_Bn)
+            _put(logp_BL, at_Bn, drawn_logp_Bn.to(logp_BL.dtype), new_Bn)
+    return Samples(codes_BL, logp_BL)
+
+
+def _put(rows_BL: Tensor, at_Bn: Tensor, value_Bn: Tensor, where_Bn: Tensor) -> None:
+    """rows[b, at] = value in place, only where it is asked for (padding may name a position twice)."""
+    row_Bn, column_Bn = where_Bn.nonzero(as_tuple=True)
+    rows_BL[row_Bn, at_Bn[row_Bn, column_Bn]] = value_Bn[row_Bn, column_Bn]
 
 
 def _kept_by_rank(plan: Plan, codes_BL: Tensor | None, kept_BL: Tensor | None) -> tuple[Tensor, Tensor, int]:
@@ -155,12 +214,10 @@ def _in_raster_order(plan: Plan, given_BL: Tensor, found: list[tuple[Tensor, Ten
     return Samples(codes_BL, logp_BL, accepted.gather(1, rank_BL))
 
 
-class _Decoder:
-    """One model's side of a decode: its cache, its guidance, its hidden states of the next step."""
+class _Guide:
+    """Guidance of a decode: the rows that the model sees, and the distribution that codes are drawn from."""
 
-    def __init__(
-        self, model: Backbone, condition: Condition, plan: Plan, sampler: Sampler, given_BL: Tensor, prefix_steps: int
-    ) -> None:
+    def __init__(self, model: Backbone, condition: Condition, plan: Plan, sampler: Sampler) -> None:
         self.model, self.sampler = model, sampler
         if model.guidance_conditioned:  # the scale is an input: one pass, no null branch
             guidance_B = torch.full_like(condition.label_B, sampler.guidance, dtype=torch.float32)
@@ -169,21 +226,34 @@ class _Decoder:
         else:
             self.scale_S = guidance_per_step(sampler, plan, model.guidance)
         self.guided = bool((self.scale_S != 1).any())
-        branches, doubled = with_null_branch(model, condition, plan) if self.guided else (condition, plan)
-        self.state, self.hidden = model.start(branches, doubled, self._repeat(given_BL), prefix_steps)
+        self.condition, self.plan = with_null_branch(model, condition, plan) if self.guided else (condition, plan)
 
-    def logp(self, index: int) -> Tensor:
-        """The filtered log-probabilities of the step, (B, n, V)."""
-        logits = self.model.head(self.hidden)
+    def logp(self, hidden: Tensor, scale: float | Tensor) -> Tensor:
+        """The filtered log-probabilities of a step, (B, n, V)."""
+        logits = self.model.head(hidden)
         if self.guided:
-            logits = apply_cfg(logits, float(self.scale_S[index]))
+            logits = apply_cfg(logits, scale)
         return log_probabilities(logits, self.sampler, self.model.nucleus)
 
-    def feed(self, codes_Bn: Tensor) -> None:
-        self.hidden = self.model.step(self.state, self._repeat(codes_Bn))
-
-    def _repeat(self, rows: Tensor) -> Tensor:
+    def repeat(self, rows: Tensor) -> Tensor:
         return torch.cat([rows, rows]) if self.guided else rows
+
+
+class _Decoder(_Guide):
+    """One model's side of a decode: its cache, its guidance, its hidden states of the next step."""
+
+    def __init__(
+        self, model: Backbone, condition: Condition, plan: Plan, sampler: Sampler, given_BL: Tensor, prefix_steps: int
+    ) -> None:
+        super().__init__(model, condition, plan, sampler)
+        self.state, self.hidden = model.start(self.condition, self.plan, self.repeat(given_BL), prefix_steps)
+
+    def next_logp(self, index: int) -> Tensor:
+        """Of the step `index`, which the codes fed so far lead to."""
+        return self.logp(self.hidden, float(self.scale_S[index]))
+
+    def feed(self, codes_Bn: Tensor) -> None:
+        self.hidden = self.model.step(self.state, self.repeat(codes_Bn))
 
 
 def with_null_branch(model: Backbone, condition: Condition, plan: Plan) -> tuple[Condition, Plan]:
@@ -194,9 +264,11 @@ def with_null_branch(model: Backbone, condition: Condition, plan: Plan) -> tuple
     return stacked, Plan(torch.cat([plan.order_BL, plan.order_BL]), plan.sizes)
 
 
-def apply_cfg(logits_2BnV: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance of stacked (conditional, null) logits: null + s (cond - null)."""
+def apply_cfg(logits_2BnV: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance of stacked (conditional, null) logits: null + s (cond - null); s may be (B, n, 1)."""
     conditional, null = logits_2BnV.float().chunk(2)
+    if isinstance(scale, Tensor):
+        return torch.where(scale == 1, conditional, null + scale * (conditional - null))
     return conditional if scale == 1 else null + scale * (conditional - null)
 
 

@@ -76,10 +76,25 @@ class LlamaGenState:
     filled: int = 0
 
 
+@dataclass
+class SlotState:
+    """KV cache of a decode by slots: as `LlamaGenState`, with one more slot that padding is written to.
+
+    The cache begins as zeros, for what attention gives no weight must still be finite. `written_BS` says which slots
+    hold something; `class_B1D` is the input of slot 0.
+    """
+
+    cache: Tensor
+    rope: Tensor
+    class_B1D: Tensor
+    written_BS: Tensor
+
+
 class LlamaGen(Backbone):
     """The model. `dropout` applies to embeddings, attention output and FFN output, in training mode only."""
 
     family: ClassVar[str] = "llamagen"
+    slots: ClassVar[bool] = True
     config_class: ClassVar[type[Any]] = LlamaGenConfig
     official_extras: ClassVar[tuple[str, ...]] = ("freqs_cis", r"layers\.\d+\.attention\.kv_cache\..*", "causal_mask")
 
@@ -162,15 +177,40 @@ class LlamaGen(Backbone):
             if prefix_codes_BL is None or prefix_codes_BL.shape[1] < prefix_steps:
                 raise VarkdError(f"start: {prefix_steps} prefix steps need at least as many prefix codes")
             x_BLD = torch.cat([x_BLD, self.tok_embeddings(prefix_codes_BL[:, :prefix_steps])], dim=1)
-        config, weight = self.config, self.output.weight
-        shape = (config.num_layers, 2, len(x_BLD), config.num_heads, self.sequence_length, config.head_dim)
-        state = LlamaGenState(
-            torch.empty(shape, device=weight.device, dtype=cache_dtype(weight)), _rope_of(config, weight.device)
-        )
+        cache = self._new_cache(len(x_BLD), self.sequence_length)
+        state = LlamaGenState(cache, _rope_of(self.config, cache.device))
         return state, self._extend(state, x_BLD)
+
+    def _new_cache(self, batch_size: int, slots: int) -> Tensor:
+        config, weight = self.config, self.output.weight
+        shape = (config.num_layers, 2, batch_size, config.num_heads, slots, config.head_dim)
+        return torch.empty(shape, device=weight.device, dtype=cache_dtype(weight))
 
     def step(self, state: LlamaGenState, codes_Bn: Tensor) -> Tensor:
         return self._extend(state, self.tok_embeddings(codes_Bn))
+
+    def prefill(self, condition: Condition, codes_BL: Tensor, kept_B: Tensor) -> SlotState:
+        most = min(int(kept_B.max()), self.sequence_length - 1)
+        class_B1D = self._class(condition)
+        x_BLD = torch.cat([class_B1D, self.tok_embeddings(codes_BL[:, :most])], dim=1)
+        cache, rope = self._new_cache(len(x_BLD), self.sequence_length + 1).zero_(), _rope_of(self.config, x_BLD.device)
+        self._run(x_BLD, rope[: most + 1], cache[..., : most + 1, :])
+        slot_S = torch.arange(self.sequence_length + 1, device=cache.device)
+        return SlotState(cache, rope, class_B1D, slot_S <= kept_B.clamp(max=most).unsqueeze(1))
+
+    def run_slots(self, state: SlotState, slot_Bn: Tensor, code_Bn: Tensor, live_Bn: Tensor) -> Tensor:
+        x_BnD = torch.where((slot_Bn == 0).unsqueeze(-1), state.class_B1D, self.tok_embeddings(code_Bn))
+        written_Bn = torch.where(live_Bn, slot_Bn, self.sequence_length)
+        state.written_BS = state.written_BS.scatter(1, written_Bn, True)
+        slot_S = torch.arange(self.sequence_length, device=slot_Bn.device)
+        seen_BnS = (slot_S <= slot_Bn.unsqueeze(-1)) & state.written_BS[:, None, :-1]
+        end = int(slot_Bn.max()) + 1
+        # The rotary table holds the class slot and L cells: slot p + 1 has the angles of cell p.
+        rope_B1nF2 = state.rope[slot_Bn].unsqueeze(1)
+        x_BnD = self.tok_dropout(x_BnD)
+        for index, layer in enumerate(self.layers):
+            x_BnD = layer(x_BnD, rope_B1nF2, Slots(state.cache[index], written_Bn, seen_BnS[..., :end].unsqueeze(1)))
+        return self.norm(x_BnD)
 
     @classmethod
     def infer(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -212,9 +252,25 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x_BLD: Tensor, rope: Tensor, cache: Tensor | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, rope: Tensor, cache: Tensor | Slots | None) -> Tensor:
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rope, cache)
         return x_BLD + self.feed_forward(self.ffn_norm(x_BLD))
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where new keys and values go in `cache` (2, B, heads, slots, head_dim), and which slots each query sees."""
+
+    cache: Tensor
+    slot_Bn: Tensor
+    seen_B1nS: Tensor
+
+    def write(self, k_BHnd: Tensor, v_BHnd: Tensor) -> tuple[Tensor, Tensor]:
+        row_B1 = torch.arange(len(self.slot_Bn), device=self.slot_Bn.device).unsqueeze(1)
+        for cached, new in zip(self.cache, (k_BHnd, v_BHnd), strict=True):
+            cached[row_B1, :, self.slot_Bn] = new.transpose(1, 2).to(cached.dtype)
+        end = self.seen_B1nS.shape[-1]
+        return self.cache[0, :, :, :end], self.cache[1, :, :, :end]
 
 
 class Attention(nn.Module):
@@ -225,11 +281,15 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BLD: Tensor, rope: Tensor, cache: Tensor | None) -> Tensor:
-        """`cache` (2, B, heads, slots so far, head_dim) receives the new keys and values in its last slots."""
+    def forward(self, x_BLD: Tensor, rope: Tensor, cache: Tensor | Slots | None) -> Tensor:
+        """`cache` (2, B, heads, slots so far, head_dim) takes new keys and values, last or at `Slots`."""
         num_new = x_BLD.shape[1]
         qkv = self.wqkv(x_BLD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         (q, k), v = rotate(qkv[:2], rope), qkv[2]
+        if isinstance(cache, Slots):
+            k, v = (cached.to(q.dtype) for cached in cache.write(k, v))
+            x = attend(q, k, v, mask=cache.seen_B1nS)
+            return self.resid_dropout(self.wo(x.transpose(1, 2).flatten(2)))
         if cache is not None:
             cache[0, ..., -num_new:, :], cache[1, ..., -num_new:, :] = k, v
             k, v = cache[0].to(q.dtype), cache[1].to(q.dtype)

@@ -131,6 +131,8 @@ def filtered(sampler: Sampler) -> str | None:
     """
     if sampler.top_k > 0 or sampler.top_p < 1 or sampler.temperature == 0:
         return "the sampler never draws some codes (top_k, top_p or temperature 0), so no weight can stand in for them"
+    if sampler.parallel != "off":
+        return "parallel rollouts draw codes from other distributions than the model's: use parallel=off"
     return None
 
 

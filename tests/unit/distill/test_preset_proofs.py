@@ -442,6 +442,7 @@ FORMULAS: dict[str, Callable[[Step], Tensor]] = {
     "varkd_jsd": Published("jsd", groups=GROUPS),
     "varkd_mixed": Published(weighted=False),
     "varkd_weight": Published(),
+    "varkd_weight_groups": Published(groups=GROUPS),
     "varkd_permuted_weight": Published(groups=GROUPS, permuted=True),
     "varkd_random_groups": Published(groups="clusters/permuted-factor4-seed0"),
     "varkd_free": Published(groups=GROUPS),
