@@ -19,9 +19,11 @@ step() {
   echo "$name: rc $rc, $((SECONDS - at)) s (of $limit), at $((at - began)) s" | tee -a "$out/results.txt"
 }
 speed=(--layers 12 24 --dims 768 1024 --batch 32 --updates 4)
+zipar=(--layers 24 --dim 1024 --batch 32 --repeats 3)
 updates=400 start=2000 kd=1500 teacher=3000 samples=4000 search=1500 seeds='[0,1,2]' workers=12
 if [ -n "${TINY:-}" ]; then
   speed=(--layers 1 1 --dims 16 16 --grid 4 --vocab 64 --batch 2 --updates 1)
+  zipar=(--layers 1 --dim 16 --grid 6 --batch 2 --repeats 1)
   updates=2 start=2 kd=2 teacher=2 samples=40 search=40 seeds='[0]' workers=2
 fi
 study=("out=$work/study" "seeds=$seeds" "updates=$updates" "evaluation.num_samples=$samples" "search_samples=$search"
@@ -31,6 +33,7 @@ study=("out=$work/study" "seeds=$seeds" "updates=$updates" "evaluation.num_sampl
 
 step cuda-tests 75 "$python" -m pytest -q -x --maxfail=20 -p no:cacheprovider tests/gpu
 step speed 75 "$python" benchmarks/methods.py --device "$device" --precision bf16 "${speed[@]}"
+step zipar 45 "$python" benchmarks/zipar.py --device "$device" "${zipar[@]}"
 step encode "${ENCODE_LIMIT:-60}" "$python" -m varkd encode "$data/mnist-train.parquet,$data/mnist-test.parquet" \
   --tokenizer "$data/tokenizer" --out "$work/codes" --device "$device"
 [ -d "$data/features" ] && cp -r "$data/features" "$work/codes/"   # a fitted feature network, where there is one

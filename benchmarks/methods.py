@@ -14,7 +14,7 @@ import torch
 
 import varkd
 
-METHODS = ("ce", "kd", "kd_reverse", "gkd_prefix", "varkd_mixed", "varkd_weight", "varkd", "best_of_n")
+METHODS = ("ce", "kd", "kd_reverse", "gkd_prefix", "varkd_weight", "varkd_weight_groups", "varkd", "best_of_n")
 
 
 def main() -> None:

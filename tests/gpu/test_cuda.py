@@ -10,6 +10,8 @@ import torch
 import varkd
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import FAMILIES, build
+from varkd.rollout import Sampler, rollout
+from varkd.types import Condition
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,6 +59,21 @@ def test_an_update_on_cuda_is_the_one_on_the_cpu(name: str, family: str):
     cuda_loss, cuda_grad = update(name, family, "cuda", torch.float64, "fp32")
     assert cuda_loss == pytest.approx(loss, rel=1e-5, abs=1e-8)
     torch.testing.assert_close(cuda_grad, grad, **IN_FLOAT64)
+
+
+def test_parallel_rollouts_draw_the_codes_of_the_cpu():
+    uniform_BL, label_B = (
+        torch.rand(ROWS, 16, generator=torch.Generator().manual_seed(3)),
+        torch.zeros(ROWS, dtype=torch.long),
+    )
+    codes = []
+    for device in ("cpu", "cuda"):
+        model = toy("llamagen", 1).to(device)
+        sampler = Sampler(guidance=1.5, parallel="zipar", window=2)
+        condition = Condition(label_B.to(device))
+        samples = rollout(model, condition, model.plan(ROWS), sampler, uniform_BL.to(device))
+        codes.append(samples.codes_BL.cpu())
+    assert codes[0].equal(codes[1])
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
