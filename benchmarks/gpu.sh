@@ -39,9 +39,8 @@ step encode "${ENCODE_LIMIT:-60}" "$python" -m varkd encode "$data/mnist-train.p
 [ -d "$data/features" ] && cp -r "$data/features" "$work/codes/"   # a fitted feature network, where there is one
 step teacher 90 "$python" -m varkd train mnist-teacher "out=$work/teacher" "data=$work/codes" "device=$device" \
   "train.updates=$teacher" train.tensorboard=false
-step study-models 100 "$python" benchmarks/study_models.py recipes/study-mnist-gpu.yaml "${study[@]}" "device=$device"
 # Models of 80k parameters are bound by launches: many processes share the GPU.
-OMP_NUM_THREADS=1 step study "${STUDY_LIMIT:-240}" "$python" -m varkd study recipes/study-mnist-gpu.yaml "${study[@]}" \
+OMP_NUM_THREADS=1 step study "${STUDY_LIMIT:-400}" "$python" -m varkd study recipes/study-mnist-gpu.yaml "${study[@]}" \
   "device=$device" "workers=$workers"
 [ -f "$work/study/results.json" ] && cp "$work/study/results.json" "$out/"
 cp "$work/study/report/index.html" "$out/study.html" 2>/dev/null

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from varkd.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from varkd import divergences, parts
     from varkd.backbones.arpg import ARPG, ARPGConfig
@@ -49,18 +51,14 @@ _MODULES = ("divergences", "parts")
 __all__ = [
     "ARPG", "METHODS", "RAR", "VAR", "ARPGConfig", "Backbone", "Batch", "CodeDataset", "Condition", "DataLoader",
     "Distiller", "ImageSet", "LlamaGen", "LlamaGenConfig", "Method", "Plan", "RARConfig", "RandAR", "RandARConfig",
-    "Rng", "Sampler", "Term", "VARConfig", "VarkdError", "World", "build", "divergences", "export", "generate", "load",
-    "load_official", "load_tokenizer", "open_images", "parts", "save_tokenizer",
+    "Rng", "Sampler", "Term", "VARConfig", "VarkdError", "World", "__version__", "build", "divergences", "export",
+    "generate", "load", "load_official", "load_tokenizer", "open_images", "parts", "save_tokenizer",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"varkd.{name}")
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("varkd")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'varkd' has no attribute '{name}'")
     return getattr(import_module(f"varkd.{_MODULE_OF[name]}"), name)

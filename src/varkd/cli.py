@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from varkd.errors import VarkdError, did_you_mean
+from varkd.version import VERSION
 
 _DATA = "digits, an image folder, a .parquet file (or train.parquet,validation.parquet), or a Hugging Face id"
 
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="varkd", description="Compress visual autoregressive image models by knowledge distillation."
     )
-    top.add_argument("--version", action="version", version=f"varkd {_version()}")
+    top.add_argument("--version", action="version", version=f"varkd {VERSION}")
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
     _demo(_verb(verbs, "demo", _run_demo, "teacher, student and four methods on embedded real images, with a report"))
     _tokenizer(verbs)
@@ -439,12 +440,6 @@ def _run_export(arguments: argparse.Namespace) -> None:
 
 def _options(arguments: argparse.Namespace, *names: str) -> dict:
     return {name: getattr(arguments, name) for name in names}
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("varkd")
 
 
 def leave(code: int) -> None:

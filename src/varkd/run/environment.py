@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from varkd.version import VERSION
 from varkd.world import World
 
 
@@ -22,7 +23,8 @@ def environment(world: World) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Python, varkd and the libraries that numbers depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in ("varkd", "torch", "numpy")}}
+    libraries = {name: version(name) for name in ("torch", "numpy")}
+    return {"python": platform.python_version(), "varkd": VERSION, **libraries}
 
 
 def _git_hash() -> str | None:
