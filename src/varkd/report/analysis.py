@@ -38,6 +38,7 @@ class Number(NamedTuple):
 class Analysis:
     """What stands in an analysis folder."""
 
+    folder: Path
     info: Mapping[str, Any]
     tables: Mapping[str, list[Row]]
 
@@ -114,4 +115,4 @@ def read_analysis(folder: Path) -> Analysis:
         if any(None in row or None in row.values() for row in rows):
             raise VarkdError(f"{path} is damaged: run `varkd analyze` again")
         tables[path.stem] = rows
-    return Analysis(info, tables)
+    return Analysis(folder, info, tables)

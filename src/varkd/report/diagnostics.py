@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from varkd.files import write_text
-from varkd.report import audits, readings
+from varkd.report import audits, panels, readings
 from varkd.report.analysis import Analysis, read_analysis
 from varkd.report.html import render_template
 from varkd.report.readings import Section, plain, told
@@ -15,6 +15,7 @@ SECTIONS: tuple[Callable[[Analysis], Section], ...] = (
     readings.entropy, readings.drift, readings.divergence, readings.accumulation, readings.choice, readings.acceptance,
     readings.distance, readings.ambiguity, audits.language, audits.swap, audits.teachers, audits.calibration,
     audits.selection, audits.weights, audits.coverage, audits.cost,
+    panels.codebook, panels.continuations,
 )  # fmt: skip
 _NUMBERS = {
     "teacher_entropy": "Teacher entropy H(p), nats", "ce_teacher": "Teacher's -log p of the codes, nats",

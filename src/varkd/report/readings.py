@@ -13,6 +13,7 @@ from math import log
 from varkd.report import figures
 from varkd.report.analysis import Analysis, Number, number
 from varkd.report.figures import TEACHER, Bars, Line
+from varkd.report.images import Picture
 
 STYLE = {"data": 0, "student": 1, "teacher": TEACHER}
 LABEL = {"data": "on data", "teacher": "on teacher samples", "student": "on student samples"}
@@ -33,6 +34,7 @@ class Section:
     rows: Sequence[tuple[str, str]] = field(default_factory=tuple)
     missing: str = ""
     num: str = ""
+    picture: Picture | None = None
 
 
 def plain(value: float) -> str:

@@ -29,11 +29,12 @@ from varkd.run import audits, curves
 from varkd.run.curves import Table, write_tables
 from varkd.run.environment import versions
 from varkd.run.language import Language, language_pair
+from varkd.run.panels import CODEBOOK, CONTINUATIONS, codebook_panel, continuations_panel
 from varkd.run.subject import Subject, open_subject, sequences_of
 from varkd.types import Condition
 from varkd.world import Rng
 
-OURS = frozenset({"analysis.json", "index.html", "language"})
+OURS = frozenset({"analysis.json", "index.html", "language", CODEBOOK, CONTINUATIONS})
 LANGUAGE_QUANTITIES = ("teacher_entropy", "student_entropy", "forward_kl", "reverse_kl", "total_variation", "top1",
                        "top5", "top1_cluster", "n90", "n90_clusters", "perplexity", "max_prob", "cluster_mass",
                        "ce", "ce_teacher")  # fmt: skip
@@ -78,6 +79,8 @@ def analyze_run(
     if language is not None:
         found["language"] = _language(out / "language", language, len(contexts["data"]), seed, subject, tables)
     out.mkdir(parents=True, exist_ok=True)
+    found["codebook"] = codebook_panel(subject, contexts["data"], split, num, out)
+    found["continuations"] = continuations_panel(subject, contexts["data"], out)
     write_tables(out, tables)
     write_json(out / "analysis.json", {**_about(subject, contexts, split, num), **found})
     return write_page(out)

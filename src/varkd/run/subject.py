@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import load_backbone
@@ -93,6 +95,12 @@ def _check(what: str, student: Backbone, model: Backbone, path: Path, codes: Cod
         raise VarkdError(f"{what} ({path}): {error}") from None
 
 
+def chosen_images(subject: Subject, length: int, num: int) -> NDArray[np.int64]:
+    """Ascending indices of a random share of a split, so that ordered data do not show their first classes only."""
+    generator = Rng(subject.seed).generator("analyze/images")
+    return torch.randperm(length, generator=generator)[:num].sort().values.numpy()
+
+
 def sequences_of(subject: Subject, split: Split, num: int) -> dict[str, Sequences]:
     """Data, teacher and student sequences with the same labels, under plans that the student draws."""
     if num < 2:
@@ -100,8 +108,7 @@ def sequences_of(subject: Subject, split: Split, num: int) -> dict[str, Sequence
     codes, rng = subject.codes.split(split), Rng(subject.seed)
     if len(codes) < 2:
         raise VarkdError(f"the {split} split has {len(codes)} sequences: take --split train")
-    # A random share of the split, so that an ordered data set does not show its first classes only.
-    chosen_N = torch.randperm(len(codes), generator=rng.generator("analyze/images"))[:num].sort().values.numpy()
+    chosen_N = chosen_images(subject, len(codes), num)
     codes_NL = codes.codes(chosen_N, chosen_N * 0).to(subject.device)
     label_N = torch.from_numpy(codes.labels[chosen_N]).to(subject.device)
     plan = subject.sampler.plan(subject.student, rng, torch.arange(len(chosen_N), device=subject.device))

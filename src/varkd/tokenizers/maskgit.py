@@ -90,6 +90,10 @@ class MaskGIT(Tokenizer):
         return side, side
 
     @property
+    def entries_VE(self) -> Tensor:
+        return self.quantize.embedding.weight
+
+    @property
     def codebook_VE(self) -> Tensor:
         """The codebook as it is: rows are compared by their Euclidean distance, not normalized."""
         return self.quantize.embedding.weight

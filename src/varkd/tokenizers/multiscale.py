@@ -159,6 +159,10 @@ class MultiScale(Tokenizer):
         return self.config.scales
 
     @property
+    def entries_VE(self) -> Tensor:
+        return self.quantize.embedding.weight
+
+    @property
     def codebook_VE(self) -> Tensor:
         """The codebook as it is: rows are compared by their Euclidean distance, not normalized."""
         return self.quantize.embedding.weight

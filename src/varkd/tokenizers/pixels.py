@@ -55,6 +55,10 @@ class Pixels(Tokenizer):
         return 1, self.config.height, self.config.width
 
     @property
+    def entries_VE(self) -> Tensor:
+        return self.levels_V[:, None]
+
+    @property
     def codebook_VE(self) -> Tensor:
         """The gray level of each code in [-1, 1]: float32 (V, 1)."""
         return self.levels_V[:, None]

@@ -5,6 +5,7 @@ Images are float tensors (B, C, H, W) in [-1, 1]; codes are int64 (B, L) in rast
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import asdict
 from functools import cached_property
@@ -50,6 +51,21 @@ class Tokenizer(nn.Module, ABC):
     @abstractmethod
     def decode(self, codes_BL: Tensor) -> Tensor:
         """Codes -> images in [-1, 1] (not clamped)."""
+
+    @property
+    @abstractmethod
+    def entries_VE(self) -> Tensor:
+        """The stored vectors that codes are decoded from, to be changed in place by `merged`."""
+
+    @torch.no_grad()
+    def merged(self, group_V: Tensor) -> Tokenizer:
+        """A copy whose codes decode to the mean codebook vector of their group; `group_V` is int64 (V,)."""
+        twin = copy.deepcopy(self)
+        vectors_VE, group_V = self.codebook_VE.double(), group_V.to(self.codebook_VE.device)
+        sums_KE = vectors_VE.new_zeros(int(group_V.max()) + 1, vectors_VE.shape[1]).index_add_(0, group_V, vectors_VE)
+        means_KE = sums_KE / torch.bincount(group_V).unsqueeze(1)
+        twin.entries_VE.copy_(means_KE[group_V])
+        return twin
 
     @property
     def scales(self) -> tuple[int, ...] | None:

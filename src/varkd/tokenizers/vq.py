@@ -119,6 +119,10 @@ class VQ(Tokenizer):
         return side, side
 
     @property
+    def entries_VE(self) -> Tensor:
+        return self.quantize.embedding.weight
+
+    @property
     def codebook_VE(self) -> Tensor:
         """The l2-normalized codebook: float32 (V, E)."""
         return F.normalize(self.quantize.embedding.weight, dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -56,7 +57,7 @@ def analysis_of(student: LlamaGen, teacher: LlamaGen, num: int = 40) -> Analysis
     }  # fmt: skip
     tables = {"positions": curves.positions(ranked, None, 0), "maps": curves.maps(values, (2, 3), None),
               "accumulated": curves.accumulated_error(ranked, 0)}  # fmt: skip
-    return Analysis(info, {name: as_read(table) for name, table in tables.items()})
+    return Analysis(Path("nowhere"), info, {name: as_read(table) for name, table in tables.items()})
 
 
 def test_equal_models_show_nothing_and_the_page_says_so(make_model: Models):

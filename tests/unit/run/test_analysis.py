@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from browsing import browser, fits, smallest_text, use, window
 from tiny_runs import FROM_THE_START, scale_codes, train
@@ -22,8 +24,10 @@ from varkd.report.diagnostics import SECTIONS
 from varkd.run import analysis as run_analysis
 from varkd.run.analysis import analyze_run
 from varkd.run.language import Language, language_pair
+from varkd.run.panels import kept_positions
 from varkd.run.subject import open_subject, sequences_of
-from varkd.types import Batch
+from varkd.train.encode import PSNR_CAP
+from varkd.types import Batch, Plan
 
 __all__ = ["browser", "scale_codes", "window"]
 
@@ -43,7 +47,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.ids += [value for name, value in attrs if name == "id" and value]
-        if tag not in ("meta", "link", "br", "image"):
+        if tag not in ("meta", "link", "br", "image", "img"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -98,6 +102,7 @@ def test_every_file_is_there(analysis: Path):
     tables = {"positions", "maps", "accumulated", "calibration", "prefix_swap", "risks", "cost", "weights", "selection",
               "selection_training", "language"}  # fmt: skip
     assert {path.name for path in analysis.iterdir()} == {"analysis.json", "index.html", "language",
+                                                         "codebook.png", "continuations.png",
                                                          *(f"{name}.csv" for name in tables)}  # fmt: skip
     for name in tables:
         assert rows(analysis / f"{name}.csv"), name
@@ -107,9 +112,9 @@ def test_the_page_holds_every_diagnostic_and_says_n(analysis: Path):
     page = Page((analysis / "index.html").read_text())
     assert page.open == [] and len(set(page.ids)) == len(page.ids)
     assert [name for name in page.ids if name[0] == "D" and name[1:].isdigit()] == [
-        f"D{number}" for number in (*range(1, 16), 18)
+        f"D{number}" for number in (*range(1, 16), 18, 19, 20)
     ]
-    assert len(SECTIONS) == 16 and page.text.count(f"N = {NUM}") >= 30 and f"N = {NUM} sequences" in page.text
+    assert len(SECTIONS) == 18 and page.text.count(f"N = {NUM}") >= 30 and f"N = {NUM} sequences" in page.text
     assert "nan" not in page.text.split() and "Give --" not in page.text
     assert "update 6" in page.text, "the selection of the last checkpoint"
 
@@ -247,3 +252,29 @@ def test_the_page_in_a_browser(window, analysis: Path):
     for drawing in window.locator("svg:visible").all():
         box = drawing.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= window.viewport_size["width"]
+
+
+def test_the_panels_show_groups_and_continuations(analysis: Path):
+    """VarKD's figures 4 and 5: a row per decode, and one per model and share of kept codes."""
+    found = json.loads((analysis / "analysis.json").read_text())
+    about = found["codebook"]
+    assert about["groups"] == -(-about["codes"] // 4) and about["psnr"] < PSNR_CAP
+    rows = found["continuations"]["rows"]
+    assert [(row["model"], row["kept"]) for row in rows] == [
+        (model, kept) for model in ("student", "teacher") for kept in (0.75, 0.5, 0.25, 0.0)
+    ]
+    assert all(0 <= row["confidence"] <= 1 and row["teacher_nll"] > 0 for row in rows)
+    for name, strips in (("codebook.png", 4), ("continuations.png", 9)):
+        with Image.open(analysis / name) as picture:
+            assert picture.height == strips * 48 + (strips - 1) * 2 and picture.width > 8 * 48
+    page = (analysis / "index.html").read_text()
+    assert page.count("<img ") == 2 and "data:image/png;base64," in page
+
+
+@pytest.mark.parametrize(("sizes", "share", "kept"), [((1,) * 8, 0.25, 2), ((1,) * 8, 0.0, 0), ((1, 4, 9), 0.5, 5),
+                                                      ((1, 4, 9), 0.05, 0), ((2, 2, 4), 0.75, 4)])  # fmt: skip
+def test_kept_positions_are_whole_leading_steps(sizes: tuple[int, ...], share: float, kept: int):
+    order = torch.stack([torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(s)) for s in range(3)])
+    where = kept_positions(Plan(order, sizes), share)
+    assert where.gather(1, order).int().sum(1).tolist() == [kept] * 3
+    assert where.gather(1, order)[:, :kept].all()

@@ -16,6 +16,7 @@ from varkd.errors import VarkdError
 from varkd.tokenizers.maskgit import MaskGIT, MaskGITConfig
 from varkd.tokenizers.multiscale import MultiScale, MultiScaleConfig
 from varkd.tokenizers.pixels import Pixels, PixelsConfig
+from varkd.tokenizers.protocol import Tokenizer
 from varkd.tokenizers.store import load_official, load_tokenizer, save_tokenizer
 from varkd.tokenizers.vq import VQ, VQConfig
 
@@ -249,3 +250,32 @@ def test_damaged_official_files(tokenizer: VQ, tmp_path: Path):
     torch.save(tokenizer.state_dict(), path)
     with pytest.raises(VarkdError, match="image_size 9 is not a multiple of 2"):
         load_official(path, 9)
+
+
+def small(kind: str) -> Tokenizer:
+    torch.manual_seed(0)
+    if kind == "pixels":
+        return Pixels(PixelsConfig())
+    if kind == "maskgit":
+        sizes = {"ch_mult": (1, 2), "num_res_blocks": 1, "norm_groups": 4}
+        return MaskGIT(MaskGITConfig(image_size=8, ch=8, z_channels=4, vocab_size=32, **sizes))
+    return VQ(VQConfig.small(16, 1, 32, 4)) if kind == "vq" else MultiScale(MultiScaleConfig.small(16, 1, 32, 4))
+
+
+@pytest.mark.parametrize("kind", ["vq", "multiscale", "maskgit", "pixels"])
+def test_merged_codes_decode_to_the_mean_of_their_group(kind: str):
+    """Codes of one group become one; groups of one change nothing; the tokenizer itself stays as it was."""
+    tokenizer = small(kind)
+    before, vocab_size = tokenizer.hash, tokenizer.vocab_size
+    codes_BL = torch.randint(vocab_size, (2, tokenizer.sequence_length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        alone = tokenizer.merged(torch.arange(vocab_size)).decode(codes_BL)
+        torch.testing.assert_close(alone, tokenizer.decode(codes_BL))
+        group_V = torch.arange(vocab_size) // 3
+        merged = tokenizer.merged(group_V)
+        assert merged.decode(codes_BL).equal(merged.decode(codes_BL // 3 * 3))
+        groups = [tokenizer.codebook_VE[group_V == group] for group in range(int(group_V.max()) + 1)]
+        means = torch.stack([vectors.mean(0) for vectors in groups])
+        torch.testing.assert_close(merged.entries_VE, means[group_V])
+    del tokenizer.hash
+    assert tokenizer.hash == before
