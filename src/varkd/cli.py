@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from varkd.errors import VarkdError, did_you_mean
+from varkd.run.options import adm_options
 
 _DATA = "digits, an image folder, a .parquet file (or train.parquet,validation.parquet), or a Hugging Face id"
 
@@ -242,16 +243,21 @@ def _sampler(arguments: argparse.Namespace):
 
 
 def _evaluate(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run_folder", type=Path, metavar="RUN")
+    verb.add_argument("run_folder", type=Path, metavar="RUN", help="a run; or, with --reference, an .npz or a folder")
     verb.add_argument("--num", type=int, default=None, help="number of samples (default: the run's own)")
     verb.add_argument("--seed", type=int, default=None, help="sampling seed (default: the run's own)")
     verb.add_argument("--features", type=Path, default=None, help="feature network folder (default: beside the codes)")
     verb.add_argument("--teacher", type=Path, default=None, help="model to compare with (default: the run's teacher)")
     verb.add_argument("--device", default="auto")
     _sampler_options(verb)
+    adm_options(verb)
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.reference or not (arguments.run_folder / "run.yaml").is_file():
+        from varkd.run.judging import run_judging
+
+        return run_judging(arguments)
     from dataclasses import replace
 
     from varkd.config import read_run

@@ -145,7 +145,7 @@ class _Npz(ImageFiles):
                     yield pixels.permute(0, 3, 1, 2)
 
     def _at(self, archive: zipfile.ZipFile, offset: int) -> tuple[IO[bytes], IO[bytes]]:
-        """A file that stands at this offset of the array's data. Stored members are read at once, not from the start."""
+        """A file that stands at this offset of the array's data; only compressed data are read from the start."""
         info = archive.getinfo("arr_0.npy")
         member = archive.open(info)
         _header(member)
@@ -183,7 +183,7 @@ class _Folder(ImageFiles):
         parents = [path.parent for path in paths]
         known = {parent: index for index, parent in enumerate(dict.fromkeys(parents))}
         labels = np.array([known[parent] for parent in parents], dtype=np.int64) if len(known) > 1 else None
-        result = cls(str(folder), len(paths), *first.shape[:2], labels, paths=paths)
+        result = cls(str(folder), len(paths), first.shape[0], first.shape[1], labels, paths=paths)
         if lossy := sum(path.suffix.lower() in _LOSSY for path in paths):
             result.warnings.append(f"{lossy} of {len(paths)} images in {folder} are stored with loss ({_LOSSY[0]} and "
                                    "the like): compression moves FID by tenths and more; write PNG")  # fmt: skip
@@ -239,7 +239,7 @@ def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return np.lib.format.read_array_header_2_0(member)
 
 
-class _npz_errors:  # noqa: N801
+class _npz_errors:
     """What a damaged .npz raises while it is read, as one line."""
 
     def __init__(self, path: Path) -> None:

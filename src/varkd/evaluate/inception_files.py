@@ -15,6 +15,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,7 +188,7 @@ def _constants(graph: memoryview) -> Iterator[tuple[str, Tensor]]:
 
 
 def _float_tensor(proto: memoryview) -> Tensor | None:
-    """A TensorProto of float32: dtype = 1, tensor_shape = 2, tensor_content = 4, float_val = 5; None for other types."""
+    """A TensorProto of float32 (dtype 1, tensor_shape 2, tensor_content 4, float_val 5); None for other types."""
     fields = list(_fields(proto))
     first = dict(fields)
     if first.get(1) != 1:  # DT_FLOAT
@@ -199,7 +200,7 @@ def _float_tensor(proto: memoryview) -> Tensor | None:
     return values.expand(dims) if len(values) == 1 else values.view(dims)
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:
     """(field number, value) of a serialized message: an int for varints, else bytes."""
     position = 0
     while position < len(message):
@@ -207,7 +208,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
         kind = key & 7
         if kind == 0:
             value, position = _varint(message, position)
-            yield key >> 3, value  # type: ignore[misc]
+            yield key >> 3, value
             continue
         if kind == 2:
             length, position = _varint(message, position)

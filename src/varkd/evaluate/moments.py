@@ -3,7 +3,8 @@
     d^2 = |m_a - m_b|^2 + tr C_a + tr C_b - 2 tr (C_a C_b)^(1/2)        (Heusel et al. 2017, 1706.08500)
 
 Everything is float64. The trace of the root is the nuclear norm of C_a^(1/2) C_b^(1/2), which keeps its digits where
-covariances are singular (2,048 features of fewer samples), and nothing is clamped: equal sets may give -1e-9, as in ADM.
+covariances are singular (2,048 features of fewer samples), and nothing is clamped: as in ADM, equal sets may give
+-1e-9.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from varkd.errors import VarkdError
 from varkd.evaluate.intervals import Estimate
-from varkd.world import World
 
 _ROWS = 2048
 _NORMAL_95 = 1.959963984540054
@@ -36,35 +36,23 @@ class Gaussian:
                              f"are no mean and covariance")  # fmt: skip
 
 
-def gaussian_of(features_NF: Tensor, world: World | None = None) -> Gaussian:
-    """The moments of features (N, F), of all ranks together where `world` has several.
-
-    The sums are float64 in blocks, so half-size batches or two ranks change the last digits only.
+def gaussian_of(features_NF: Tensor) -> Gaussian:
+    """The moments of features (N, F): float64 sums in blocks, whatever the dtype of the features.
 
     Raises:
         VarkdError: not a matrix, fewer than 2 rows, or a value that is not finite.
     """
-    world = world or World()
-    if features_NF.ndim != 2:
-        raise VarkdError(f"features must be (N, F), not {tuple(features_NF.shape)}")
-    width, device = features_NF.shape[1], features_NF.device
-    head = torch.zeros(2, dtype=torch.float64, device=device)
-    head[0] = len(features_NF)
-    head[1] = float(not features_NF.isfinite().all()) if len(features_NF) else 0.0
-    num, broken = (round(value) for value in world.sum(head).tolist())
-    if broken:
+    if features_NF.ndim != 2 or len(features_NF) < 2:
+        raise VarkdError(f"statistics need at least 2 samples as (N, F), not shape {tuple(features_NF.shape)}")
+    if not features_NF.isfinite().all():
         raise VarkdError("some features are not finite: the images or the feature network hold NaN or infinity")
-    if num < 2:
-        raise VarkdError(f"statistics need at least 2 samples, not {num}")
-    total_F = torch.zeros(width, dtype=torch.float64, device=device)
-    for rows in features_NF.split(_ROWS):
-        total_F += rows.double().sum(0)
-    mean_F = world.sum(total_F) / num
-    outer_FF = torch.zeros(width, width, dtype=torch.float64, device=device)
+    num, width = features_NF.shape
+    mean_F = sum(rows.double().sum(0) for rows in features_NF.split(_ROWS)) / num
+    outer_FF = torch.zeros(width, width, dtype=torch.float64, device=features_NF.device)
     for rows in features_NF.split(_ROWS):
         centered = rows.double() - mean_F
         outer_FF.addmm_(centered.T, centered)
-    return Gaussian(mean_F, world.sum(outer_FF) / (num - 1), num)
+    return Gaussian(torch.as_tensor(mean_F), outer_FF / (num - 1), num)
 
 
 def frechet(a: Gaussian, b: Gaussian) -> float:
@@ -76,8 +64,8 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
     _check_widths(a, b)
     device = a.mean_F.device
     mean_b, covariance_b = b.mean_F.to(device), b.covariance_FF.to(device)
-    product = _root(a.covariance_FF) @ _root(covariance_b)
-    cross = torch.linalg.svdvals(product).sum()
+    # The roots up to a rotation, which no singular value sees.
+    cross = torch.linalg.svdvals(_factor(a.covariance_FF).T @ _factor(covariance_b)).sum()
     traces = a.covariance_FF.trace() + covariance_b.trace()
     return float((a.mean_F - mean_b).square().sum() + traces - 2 * cross)
 
@@ -107,6 +95,13 @@ def frechet_interval(features_NF: Tensor, a: Gaussian, b: Gaussian, value: float
         influence.append(centered @ shift_F + ((centered @ slope) * centered).sum(1))
     half = _NORMAL_95 * float(torch.cat(influence).std()) / num**0.5
     return Estimate(value, value - half, value + half)
+
+
+def _factor(covariance_FF: Tensor) -> Tensor:
+    """F with F F^T = C, without the columns of eigenvalues that are zero to the last digit."""
+    values, vectors = torch.linalg.eigh(covariance_FF)
+    kept = values > values.max().clamp(min=0) * 1e-15
+    return vectors[:, kept] * values[kept].sqrt()
 
 
 def _root(covariance_FF: Tensor) -> Tensor:
