@@ -254,23 +254,9 @@ def _evaluate(verb: argparse.ArgumentParser) -> None:
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> None:
-    if arguments.reference or not (arguments.run_folder / "run.yaml").is_file():
-        from varkd.run.judging import run_judging
+    from varkd.run.judging import evaluate_verb
 
-        return run_judging(arguments)
-    from dataclasses import replace
-
-    from varkd.config import read_run
-    from varkd.report.tables import comparison_table, format_text_table
-    from varkd.run.evaluation import evaluate_run
-
-    given = {"num_samples": arguments.num, "seed": arguments.seed, "sampler": _sampler(arguments)}
-    settings = replace(read_run(arguments.run_folder).evaluation, **{k: v for k, v in given.items() if v is not None})
-    metrics = evaluate_run(
-        arguments.run_folder, settings=settings, **_options(arguments, "features", "teacher", "device")
-    )
-    print(format_text_table(comparison_table([metrics])))
-    print(arguments.run_folder / "metrics.json")
+    evaluate_verb(arguments, _sampler)
 
 
 def _analyze(verb: argparse.ArgumentParser) -> None:

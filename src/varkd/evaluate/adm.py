@@ -162,9 +162,12 @@ def _warnings(images: ImageFiles, real: Reference, logits_NC: Tensor) -> list[st
 
 
 def protocol_differences(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The settings in which protocols differ, one line each: "setting: value / value"."""
+    """The settings in which protocols differ, one line each: "setting: value / value".
+
+    The name of the reference does not count: its hash does.
+    """
     flat = [_flat(protocol) for protocol in protocols]
-    names = dict.fromkeys(name for row in flat for name in row)
+    names = dict.fromkeys(name for row in flat for name in row if name != "reference.name")
     lines = []
     for name in names:
         values = list(dict.fromkeys(repr(row.get(name)) for row in flat))

@@ -82,7 +82,7 @@ def class_sorted(labels_N: NDArray[np.int64]) -> bool:
     _, counts = np.unique(labels_N, return_counts=True)
     chance = float(((counts / num) ** 2).sum())
     agreeing, pairs = float((labels_N[1:] == labels_N[:-1]).sum()), num - 1
-    return chance < 0.9 and agreeing > chance * pairs + 6 * np.sqrt(chance * (1 - chance) * pairs + 1)
+    return chance < 0.9 and agreeing > chance * pairs + 5 * np.sqrt(chance * (1 - chance) * pairs + 1)
 
 
 @dataclass

@@ -23,11 +23,16 @@ _NORMAL_95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean (F,), covariance (F, F; divisor N - 1), both float64, and how many samples they are of (None: unknown)."""
+    """Mean (F,), covariance (F, F; divisor N - 1), both float64, and how many samples they are of (None: unknown).
+
+    `factor_FN` (F, N) with covariance = factor factor^T saves a decomposition where there are fewer samples than
+    features.
+    """
 
     mean_F: Tensor
     covariance_FF: Tensor
     num: int | None = None
+    factor_FN: Tensor | None = None
 
     def __post_init__(self) -> None:
         width = len(self.mean_F)
@@ -52,7 +57,9 @@ def gaussian_of(features_NF: Tensor) -> Gaussian:
     for rows in features_NF.split(_ROWS):
         centered = rows.double() - mean_F
         outer_FF.addmm_(centered.T, centered)
-    return Gaussian(torch.as_tensor(mean_F), outer_FF / (num - 1), num)
+    mean_F = torch.as_tensor(mean_F)
+    factor_FN = (features_NF.double() - mean_F).T / (num - 1) ** 0.5 if num < width else None
+    return Gaussian(mean_F, outer_FF / (num - 1), num, factor_FN)
 
 
 def frechet(a: Gaussian, b: Gaussian) -> float:
@@ -63,11 +70,10 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
     """
     _check_widths(a, b)
     device = a.mean_F.device
-    mean_b, covariance_b = b.mean_F.to(device), b.covariance_FF.to(device)
     # The roots up to a rotation, which no singular value sees.
-    cross = torch.linalg.svdvals(_factor(a.covariance_FF).T @ _factor(covariance_b)).sum()
-    traces = a.covariance_FF.trace() + covariance_b.trace()
-    return float((a.mean_F - mean_b).square().sum() + traces - 2 * cross)
+    cross = torch.linalg.svdvals(_factor(a).T @ _factor(b).to(device)).sum()
+    traces = a.covariance_FF.trace() + b.covariance_FF.to(device).trace()
+    return float((a.mean_F - b.mean_F.to(device)).square().sum() + traces - 2 * cross)
 
 
 def frechet_interval(features_NF: Tensor, a: Gaussian, b: Gaussian, value: float) -> Estimate | None:
@@ -97,9 +103,11 @@ def frechet_interval(features_NF: Tensor, a: Gaussian, b: Gaussian, value: float
     return Estimate(value, value - half, value + half)
 
 
-def _factor(covariance_FF: Tensor) -> Tensor:
+def _factor(gaussian: Gaussian) -> Tensor:
     """F with F F^T = C, without the columns of eigenvalues that are zero to the last digit."""
-    values, vectors = torch.linalg.eigh(covariance_FF)
+    if gaussian.factor_FN is not None:
+        return gaussian.factor_FN
+    values, vectors = torch.linalg.eigh(gaussian.covariance_FF)
     kept = values > values.max().clamp(min=0) * 1e-15
     return vectors[:, kept] * values[kept].sqrt()
 
