@@ -208,15 +208,23 @@ def _sample(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--labels", type=int, nargs="+", default=None, help="class labels (default: all, balanced)")
     verb.add_argument("--seed", type=int, default=None)
     verb.add_argument("--batch-size", type=int, default=250)
+    verb.add_argument("--format", choices=("npz", "png"), default="npz", help="one .npz, or a folder of PNGs")
     verb.add_argument("--device", default="auto")
     _sampler_options(verb)
 
 
 def _run_sample(arguments: argparse.Namespace) -> None:
     from varkd.run.sampling import sample_run
+    from varkd.world import World
 
-    options = _options(arguments, "seed", "labels", "batch_size", "device")
-    print(sample_run(arguments.run_folder, arguments.out, arguments.num, sampler=_sampler(arguments), **options))
+    options, world = _options(arguments, "seed", "labels", "batch_size", "device"), World.from_environment()
+    try:
+        out = sample_run(arguments.run_folder, arguments.out, arguments.num, sampler=_sampler(arguments),
+                         layout=arguments.format, world=world, **options)  # fmt: skip
+    finally:
+        world.close()
+    if world.is_main:
+        print(out)
 
 
 def _sampler_options(verb: argparse.ArgumentParser) -> None:
