@@ -204,7 +204,8 @@ def _run_train(arguments: argparse.Namespace) -> int:
 def _sample(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run_folder", type=Path, metavar="RUN")
     verb.add_argument("--out", type=Path, required=True, help="folder of the samples")
-    verb.add_argument("--num", type=int, default=100, help="number of images (default: %(default)s)")
+    verb.add_argument("--num", "--num-images", type=int, default=100, help="number of images (default: %(default)s; "
+                      "under torchrun write --num-images: it takes --num for one of its own options)")  # fmt: skip
     verb.add_argument("--labels", type=int, nargs="+", default=None, help="class labels (default: all, balanced)")
     verb.add_argument("--seed", type=int, default=None)
     verb.add_argument("--batch-size", type=int, default=250)
@@ -252,7 +253,7 @@ def _sampler(arguments: argparse.Namespace):
 
 def _evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run_folder", type=Path, metavar="RUN", help="a run; or, with --reference, an .npz or a folder")
-    verb.add_argument("--num", type=int, default=None, help="number of samples (default: the run's own)")
+    verb.add_argument("--num", "--num-images", type=int, default=None, help="number of samples (default: the run's own)")
     verb.add_argument("--seed", type=int, default=None, help="sampling seed (default: the run's own)")
     verb.add_argument("--features", type=Path, default=None, help="feature network folder (default: beside the codes)")
     verb.add_argument("--teacher", type=Path, default=None, help="model to compare with (default: the run's teacher)")
