@@ -253,7 +253,7 @@ def _sampler(arguments: argparse.Namespace):
 
 def _evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run_folder", type=Path, metavar="RUN", help="a run; or, with --reference, an .npz or a folder")
-    verb.add_argument("--num", "--num-images", type=int, default=None, help="number of samples (default: the run's own)")
+    verb.add_argument("--num", "--num-images", type=int, default=None, help="number of samples (default: the run's)")
     verb.add_argument("--seed", type=int, default=None, help="sampling seed (default: the run's own)")
     verb.add_argument("--features", type=Path, default=None, help="feature network folder (default: beside the codes)")
     verb.add_argument("--teacher", type=Path, default=None, help="model to compare with (default: the run's teacher)")

@@ -31,12 +31,16 @@ _LABELS = ("arr_1", "label", "labels")
 
 @dataclass
 class ImageFiles:
-    """N images of one size. `warnings` holds what a person should know of them, one line each."""
+    """N images of one size. `warnings` holds what a person should know of them, one line each.
+
+    Gray images (one channel) are given out as RGB with three equal channels.
+    """
 
     name: str
     num: int
     height: int
     width: int
+    channels: int = 3
     labels: NDArray[np.int64] | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -96,11 +100,12 @@ class _Array(ImageFiles):
         _check_dtype("the array", str(rows.dtype).removeprefix("torch."))
         if is_tensor and rows.ndim == 4 and rows.shape[1] == 3:
             rows = rows.permute(0, 2, 3, 1)
-        num, height, width = _check_shape("the array", tuple(rows.shape))
-        return cls("array", num, height, width, images_NCHW=rows.permute(0, 3, 1, 2))
+        shape = _check_shape("the array", tuple(rows.shape))
+        return cls("array", *shape, images_NCHW=rows.permute(0, 3, 1, 2))
 
     def batches(self, begin: int, end: int, size: int) -> Iterator[Tensor]:
-        yield from self.images_NCHW[begin:end].split(size)
+        for batch_BCHW in self.images_NCHW[begin:end].split(size):
+            yield batch_BCHW.expand(-1, 3, -1, -1)
 
     def hash(self) -> str:
         digest = hashlib.sha256()
@@ -123,16 +128,21 @@ class _Npz(ImageFiles):
             with archive.open("arr_0.npy") as member:
                 shape, fortran, dtype = _header(member)
             _check_dtype(f"{path}: arr_0", str(dtype))
-            num, height, width = _check_shape(f"{path}: arr_0", shape)
+            num, height, width, channels = _check_shape(f"{path}: arr_0", shape)
             if fortran:
                 raise VarkdError(f"{path}: arr_0 is in Fortran order: store np.ascontiguousarray(images)")
             labels = next((_array(archive, name) for name in _LABELS if name in names), None)
         if labels is not None and (labels.ndim != 1 or len(labels) != num or labels.dtype.kind not in "iu"):
             labels = None
-        return cls(str(path), num, height, width, None if labels is None else labels.astype(np.int64), path=path)
+        label_N = None if labels is None else labels.astype(np.int64)
+        result = cls(str(path), num, height, width, channels, label_N, path=path)
+        if channels == 1:
+            result.warnings.append(f"{path} holds gray images: they are judged as RGB with three equal channels, which "
+                                   "OpenAI's evaluator would refuse")  # fmt: skip
+        return result
 
     def batches(self, begin: int, end: int, size: int) -> Iterator[Tensor]:
-        bytes_each = self.height * self.width * 3
+        bytes_each = self.height * self.width * self.channels
         with _npz_errors(self.path), zipfile.ZipFile(self.path) as archive:
             member, data = self._at(archive, begin * bytes_each)
             with member:
@@ -141,8 +151,10 @@ class _Npz(ImageFiles):
                     content = bytearray(data.read(wanted))
                     if len(content) < wanted:
                         raise EOFError
-                    pixels = torch.frombuffer(content, dtype=torch.uint8).view(-1, self.height, self.width, 3)
-                    yield pixels.permute(0, 3, 1, 2)
+                    pixels = torch.frombuffer(content, dtype=torch.uint8).view(
+                        -1, self.height, self.width, self.channels
+                    )
+                    yield pixels.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
 
     def _at(self, archive: zipfile.ZipFile, offset: int) -> tuple[IO[bytes], IO[bytes]]:
         """A file that stands at this offset of the array's data; only compressed data are read from the start."""
@@ -183,7 +195,7 @@ class _Folder(ImageFiles):
         parents = [path.parent for path in paths]
         known = {parent: index for index, parent in enumerate(dict.fromkeys(parents))}
         labels = np.array([known[parent] for parent in parents], dtype=np.int64) if len(known) > 1 else None
-        result = cls(str(folder), len(paths), first.shape[0], first.shape[1], labels, paths=paths)
+        result = cls(str(folder), len(paths), first.shape[0], first.shape[1], 3, labels, paths=paths)
         if lossy := sum(path.suffix.lower() in _LOSSY for path in paths):
             result.warnings.append(f"{lossy} of {len(paths)} images in {folder} are stored with loss ({_LOSSY[0]} and "
                                    "the like): compression moves FID by tenths and more; write PNG")  # fmt: skip
@@ -262,10 +274,10 @@ def _check_dtype(what: str, dtype: str) -> None:
                          f"(rounding or truncation) before you judge them")  # fmt: skip
 
 
-def _check_shape(what: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    if len(shape) != 4 or shape[3] != 3 or 0 in shape:
+def _check_shape(what: str, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    if len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
         raise VarkdError(f"{what} has shape {shape}, not (N, height, width, 3)")
-    return shape[0], shape[1], shape[2]
+    return shape[0], shape[1], shape[2], shape[3]
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

@@ -6,46 +6,67 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from varkd.config import read_run
 from varkd.errors import VarkdError
 from varkd.evaluate.adm import AdmResult, adm, compare, format_result
+from varkd.evaluate.inception import Inception
 from varkd.evaluate.inception_files import load_inception
 from varkd.evaluate.manifolds import Mode
-from varkd.evaluate.reference import open_reference, save_reference
+from varkd.evaluate.reference import Reference, open_reference, save_reference
 from varkd.files import read_json, write_json
 from varkd.rollout import Sampler
-from varkd.run.data import pick_device
+from varkd.run.official_evaluation import evaluate_plan, open_candidate, plan_of, rank_device, search_guidance
+from varkd.run.protocols import PUBLISHED_NUM, format_card
 from varkd.world import World
 
 
-def judge_images(
-    samples: Path, reference: Path | None, *, inception: Path | None = None, mode: Mode = "adm", resamples: int = 200,
-    extras: bool = False, save_reference_to: Path | None = None, device: str = "auto", world: World | None = None,
-    quiet: bool = False,
-) -> AdmResult:  # fmt: skip
+def judge_images(samples: Path, judge: Judge) -> AdmResult:
     """ADM's numbers of a folder or an .npz.
 
-    Args:
-        save_reference_to: a folder that keeps the reference's statistics and features, for later runs.
-
     Raises:
-        VarkdError: no reference was given, or see `varkd.metrics.adm`.
+        VarkdError: see `varkd.metrics.adm`.
     """
-    if not samples.exists():
-        raise VarkdError(f"{samples} is not a run folder, an .npz file or a folder of images")
-    if reference is None:
-        raise VarkdError(f"{samples} is not a run folder, and images are judged against a reference: give --reference "
-                         "FILE, such as VIRTUAL_imagenet256_labeled.npz or a folder of real images")  # fmt: skip
-    world = world or World()
-    net = load_inception(inception, device=pick_device(device))
-    real = open_reference(reference, net, world=world, quiet=quiet)
-    if save_reference_to is not None and world.is_main:
-        save_reference(real, save_reference_to)
-    return adm(samples, real, net, mode=mode, resamples=resamples, extras=extras, world=world, quiet=quiet)
+    return adm(samples, judge.reference, judge.net, mode=judge.mode, resamples=judge.resamples, extras=judge.extras,
+               world=judge.world, quiet=judge.quiet)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The network and the reference of an evaluation, and its options."""
+
+    net: Inception
+    reference: Reference
+    mode: Mode
+    resamples: int
+    extras: bool
+    world: World
+    quiet: bool
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, world: World) -> Judge:
+        """As the options say; the reference is built, and saved where they ask.
+
+        Raises:
+            VarkdError: there is nothing to judge or no reference, or weights or reference are damaged.
+        """
+        samples = arguments.run_folder
+        if not samples.exists():
+            raise VarkdError(f"{samples} is not a run folder, an .npz file or a folder of images")
+        if arguments.reference is None and arguments.protocol:
+            raise VarkdError("samples are judged against a reference: give --reference FILE, such as "
+                             "VIRTUAL_imagenet256_labeled.npz")  # fmt: skip
+        if arguments.reference is None:
+            raise VarkdError(f"{samples} is not a run folder, and images are judged against a reference: give "
+                             "--reference FILE, such as VIRTUAL_imagenet256_labeled.npz")  # fmt: skip
+        net = load_inception(arguments.inception, device=rank_device(arguments.device, world))
+        reference = open_reference(arguments.reference, net, world=world, quiet=arguments.json)
+        if arguments.save_reference is not None and world.is_main:
+            save_reference(reference, arguments.save_reference)
+        return cls(net, reference, arguments.distances, arguments.resamples, arguments.extras, world, arguments.json)
 
 
 def compared_with(result: AdmResult, name: str, other: Path) -> str:
@@ -62,9 +83,12 @@ def compared_with(result: AdmResult, name: str, other: Path) -> str:
     return "\n".join(lines)
 
 
-def evaluate_verb(arguments: argparse.Namespace, sampler_of: Callable[[argparse.Namespace], Sampler | None]) -> None:
+SamplerOf = Callable[[argparse.Namespace], Sampler | None]
+
+
+def evaluate_verb(arguments: argparse.Namespace, sampler_of: SamplerOf) -> None:
     """`varkd evaluate`, parsed: a run under our own protocol, or images under ADM's."""
-    if arguments.reference or not (arguments.run_folder / "run.yaml").is_file():
+    if arguments.reference or arguments.protocol or not (arguments.run_folder / "run.yaml").is_file():
         _judge(arguments)
         return
     from varkd.report.tables import comparison_table, format_text_table
@@ -81,15 +105,44 @@ def evaluate_verb(arguments: argparse.Namespace, sampler_of: Callable[[argparse.
 def _judge(arguments: argparse.Namespace) -> None:
     world = World.from_environment()
     try:
-        result = judge_images(
-            arguments.run_folder, arguments.reference, inception=arguments.inception, mode=arguments.distances,
-            resamples=arguments.resamples, extras=arguments.extras, save_reference_to=arguments.save_reference,
-            device=arguments.device, world=world, quiet=arguments.json,
-        )  # fmt: skip
+        if arguments.protocol is None and _has_model(arguments.run_folder):
+            arguments.protocol = "own"
+        if arguments.protocol is None:
+            result, more = judge_images(arguments.run_folder, Judge.of(arguments, world)), {}
+        else:
+            result, more = _draw_and_judge(arguments, world)
     finally:
         world.close()
     if world.is_main:
-        show(result, arguments)
+        show(result, arguments, more)
+
+
+def _has_model(folder: Path) -> bool:
+    return (folder / "run.yaml").is_file()
+
+
+def _draw_and_judge(arguments: argparse.Namespace, world: World) -> tuple[AdmResult, dict[str, Any]]:
+    judge, more = Judge.of(arguments, world), {}
+    candidate = open_candidate(arguments.run_folder, arguments.tokenizer, str(rank_device(arguments.device, world)))
+    name, options = arguments.protocol, {"batch_size": arguments.batch_size, "seed": arguments.seed}
+    changes = _changes(arguments)
+    if arguments.search_guidance is not None:
+        changes["guidance"], more["search"] = search_guidance(
+            candidate, name, judge.reference, judge.net, arguments.search_guidance, num=arguments.search_num,
+            changes=changes, world=world, quiet=judge.quiet, **options,
+        )  # fmt: skip
+    chosen = plan_of(candidate, name, num=arguments.num or PUBLISHED_NUM, changes=changes, **options)
+    if world.is_main and not arguments.json:
+        print(format_card(chosen), end="\n\n")
+    result = evaluate_plan(candidate, chosen, judge.reference, judge.net, mode=judge.mode, resamples=judge.resamples,
+                           extras=judge.extras, world=world, quiet=judge.quiet)  # fmt: skip
+    return result, {**more, "card": chosen.card()}
+
+
+def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The sampler options that were given."""
+    given = {field.name: getattr(arguments, field.name, None) for field in fields(Sampler)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def show(result: AdmResult, arguments: argparse.Namespace, more: Mapping[str, Any] | None = None) -> None:

@@ -20,5 +20,12 @@ def adm_options(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--save-reference", type=Path, default=None, metavar="DIR", help="keep the reference's features")
     group.add_argument("--compare", type=Path, default=None, metavar="JSON",
                        help="an earlier result: printed beside, refused under another protocol")  # fmt: skip
+    group.add_argument("--protocol", choices=("llamagen", "var", "arpg", "randar", "rar", "own"), default=None,
+                       help="draw samples as the family's official evaluation does (own: as the run)")  # fmt: skip
+    group.add_argument("--tokenizer", type=Path, default=None, metavar="DIR", help="of a model folder that is no run")
+    group.add_argument("--search-guidance", type=float, nargs="*", default=None, metavar="SCALE",
+                       help="find the scale first, on 10,000 samples of another seed")  # fmt: skip
+    group.add_argument("--search-num", type=int, default=10_000, help="samples of that search (default: %(default)s)")
+    group.add_argument("--batch-size", type=int, default=250, help="images drawn at a time (default: %(default)s)")
     group.add_argument("--json", action="store_true", help="print one JSON object")
     group.add_argument("--out", type=Path, default=None, metavar="JSON", help="write the result there too")

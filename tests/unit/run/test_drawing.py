@@ -104,7 +104,8 @@ def test_a_killed_command_resumes(tmp_path: Path, student: Path):
 
 @pytest.mark.slow
 def test_two_ranks_write_what_one_does(tmp_path: Path, student: Path):
-    command = [str(ENTRY), "sample", str(student), "--num-images", "50", "--batch-size", "8", "--device", "cpu", "--out"]
+    options = ["--num-images", "50", "--batch-size", "8", "--device", "cpu", "--out"]
+    command = [str(ENTRY), "sample", str(student), *options]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([sys.executable, *torchrun, *command, str(tmp_path / "two")], timeout=240, check=False,
                           capture_output=True, text=True)  # fmt: skip
