@@ -47,6 +47,10 @@ class AdmResult:
     def __getitem__(self, name: str) -> float | None:
         return self.values[name]
 
+    def keys(self) -> list[str]:
+        """The names of the numbers: `dict(result)` holds them."""
+        return list(self.values)
+
     def to_json(self) -> dict[str, Any]:
         """One flat JSON object: the numbers, `intervals`, `protocol` and `warnings`."""
         return {**self.values, "intervals": self.intervals, "protocol": self.protocol, "warnings": self.warnings}

@@ -84,7 +84,7 @@ class Inception(nn.Module):
         if images_BCHW.dtype != torch.uint8 or images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
             raise VarkdError(f"Inception takes uint8 images (B, 3, H, W), not {tuple(images_BCHW.shape)} "
                              f"{str(images_BCHW.dtype).removeprefix('torch.')}")  # fmt: skip
-        with _full_precision():
+        with full_precision():
             return self.taps(normalized(tf1_resize(images_BCHW.to(self.device))).to(self.dtype))
 
     def taps(self, images: Tensor) -> Taps:
@@ -101,7 +101,7 @@ class Inception(nn.Module):
 
     def logits(self, pool_BF: Tensor) -> Tensor:
         """pool_3 @ softmax/weights, without the bias: (B, 1008), as ADM's Inception Score has it."""
-        with _full_precision():
+        with full_precision():
             return pool_BF @ self.fc_weight.to(pool_BF).T
 
 
@@ -256,7 +256,7 @@ def normalized(images: Tensor) -> Tensor:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """No TF32 inside: features must not depend on a global flag."""
     allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

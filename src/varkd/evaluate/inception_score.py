@@ -36,16 +36,13 @@ def inception_score_interval(logits_NC: Tensor, resamples: int, seed: int = 0, c
     _check(logits_NC, chunk)
     value = inception_score(logits_NC, chunk)
     generator = Rng(seed).generator("inception score")
-    drawn_R, num_chunks = torch.zeros(resamples, dtype=torch.float64), 0
-    for rows in logits_NC.split(chunk):
+    chunks, drawn_R = logits_NC.split(chunk), torch.zeros(resamples, dtype=torch.float64)
+    for rows in chunks:
         probability_NC, negative_entropy_N = (part.cpu() for part in _probabilities(rows))
-        num_chunks += 1
-        for index in range(resamples):
-            chosen = torch.randint(len(rows), (len(rows),), generator=generator)
-            counts_N = torch.bincount(chosen, minlength=len(rows)).double()
-            mean_C = counts_N @ probability_NC / len(rows)
-            drawn_R[index] += _of_means(mean_C, counts_N @ negative_entropy_N / len(rows))
-    drawn_R /= num_chunks
+        chosen_RN = torch.randint(len(rows), (resamples, len(rows)), generator=generator)
+        ones = torch.ones((), dtype=torch.float64).expand(chosen_RN.shape)
+        share_RN = torch.zeros(chosen_RN.shape, dtype=torch.float64).scatter_add_(1, chosen_RN, ones) / len(rows)
+        drawn_R += _of_means(share_RN @ probability_NC, share_RN @ negative_entropy_N) / len(chunks)
     shifted = drawn_R - drawn_R.quantile(0.5) + value
     low, high = (float(shifted.quantile(tail)) for tail in (0.025, 0.975))
     return Estimate(value, max(1.0, min(low, value)), max(high, value))
@@ -66,8 +63,9 @@ def _probabilities(logits_NC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _score(probability_NC: Tensor, negative_entropy_N: Tensor) -> float:
-    return _of_means(probability_NC.mean(0), negative_entropy_N.mean())
+    return float(_of_means(probability_NC.mean(0), negative_entropy_N.mean()))
 
 
-def _of_means(mean_C: Tensor, negative_entropy: Tensor) -> float:
-    return float((negative_entropy + torch.special.entr(mean_C).sum()).exp())
+def _of_means(mean_C: Tensor, negative_entropy: Tensor) -> Tensor:
+    """The score from mean probabilities (..., C) and mean sum p log p (...)."""
+    return (negative_entropy + torch.special.entr(mean_C).sum(-1)).exp()

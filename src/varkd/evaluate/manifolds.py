@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from varkd.errors import VarkdError
+from varkd.evaluate.inception import full_precision
 from varkd.evaluate.intervals import Estimate, share
 from varkd.world import Rng, World
 
@@ -113,8 +114,7 @@ class _Points:
         norm = torch.cat([rows.float().square().half().float().sum(1) for rows in half.split(_ROWS)])
         # |u|^2 + 2 |u.v| + |v|^2 <= 4 max |u|^2, with room for the rounding
         safe = bool(norm.max() * 4.1 < _HALF_MAX)
-        cast = half.float() if points_NF.device.type == "cpu" else half
-        return cls(points_NF, cast, norm.half(), mode, safe)
+        return cls(points_NF, half.float(), norm.half(), mode, safe)
 
 
 def radii(points: _Points, k: int = NEIGHBORS, begin: int = 0, end: int | None = None) -> Tensor:
@@ -165,7 +165,8 @@ def blocks(
 
 
 def _half(a: _Points, b: _Points, rows: slice, columns: slice, columns_first: bool) -> Tensor:
-    product = (a.cast_NF[rows] @ b.cast_NF[columns].T).half()  # accumulated in float32, rounded once
+    # Accumulated in float32, rounded once; TF32 would change nothing, its numbers are as fine as float16's.
+    product = (a.cast_NF[rows] @ b.cast_NF[columns].T).half()
     first, second = a.norm_N[rows, None], b.norm_N[None, columns]
     if columns_first:
         first, second = second, first
@@ -177,7 +178,8 @@ def _wide(a: _Points, b: _Points, rows: slice, columns: slice, columns_first: bo
     norm, other = first.square().sum(1)[:, None], second.square().sum(1)[None]
     if columns_first:
         norm, other = other, norm
-    return (norm - 2 * (first @ second.T) + other).clamp_(min=0)
+    with full_precision():
+        return (norm - 2 * (first @ second.T) + other).clamp_(min=0)
 
 
 def _exact(a: _Points, b: _Points, rows: slice, columns: slice, columns_first: bool) -> Tensor:
