@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -111,16 +111,30 @@ def fidelity() -> Callable[[Tensor], object] | None:
 def features(num: int, seed: int, shift: float = 0.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(64, POOL_DIM, generator=torch.Generator().manual_seed(9)) * 0.05
-    rows = [torch.randn(len(part), 64, generator=generator) @ basis + 0.3 + shift
-            for part in torch.empty(num, 0).split(5000)]  # fmt: skip
-    return torch.cat([part + 0.1 * torch.randn(part.shape, generator=generator) for part in rows]).relu_()
+    found = torch.empty(num, POOL_DIM)
+    for rows in found.split(1000):
+        rows.copy_(torch.randn(len(rows), 64, generator=generator) @ basis + 0.3 + shift)
+        rows.add_(torch.randn(rows.shape, generator=generator), alpha=0.1).relu_()
+    return found
 
 
 def timed(name: str, run: Callable[[], object]) -> None:
+    reset_peak()
     begun = time.perf_counter()
     found = run()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{name}: {time.perf_counter() - begun:.1f} s, peak {peak:.2f} GB   {found}")
+    seconds = time.perf_counter() - begun
+    print(f"{name}: {seconds:.1f} s, peak {peak_since_reset():.2f} GB   {found}", flush=True)
+
+
+def reset_peak() -> None:
+    """Forget the process's highest memory so far (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_since_reset() -> float:
+    """GB that the process held at most since then."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 2**20
 
 
 def main() -> None:

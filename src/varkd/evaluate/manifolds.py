@@ -64,7 +64,7 @@ def precision_recall(
         if points.ndim != 2 or len(points) <= k:
             raise VarkdError(f"precision and recall with k = {k} need at least {k + 1} points in each set: the {name} "
                              f"have shape {tuple(points.shape)}")  # fmt: skip
-        if not points.isfinite().all():
+        if not all(bool(rows.isfinite().all()) for rows in points.split(_BLOCK)):
             raise VarkdError(f"some features of the {name} are not finite")
     if reference_MF.shape[1] != samples_NF.shape[1]:
         raise VarkdError(f"features of width {reference_MF.shape[1]} and {samples_NF.shape[1]} come from two networks")
@@ -110,21 +110,26 @@ class _Points:
         if mode == "float32":
             cast = points_NF.double()
             return cls(points_NF, cast, cast.square().sum(1), mode, True)
-        half = points_NF.half()
-        norm = torch.cat([rows.float().square().half().float().sum(1) for rows in half.split(_ROWS)])
+        cast, norm = torch.empty_like(points_NF, dtype=torch.float32), []
+        for rows, target in zip(points_NF.split(_ROWS), cast.split(_ROWS), strict=True):
+            target.copy_(rows.half())
+            norm.append(target.square().half().float().sum(1))
+        norm = torch.cat(norm)
         # |u|^2 + 2 |u.v| + |v|^2 <= 4 max |u|^2, with room for the rounding
         safe = bool(norm.max() * 4.1 < _HALF_MAX)
-        return cls(points_NF, half.float(), norm.half(), mode, safe)
+        return cls(points_NF, cast, norm.half(), mode, safe)
 
 
 def radii(points: _Points, k: int = NEIGHBORS, begin: int = 0, end: int | None = None) -> Tensor:
     """Squared distance of points `begin` to `end` to their k-th nearest other point: (end - begin,)."""
     end = len(points.cast_NF) if end is None else end
-    found: dict[int, list[Tensor]] = {}
+    dtype = torch.float64 if points.mode == "float32" else torch.float32
+    # One tensor from the beginning: small ones kept between the large pieces would hold the freed memory of those.
+    nearest = torch.full((end - begin, k + 1), torch.inf, dtype=dtype, device=points.cast_NF.device)
     for rows, _, distances in blocks(points, points, begin, end):
-        found.setdefault(rows.start, []).append(_smallest(distances, k + 1))
-    nearest = [torch.cat(parts, 1).sort(1).values[:, k] for _, parts in sorted(found.items())]
-    return torch.cat(nearest) if nearest else points.norm_N.new_zeros(0)
+        own = nearest[rows.start - begin : rows.stop - begin]
+        own.copy_(torch.cat([own, _smallest(distances, k + 1).to(dtype)], 1).sort(1).values[:, : k + 1])
+    return nearest[:, k].clone()
 
 
 def _smallest(distances_RC: Tensor, count: int) -> Tensor:

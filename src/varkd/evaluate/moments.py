@@ -49,7 +49,7 @@ def gaussian_of(features_NF: Tensor) -> Gaussian:
     """
     if features_NF.ndim != 2 or len(features_NF) < 2:
         raise VarkdError(f"statistics need at least 2 samples as (N, F), not shape {tuple(features_NF.shape)}")
-    if not features_NF.isfinite().all():
+    if not all(bool(rows.isfinite().all()) for rows in features_NF.split(_ROWS)):
         raise VarkdError("some features are not finite: the images or the feature network hold NaN or infinity")
     num, width = features_NF.shape
     mean_F = sum(rows.double().sum(0) for rows in features_NF.split(_ROWS)) / num
