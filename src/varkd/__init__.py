@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from varkd.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from varkd import divergences, parts
+    from varkd import divergences, metrics, parts
     from varkd.backbones.arpg import ARPG, ARPGConfig
     from varkd.backbones.llamagen import LlamaGen, LlamaGenConfig
     from varkd.backbones.protocol import Backbone
@@ -46,13 +46,13 @@ _MODULE_OF = {
     "generate": "sampling", "load": "run.models", "load_official": "run.official", "load_tokenizer": "tokenizers.store",
     "open_images": "data.images", "save_tokenizer": "tokenizers.store",
 }  # fmt: skip
-_MODULES = ("divergences", "parts")
+_MODULES = ("divergences", "metrics", "parts")
 
 __all__ = [
     "ARPG", "METHODS", "RAR", "VAR", "ARPGConfig", "Backbone", "Batch", "CodeDataset", "Condition", "DataLoader",
     "Distiller", "ImageSet", "LlamaGen", "LlamaGenConfig", "Method", "Plan", "RARConfig", "RandAR", "RandARConfig",
     "Rng", "Sampler", "Term", "VARConfig", "VarkdError", "World", "__version__", "build", "divergences", "export",
-    "generate", "load", "load_official", "load_tokenizer", "open_images", "parts", "save_tokenizer",
+    "generate", "load", "load_official", "load_tokenizer", "metrics", "open_images", "parts", "save_tokenizer",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from varkd.errors import VarkdError, did_you_mean
+from varkd.run.options import adm_options, sampler_of, sampler_options
 from varkd.version import VERSION
 
 _DATA = "digits, an image folder, a .parquet file (or train.parquet,validation.parquet), or a Hugging Face id"
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     _zoo(_verb(verbs, "zoo", _run_zoo, "list the published models that varkd reads"))
     _convert(_verb(verbs, "convert", _run_convert, "an official checkpoint -> a model folder, with a key report"))
     _export(_verb(verbs, "export", _run_export, "the model of a run -> a model folder, or an official file"))
+    _reproduce(_verb(verbs, "reproduce", _run_reproduce, "the commands of a row of the VarKD paper's ImageNet table"))
     return top
 
 
@@ -215,81 +217,45 @@ def _run_train(arguments: argparse.Namespace) -> int:
 def _sample(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run_folder", type=Path, metavar="RUN")
     verb.add_argument("--out", type=Path, required=True, help="folder of the samples")
-    verb.add_argument("--num", type=int, default=100, help="number of images (default: %(default)s)")
+    verb.add_argument("--num", "--num-images", type=int, default=100, help="number of images (default: %(default)s; "
+                      "under torchrun write --num-images: it takes --num for one of its own options)")  # fmt: skip
     verb.add_argument("--labels", type=int, nargs="+", default=None, help="class labels (default: all, balanced)")
     verb.add_argument("--seed", type=int, default=None)
     verb.add_argument("--batch-size", type=int, default=250)
+    verb.add_argument("--format", choices=("npz", "png"), default="npz", help="one .npz, or a folder of PNGs")
     verb.add_argument("--device", default="auto")
-    _sampler_options(verb)
+    sampler_options(verb)
 
 
 def _run_sample(arguments: argparse.Namespace) -> None:
     from varkd.run.sampling import sample_run
+    from varkd.world import World
 
-    options = _options(arguments, "seed", "labels", "batch_size", "device")
-    print(sample_run(arguments.run_folder, arguments.out, arguments.num, sampler=_sampler(arguments), **options))
-
-
-def _sampler_options(verb: argparse.ArgumentParser) -> None:
-    text = "(default: the run's own)"
-    verb.add_argument("--temperature", type=float, default=None, help=f"0 is greedy {text}")
-    verb.add_argument("--top-k", type=int, default=None, help=f"0 keeps all codes {text}")
-    verb.add_argument("--top-p", type=float, default=None, help=f"1 keeps all codes {text}")
-    verb.add_argument("--guidance", type=float, default=None, help=f"largest classifier-free guidance scale, 1 is off; "
-                      f"it moves along the family's own schedule {text}")  # fmt: skip
-    verb.add_argument("--guidance-power", type=float, default=None, help=f"rar: shape of the schedule {text}")
-    verb.add_argument("--steps", type=int, default=None, help=f"decode in parallel in this many steps {text}")
-    verb.add_argument("--step-schedule", default=None, help=f"arpg: arccos or cosine {text}")
-    verb.add_argument("--parallel", choices=("off", "zipar", "auto"), default=None,
-                      help=f"zipar decodes rows of the grid at once (llamagen) {text}")  # fmt: skip
-    verb.add_argument("--window", type=int, default=None, help=f"zipar: codes between a row and the next {text}")
-
-
-def _sampler(arguments: argparse.Namespace):
-    """The run's sampler with the given options changed, or None when none is given."""
-    from dataclasses import replace
-
-    from varkd.config import read_run
-
-    names = (
-        "temperature",
-        "top_k",
-        "top_p",
-        "guidance",
-        "guidance_power",
-        "steps",
-        "step_schedule",
-        "parallel",
-        "window",
-    )
-    given = {name: value for name, value in _options(arguments, *names).items() if value is not None}
-    return replace(read_run(arguments.run_folder).evaluation.sampler, **given) if given else None
+    options, world = _options(arguments, "seed", "labels", "batch_size", "device"), World.from_environment()
+    try:
+        out = sample_run(arguments.run_folder, arguments.out, arguments.num, sampler=sampler_of(arguments),
+                         layout=arguments.format, world=world, **options)  # fmt: skip
+    finally:
+        world.close()
+    if world.is_main:
+        print(out)
 
 
 def _evaluate(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run_folder", type=Path, metavar="RUN")
-    verb.add_argument("--num", type=int, default=None, help="number of samples (default: the run's own)")
+    verb.add_argument("run_folder", type=Path, metavar="RUN", help="a run; or, with --reference, an .npz or a folder")
+    verb.add_argument("--num", "--num-images", type=int, default=None, help="number of samples (default: the run's)")
     verb.add_argument("--seed", type=int, default=None, help="sampling seed (default: the run's own)")
     verb.add_argument("--features", type=Path, default=None, help="feature network folder (default: beside the codes)")
     verb.add_argument("--teacher", type=Path, default=None, help="model to compare with (default: the run's teacher)")
     verb.add_argument("--device", default="auto")
-    _sampler_options(verb)
+    sampler_options(verb)
+    adm_options(verb)
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> None:
-    from dataclasses import replace
+    from varkd.run.judging import evaluate_verb
 
-    from varkd.config import read_run
-    from varkd.report.tables import comparison_table, format_text_table
-    from varkd.run.evaluation import evaluate_run
-
-    given = {"num_samples": arguments.num, "seed": arguments.seed, "sampler": _sampler(arguments)}
-    settings = replace(read_run(arguments.run_folder).evaluation, **{k: v for k, v in given.items() if v is not None})
-    metrics = evaluate_run(
-        arguments.run_folder, settings=settings, **_options(arguments, "features", "teacher", "device")
-    )
-    print(format_text_table(comparison_table([metrics])))
-    print(arguments.run_folder / "metrics.json")
+    evaluate_verb(arguments, sampler_of)
 
 
 def _analyze(verb: argparse.ArgumentParser) -> None:
@@ -436,6 +402,26 @@ def _run_export(arguments: argparse.Namespace) -> None:
     from varkd.run.official import export
 
     print(f"{export(arguments.run_folder, arguments.out, arguments.official)}\n{arguments.out}")
+
+
+def _reproduce(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("row", help="llamagen-b-from-l, llamagen-l-from-xl, arpg-l-from-xl, ... (docs/imagenet.md)")
+    verb.add_argument("--images", type=Path, default=Path("imagenet/train"), help="training images, a folder per class")
+    verb.add_argument("--downloads", type=Path, default=Path("downloads"), help="folder of the official files")
+    verb.add_argument("--out", type=Path, default=Path("runs/imagenet"), help="folder of everything that is made")
+    verb.add_argument("--gpus", type=int, default=8, help="of this machine (default: %(default)s)")
+    verb.add_argument("--methods", nargs="+", default=["varkd"], help="second stages (default: varkd)")
+    verb.add_argument("--dry-run", action="store_true", help="print the commands and what is missing; run nothing")
+
+
+def _run_reproduce(arguments: argparse.Namespace) -> None:
+    from varkd.run.reproduce import Places, describe, reproduce
+
+    places = Places(arguments.images, arguments.downloads, arguments.out, arguments.gpus, tuple(arguments.methods))
+    if arguments.dry_run:
+        print(describe(arguments.row, places))
+    else:
+        reproduce(arguments.row, places)
 
 
 def _options(arguments: argparse.Namespace, *names: str) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
@@ -46,20 +47,30 @@ def generate(
 @torch.no_grad()
 def generate_with_codes(
     model: Backbone, tokenizer: Tokenizer, label_B: Tensor, sampler: Sampler, seed: int, batch_size: int = 250,
-    label: str = "sample", quiet: bool = False,
+    label: str = "sample", quiet: bool = False, first_row: int = 0, resize: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `generate`: the images, and their codes int64 (N, L), both on the CPU."""
+    """As `generate`: the images, and their codes int64 (N, L), both on the CPU.
+
+    Args:
+        first_row: the index of the first image among all that are drawn, which its noise depends on.
+        resize: side that decoded images are resized to before they become uint8: bicubic without antialiasing, as
+            LlamaGen's evaluation takes 384 pixels to 256.
+    """
     device = model.device
     tokenizer = tokenizer.to(device).eval()
     images, codes, rng = [], [], Rng(seed)
     with bar(label, len(label_B), quiet) as running:
         for begin in range(0, len(label_B), batch_size):
-            row_B = torch.arange(begin, min(begin + batch_size, len(label_B)), device=device)
-            condition = Condition(label_B[row_B.cpu()].to(device))
+            end = min(begin + batch_size, len(label_B))
+            row_B = torch.arange(first_row + begin, first_row + end, device=device)
+            condition = Condition(label_B[begin:end].to(device))
             plan = sampler.plan(model, rng, row_B)
             uniform_BL = rng.uniform("sample", row_B, plan.order_BL.shape[1])
             codes_BL = rollout(model, condition, plan, sampler, uniform_BL).codes_BL
-            images.append(tokenizer.to_uint8(tokenizer.decode(codes_BL)).cpu())
+            decoded = tokenizer.decode(codes_BL)
+            if resize is not None and resize != decoded.shape[-1]:
+                decoded = F.interpolate(decoded, (resize, resize), mode="bicubic")
+            images.append(tokenizer.to_uint8(decoded).cpu())
             codes.append(codes_BL.cpu())
-            running.update(int(row_B[-1]) + 1)
+            running.update(end)
     return torch.cat(images), torch.cat(codes)

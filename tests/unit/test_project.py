@@ -7,13 +7,13 @@ import re
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import pytest
 
+from varkd.version import VERSION
+
 ROOT = Path(__file__).parents[2]
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 LARGEST_FILE = 2 * 1024 * 1024
 HELP_SECONDS = 2.0
 HEAVY = ("torch", "numpy", "datasets", "sklearn", "matplotlib", "pydantic", "tensorboard")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from varkd.backbones.published import PUBLISHED
 from varkd.errors import VarkdError, did_you_mean
 
 Layout = Literal["raw", "model", "state_dict", "safetensors"]
@@ -208,8 +209,10 @@ def agrees(known: Entry, sizes: Mapping[str, Any]) -> bool:
 
 
 def describe(tokenizers: bool = False) -> list[dict[str, Any]]:
-    """The table as JSON values."""
-    return [asdict(row) for row in (TOKENIZERS if tokenizers else ENTRIES)]
+    """The table as JSON values; models with what is published of their samples."""
+    if tokenizers:
+        return [asdict(row) for row in TOKENIZERS]
+    return [asdict(row) | {"published": asdict(PUBLISHED[row.name])} for row in ENTRIES]
 
 
 def format_zoo() -> str:

@@ -15,9 +15,12 @@ from pathlib import Path
 
 from varkd.backbones import zoo
 from varkd.errors import VarkdError, did_you_mean
+from varkd.methods import METHODS
 from varkd.progress import console
 
 Numbers = tuple[float, float, float, float]
+REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
+"""ADM's reference batch of ImageNet, which every paper compares with (docs/evaluation.md has its address)."""
 KD_UPDATES, SECOND_UPDATES = 250_000, 20_000
 _IMAGES, _VIEWS, _CHECKPOINTS = 1_281_167, 10, 3
 _STAGES = {"kd": "KD", "seqkd_soft": "SeqKD", "gkd_prefix": "GKD", "varkd": "VarKD"}
@@ -86,6 +89,9 @@ def row(name: str) -> Row:
 def commands(name: str, places: Places) -> list[list[str]]:
     """Every command of a row in order; each resumes or reuses what is done."""
     chosen = row(name)
+    for method in places.methods:
+        if method not in METHODS:
+            raise VarkdError(f"unknown method '{method}': {did_you_mean(method, METHODS)} (`varkd methods` lists them)")
     student, teacher = zoo.entry(chosen.student), zoo.entry(chosen.teacher)
     tokenizer = next(known for known in zoo.TOKENIZERS if known.name == student.tokenizer)
     vq, models = places.out / f"tokenizer-{chosen.image_size}", places.out / "models"
@@ -106,6 +112,10 @@ def commands(name: str, places: Places) -> list[list[str]]:
         if method != "kd":
             made.append([*train, f"out={places.out / name / method}", f"name={method}", f"init={kd}",
                          f"method={method}", f"train.updates={SECOND_UPDATES}", *places.overrides])  # fmt: skip
+    for method in dict.fromkeys(("kd", *places.methods)):
+        run = places.out / name / method
+        made.append([*spread, "evaluate", str(run), "--protocol", student.family, "--reference",
+                     str(places.downloads / REFERENCE), "--out", str(run / "official.json")])  # fmt: skip
     return made
 
 
@@ -134,6 +144,8 @@ def missing(name: str, places: Places) -> list[str]:
     lines = [f"{places.downloads / known.file} (https://huggingface.co/{known.hub})"
              for known in (tokenizer, student, teacher)
              if not (places.downloads / known.file).is_file()]  # fmt: skip
+    if not (places.downloads / REFERENCE).is_file():
+        lines.append(f"{places.downloads / REFERENCE} (guided-diffusion's evaluation data)")
     if not places.images.exists():
         lines.append(f"{places.images} (ImageNet's training images, one folder per class)")
     folder = next(parent for parent in (places.out.absolute(), *places.out.absolute().parents) if parent.is_dir())

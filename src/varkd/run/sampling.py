@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from varkd import pictures
 from varkd.errors import VarkdError
-from varkd.files import atomic_folder, write_json
 from varkd.rollout import Sampler
+from varkd.run.drawing import Drawing, Layout, draw_to, file_order
 from varkd.run.models import load_trained
-from varkd.sampling import generate_with_codes
+from varkd.world import World
 
 
 def balanced_labels(num: int, num_classes: int) -> Tensor:
@@ -24,13 +22,16 @@ def balanced_labels(num: int, num_classes: int) -> Tensor:
 def sample_run(
     folder: Path, out: Path, num: int, *, seed: int | None = None, sampler: Sampler | None = None,
     labels: list[int] | None = None, batch_size: int = 250, device: str = "auto", quiet: bool = False,
+    layout: Layout = "npz", world: World | None = None,
 ) -> Path:  # fmt: skip
-    """Write `num` images of a run to `out`: `samples.npz` (arr_0 uint8 NHWC, label), `grid.png`, `samples.json`.
+    """Write `num` images of a run to `out`: `samples.npz` (arr_0 uint8 NHWC, label, codes), or PNGs; `grid.png`.
 
     Labels are balanced unless given (then they repeat). Seed and sampler default to the run's own evaluation settings.
+    More than 5,000 images stand in a random order, which the Inception Score of consecutive chunks needs. Ranks share
+    the work out, and the same call resumes what was killed.
 
     Raises:
-        VarkdError: no such run, or a label that it does not have.
+        VarkdError: no such run, a label that it does not have, or unfinished samples of other settings in the way.
     """
     run, codes, model = load_trained(folder, device)
     if num < 1 or batch_size < 1:
@@ -38,24 +39,10 @@ def sample_run(
     wrong = [label for label in labels or [] if not 0 <= label < model.num_classes]
     if wrong:
         raise VarkdError(f"label {wrong[0]} is outside 0..{model.num_classes - 1} (the classes of this run)")
-    label_B = (
+    label_N = (
         torch.tensor(labels).repeat(-(-num // len(labels)))[:num] if labels else balanced_labels(num, model.num_classes)
     )
     sampler, seed = sampler or run.evaluation.sampler, run.evaluation.seed if seed is None else seed
-    images, codes_BL = generate_with_codes(model, codes.tokenizer, label_B, sampler, seed, batch_size, "sample", quiet)
-    images_NHWC = images.permute(0, 2, 3, 1).numpy()
-    columns = min(model.num_classes, 10) if model.num_classes > 1 else 10
-    about = {
-        "run": str(folder),
-        "num": num,
-        "seed": seed,
-        "sampler": vars(sampler),
-        "class_names": codes.manifest["class_names"],
-    }
-    with atomic_folder(out) as temporary:
-        np.savez(
-            temporary / "samples.npz", images_NHWC, label=label_B.numpy(), codes=codes_BL.numpy().astype(np.uint16)
-        )
-        pictures.save_png(temporary / "grid.png", pictures.grid(images_NHWC[: columns * 10], columns))
-        write_json(temporary / "samples.json", about)
-    return out
+    drawing = Drawing(model, codes.tokenizer, label_N, sampler, seed, batch_size, order=file_order(num))
+    about = {"run": str(folder), "class_names": codes.manifest["class_names"]}
+    return draw_to(drawing, out, layout, about=about, world=world, quiet=quiet)
