@@ -192,7 +192,7 @@ def test_warnings_stand_with_the_run_and_are_no_curve(tmp_path):
             json.dumps({"split": "warning", "step": 7, "rule": "kept_kl/student", "text": "few positions <b>"}) + "\n"
         )
     html = page_of([folder], tmp_path / "out")
-    assert "Warning at update 7" in html and "few samples &lt;b&gt;" in html
+    assert "Warning at update 7" in html and "few positions &lt;b&gt;" in html
     assert "curve-warning" not in html and "Warning text" not in html
 
 
