@@ -8,6 +8,7 @@ the loss of a context with full logits and autograd.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from varkd.distill import loss as loss_module
 from varkd.distill.divergences import TargetRows
-from varkd.distill.inputs import StepInputs
+from varkd.distill.inputs import Prefixes, StepInputs
 from varkd.distill.loss import Group, Stats
+from varkd.distill.prefixes import Rollout
 from varkd.distill.schedule import value_of
+from varkd.distill.selection import SelectionRule
 from varkd.methods import METHODS
-from varkd.types import Context
+from varkd.types import Batch, Context, Part
 
 Pair = tuple[Tensor, Tensor]
 
@@ -27,6 +30,25 @@ Pair = tuple[Tensor, Tensor]
 def step_inputs(*models_state_rng: Any, **others: Any) -> StepInputs:
     """Inputs for a source of sequences, which does not look at the method."""
     return StepInputs(METHODS["ce"].method, *models_state_rng, **others)
+
+
+@dataclass(frozen=True)
+class FirstHalf(SelectionRule):
+    """Weight 1 on the first three positions, `floor` on the others: a selection of one's own that is known by hand."""
+
+    floor: float = 0.0
+
+    def __call__(self, scores: Any, part: Part, space: Any, threshold_L: Any, rng: Any) -> Tensor:
+        return torch.where(torch.arange(part.codes_BL.shape[1]) < 3, 1.0, self.floor).expand(part.codes_BL.shape)
+
+
+@dataclass(frozen=True)
+class Weighed(Prefixes):
+    """Student samples with sequence weights, which belong to their global rows: contexts of one's own."""
+
+    def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
+        (part,) = Rollout()(batch, inputs).parts
+        return Context((replace(part, weight_B=0.25 + (part.row_B % 4) / 2),))
 
 
 def log_probs(s: Tensor, z: Tensor) -> Pair:
@@ -198,9 +220,7 @@ def plain_loss(inputs: StepInputs, context: Context, denominators: Mapping[str, 
             hidden_ND = inputs.student(part.codes_BL, part.condition, part.plan).flatten(0, 1)
         rows = loss_module._term_rows(inputs, group, teacher, hidden_ND, Stats())
         for term in inputs.method.terms:
-            about = TargetRows(
-                part.supervision_BL.flatten(), rows[term.name].alpha_N, inputs.codebook_tables.get("codebook")
-            )
+            about = TargetRows(part.supervision_BL.flatten(), rows[term.name].alpha_N)
             value_N = loss_module._term_value(term, student_NV, teacher_NV, about, inputs.codebook_tables)
             total = total + (rows[term.name].weight_N * value_N).sum() * value_of(term.weight) / denominators[term.name]
     return total

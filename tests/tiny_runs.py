@@ -23,25 +23,24 @@ SETTINGS = (
     "train.validate_every=3", "train.checkpoint_every=3", "train.tensorboard=false", "train.optim.warmup=2",
     "train.optim.lr=0.01", "evaluation.num_samples=40", "evaluation.resamples=20", "device=cpu",
 )  # fmt: skip
-# Student samples that are refreshed every other update, weights that differ, and a gate: rings, ages and thresholds all
-# matter at once.
+# Student samples that are refreshed every other update, and a gate: rings, ages and thresholds all matter at once.
 FROM_THE_START = (
     "method=best_of_n", "method.terms.anchor.divergence=forward_kl", "method.terms.student.divergence=forward_kl",
-    "method.contexts={kind: reweighted, kappa: 30, contexts: {kind: mixture, shares: [{contexts: {kind: data}, "
-    "fraction: 0.5}, {contexts: {kind: replay, every: 2, capacity: 2}, fraction: 0.5}]}}",
+    "method.contexts={kind: mixture, shares: [{contexts: {kind: data}, fraction: 0.5}, "
+    "{contexts: {kind: replay, every: 2, capacity: 2}, fraction: 0.5}]}",
     "method.terms.student.space={kind: clusters, within: 0.3}",
     "method.terms.student.selection={kind: confidence, quantile: 0.5, score: cluster_mass}",
 )  # fmt: skip
-# What VarKD could be made of instead: position weights, the best of two samples against the student at its start, ...
+# Other parts beside them: the best of two samples against the student at its start, cuts, skews by sequence.
 BEST_OF_TWO = "{kind: replay, every: 2, capacity: 2, rollout: {kind: best_of, count: 2}}"
 OTHER_PARTS = (
     "method=best_of_n",
-    "method.contexts={kind: prefix_reweighted, kappa: 0.02, contexts: {kind: mixture, shares: "
-    "[{contexts: {kind: data}, fraction: 0.5}, {contexts: " + BEST_OF_TWO + ", fraction: 0.5}]}}",
-    "method.terms.student.selection={kind: drift, window: 4, sigmas: 3}",
-    "method.terms.student.space={kind: neighbors, count: 4}", "method.terms.student.credit=discrepancy_decay",
+    "method.contexts={kind: mixture, shares: "
+    "[{contexts: {kind: data}, fraction: 0.5}, {contexts: " + BEST_OF_TWO + ", fraction: 0.5}]}",
+    "method.terms.student.selection={kind: accepted, rule: top_k, top_k: 1, floor: 0.2}",
+    "method.terms.student.space={kind: top_k, count: 4}",
     "method.terms.anchor.selection={kind: accepted, rule: neighbors, neighbors: 3}",
-    "method.terms.anchor.divergence=embedding_moments", "train.log_every=2",
+    "method.terms.anchor.divergence={kind: skew_reverse_kl, alpha: {kind: sequence_skew}}", "train.log_every=2",
 )  # fmt: skip
 TIMING = ("seconds", "sequences_per_second")
 

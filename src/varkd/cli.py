@@ -266,19 +266,15 @@ def _analyze(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--data", type=Path, default=None, help="codes folder (default: the run's own)")
     verb.add_argument("--num", type=int, default=1000, help="sequences in each context (default: %(default)s)")
     verb.add_argument("--split", choices=("validation", "train"), default="validation", help="where data come from")
-    verb.add_argument("--language", action="store_true", help="train a small language pair (a minute or two) beside")
-    verb.add_argument("--language-updates", type=int, default=900, metavar="N", help="of each of its two models")
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
 def _run_analyze(arguments: argparse.Namespace) -> None:
     from varkd.run.analysis import analyze_run
-    from varkd.run.language import Language
 
-    language = Language.of(arguments.language_updates) if arguments.language else None
     names = ("teacher", "second", "data", "num", "split", "seed", "device")
-    print(analyze_run(arguments.run_folder, arguments.out, language=language, **_options(arguments, *names)))
+    print(analyze_run(arguments.run_folder, arguments.out, **_options(arguments, *names)))
 
 
 def _study(verb: argparse.ArgumentParser) -> None:

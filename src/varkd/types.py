@@ -124,11 +124,10 @@ class Part:
     """Sequences of one source inside a context, with everything that a loss needs to know of them.
 
     `codes_BL` is the prefix that the models see, `supervision_BL` the target code of each position (they differ in
-    scheduled sampling). `weight_B` weighs whole sequences (mean 1 over the optimizer step), `position_weight_BL` their
-    positions besides (mean 1 over the step at every generation rank; None: all 1), `age_B` counts optimizer steps since
-    a sequence was sampled, `behavior_logp_BL` is the log-probability under which each code was drawn, `accept_BL` says
-    which of the student's proposals a verifier accepted. `generated_BL` marks what was sampled where a sequence
-    continues one of the data (mixed rollouts); None where the whole sequence has one source.
+    scheduled sampling). `weight_B` weighs whole sequences (mean 1 over the optimizer step), `age_B` counts optimizer
+    steps since a sequence was sampled, `behavior_logp_BL` is the log-probability under which each code was drawn,
+    `accept_BL` says which of the student's proposals a verifier accepted. `generated_BL` marks what was sampled where a
+    sequence continues one of the data (mixed rollouts); None where the whole sequence has one source.
     """
 
     source: Source
@@ -141,7 +140,6 @@ class Part:
     age_B: Tensor
     behavior_logp_BL: Tensor | None = None
     accept_BL: Tensor | None = None
-    position_weight_BL: Tensor | None = None
     generated_BL: Tensor | None = None
 
     @classmethod
@@ -152,14 +150,6 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.row_B)
-
-    @property
-    def weight_BL(self) -> Tensor:
-        """What every position counts by its sequence and its prefix: `weight_B` times `position_weight_BL`."""
-        weight_B1 = self.weight_B.unsqueeze(1)
-        if self.position_weight_BL is None:
-            return weight_B1.expand(self.codes_BL.shape)
-        return weight_B1 * self.position_weight_BL
 
     def select(self, index: Tensor | slice) -> Part:
         """The rows of a mask, an index tensor or a slice."""

@@ -64,7 +64,7 @@ def test_a_teacher_that_cannot_follow_the_students_order(tmp_path: Path, codes: 
 
 @pytest.mark.parametrize(("options", "words"), [
     (["--num", "1"], ["--num 1"]), (["--device", "tpu"], ["device=tpu"]),
-    (["--language", "--language-updates", "0"], ["updates"]), (["--data", "nowhere"], ["nowhere"]),
+    (["--data", "nowhere"], ["nowhere"]),
 ], ids=lambda value: value[0].strip("-"))  # fmt: skip
 def test_options_that_cannot_be(tmp_path: Path, student: Path, refused: Refused, options: list[str], words: list[str]):
     refused(["analyze", student, "--out", tmp_path / "out", *options], *words, untouched=tmp_path)

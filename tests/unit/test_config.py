@@ -13,15 +13,13 @@ from hypothesis import strategies as st
 
 from varkd.config import RunConfig, check, differences, dump, load_run, read_recipe, read_run, resolve
 from varkd.distill.bestof import BestOf
-from varkd.distill.credit import DiscrepancyDecay
-from varkd.distill.divergences import JSD, EmbeddingMoments, ForwardKL
+from varkd.distill.divergences import JSD, Decoupled, ForwardKL
 from varkd.distill.mixture import Mixture
 from varkd.distill.prefixes import MixtureSampling, Rollout, SpeculativeSampling
 from varkd.distill.replay import Replay
-from varkd.distill.reweighted import PrefixReweighted
 from varkd.distill.schedule import LinearSchedule
-from varkd.distill.selection import Accepted, Confidence, Drift, EntropyRatio, Horizon, Threshold
-from varkd.distill.spaces import Clusters, Neighbors
+from varkd.distill.selection import Accepted, Confidence, EntropyWeight, Random
+from varkd.distill.spaces import Clusters, TopK
 from varkd.errors import VarkdError
 from varkd.methods import METHODS
 
@@ -103,20 +101,16 @@ _BEST = "{kind: best_of, count: 2, rollout: {kind: mixture_sampling, alpha: 0.3}
 @pytest.mark.parametrize(
     ("override", "value"),
     [
-        ("method.terms.student.selection={kind: threshold, threshold: 0.4, softness: 2}", Threshold(0.4, softness=2)),
-        ("method.terms.student.selection={kind: threshold, threshold: {start: 0, end: 0.5}}",
-         Threshold(LinearSchedule(0, 0.5))),
+        ("method.terms.student.selection={kind: entropy_weight, threshold: 0.4}", EntropyWeight(0.4)),
+        ("method.terms.student.selection={kind: entropy_weight, threshold: null}", EntropyWeight(None)),
+        ("method.terms.student.selection={kind: random, quantile: {start: 0, end: 0.5}}",
+         Random(LinearSchedule(0, 0.5))),
         ("method.terms.student.selection={kind: accepted, rule: neighbors}", Accepted("neighbors")),
-        ("method.terms.student.selection=entropy_ratio", EntropyRatio()),
-        ("method.terms.student.selection={kind: horizon, share: {start: 0.2, end: 1}}",
-         Horizon(LinearSchedule(0.2, 1))),
-        ("method.terms.student.selection=drift", Drift()),
-        ("method.terms.anchor.space={kind: neighbors, bandwidth: auto, sides: teacher}", Neighbors(sides="teacher")),
-        ("method.terms.anchor.space={kind: neighbors, bandwidth: 0.25}", Neighbors(bandwidth=0.25)),
-        ("method.terms.student.credit={kind: discrepancy_decay, gamma: -0.5}", DiscrepancyDecay(-0.5)),
-        ("method.terms.anchor.divergence={kind: embedding_moments, second: 0}", EmbeddingMoments(0)),
+        ("method.terms.student.selection=entropy_weight", EntropyWeight()),
+        ("method.terms.anchor.space={kind: top_k, count: 9, of: student}", TopK(9, "student")),
+        ("method.terms.anchor.divergence={kind: decoupled, part: target}", Decoupled("target")),
         ("method.terms.student.space={kind: clusters, assignment: random}", Clusters(assignment="random")),
-        ("method.contexts={kind: prefix_reweighted, contexts: {kind: best_of}}", PrefixReweighted(BestOf())),
+        ("method.contexts={kind: replay, rollout: {kind: best_of}}", Replay(BestOf())),
         (f"method.contexts.shares.1.contexts={_BEST}", BestOf(MixtureSampling(alpha=0.3), 2)),
         (f"method.contexts.shares.1.contexts.rollout={_BEST}", BestOf(MixtureSampling(alpha=0.3), 2)),
     ],
@@ -135,11 +129,11 @@ def test_the_parts_of_varkd_can_be_exchanged(override: str, value: Any, tmp_path
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("method.terms.student.selection=threshold", "threshold"),
-        ("method.terms.student.selection={kind: treshold, threshold: 1}", "unknown kind 'treshold'.*threshold"),
-        ("method.terms.student.divergence=embedding_moments", "embedding_moments compares the vectors of codes"),
-        ("method.terms.student.space={kind: neighbors, bandwidth: 0}", "bandwidth must be above 0"),
-        ("method.terms.student.space={kind: neighbors, bandwidth: wide}", "bandwidth"),
+        ("method.terms.student.space=top_k", "count"),
+        ("method.terms.student.selection={kind: entropy_wieght}", "unknown kind 'entropy_wieght'.*entropy_weight"),
+        ("method.terms.student.space={kind: top_k, count: 0}", "count must be at least 1"),
+        ("method.terms.student.space={kind: top_k, count: many}", "count"),
+        ("method.terms.student.divergence=embedding_moments", "unknown kind 'embedding_moments'"),
         ("method.terms.student.credit=reward", "sampled rewards"),
     ],
 )

@@ -12,8 +12,8 @@ import pytest
 from varkd import methods
 from varkd.cli import main
 from varkd.distill.method import Method
-from varkd.distill.mixture import Mixture
-from varkd.distill.reweighted import PrefixReweighted
+from varkd.distill.mixture import Mixture, Share
+from varkd.distill.replay import Replay
 from varkd.methods import METHODS, Preset
 
 KEYS = {"name", "source", "equation", "summary", "contexts", "target", "terms", "schedule"}
@@ -51,10 +51,11 @@ def test_each_preset_is_described_alone(capsys: pytest.CaptureFixture[str], monk
     before = {row["name"]: row for row in table(capsys)}["best_of_n"]
     method = METHODS["best_of_n"].method
     assert isinstance(method.contexts, Mixture)
-    changed = replace(method, contexts=PrefixReweighted(method.contexts, kappa=1.25))
+    shares = method.contexts.shares[0], Share(Replay(max_age=125), 0.5)
+    changed = replace(method, contexts=Mixture(shares))
     monkeypatch.setitem(METHODS, "best_of_n", replace(METHODS["best_of_n"], method=changed))
     after = {row["name"]: row for row in table(capsys)}["best_of_n"]
-    assert "1.25" in after["contexts"] and before["contexts"] != after["contexts"]
+    assert "125" in after["contexts"] and before["contexts"] != after["contexts"]
     assert {key: before[key] for key in KEYS - {"contexts"}} == {key: after[key] for key in KEYS - {"contexts"}}
 
 

@@ -19,7 +19,6 @@ from varkd.types import Part
 from varkd.world import World
 
 LEAST_KEPT = 0.1
-LEAST_ESS = 0.3
 
 
 @dataclass
@@ -39,7 +38,7 @@ class Stats:
     def declare(self, terms: tuple[Term, ...], part: Part, audit: bool) -> None:
         """Enter every name with nothing: a rank without rows of some source must still join the collectives."""
         more = ("teacher_nll", "teacher_surprise") if audit else ()
-        for name in ("ess", "age", "accepted", *more):
+        for name in ("age", "accepted", *more):
             self.add(f"{name}/student", 0.0, 0.0)
         for term in terms:
             for name in ("kept", "reward", "skew", *term.selection.statistic_names, *(("kept_kl",) if audit else ())):
@@ -91,11 +90,9 @@ class StepStats(Mapping[str, float]):
 
 
 def sequence_stats(part: Part, stats: Stats) -> None:
-    """Age, acceptance and effective sample size of student rows."""
+    """Age and acceptance of student rows."""
     if part.source != "student":
         return
-    # (sum w)^2 / (B sum w^2) over the whole step, where the weights have mean 1
-    stats.add("ess/student", len(part), part.weight_BL.double().square().mean(1).sum())
     stats.add("age/student", part.age_B.sum(), len(part))
     if part.accept_BL is not None:
         stats.add("accepted/student", part.accept_BL.double().sum(), part.accept_BL.numel())
@@ -133,10 +130,5 @@ def guard_rails(values: Mapping[str, float], warm: bool) -> dict[str, str]:
             found[name] = (
                 f"the selection of term '{term}' keeps {value:.1%} of its divergence (less than {LEAST_KEPT:.0%}): it "
                 "picks positions where there is nothing to learn; loosen it, raise its floor or take another score"
-            )
-        if name == "ess/student" and value < LEAST_ESS:
-            found[name] = (
-                f"the weights leave {value:.1%} of the student samples effective (less than {LEAST_ESS:.0%}): a few of "
-                "them carry the loss; lower method.contexts.kappa"
             )
     return found

@@ -1,11 +1,10 @@
 """Credit: what multiplies -log q(x_t) (or a divergence) at a position, `(scores, part) -> coefficient_BL`.
 
-A coefficient is a detached number. `DiscrepancyDecay` is a plain weight by the position's prefix, for any divergence on
-any rows; the others are sampled rewards, which need codes that were drawn under a known probability. With cross-entropy
-on the student's own samples a reward makes a policy gradient: `Reward` alone has the reverse KL of each step as its
-mean (OPD); `FutureReturn` adds what the later steps say about this one (MiniLLM); `PrefixDiscrepancy` weighs rewards by
-how far the prefix has drifted (IW-OPD). Sums over a prefix or a future run over strictly earlier or later *steps* of
-the plan. r = log p(x) - log q(x) at the sampled code, in nats.
+A coefficient is a detached number: a sampled reward, which needs codes that were drawn under a known probability. With
+cross-entropy on the student's own samples it makes a policy gradient: `Reward` alone has the reverse KL of each step as
+its mean (OPD); `FutureReturn` adds what the later steps say about this one (MiniLLM); `PrefixDiscrepancy` weighs
+rewards by how far the prefix has drifted (IW-OPD). Sums over a prefix or a future run over strictly earlier or later
+*steps* of the plan. r = log p(x) - log q(x) at the sampled code, in nats.
 """
 
 from __future__ import annotations
@@ -124,34 +123,11 @@ class PrefixDiscrepancy:
         return weight_BL * _clipped(_ratio(scores, part), reward_BL, self.clip)
 
 
-@dataclass(frozen=True)
-class DiscrepancyDecay:
-    """1 + gamma (1 - S_before / S), S the sum of |log p - log q| over the codes: early ones count more, drifted ones 1.
-
-    `PrefixDiscrepancy`'s weight without its reward, so it goes with any divergence on any rows. It lies in
-    [1, 1 + gamma], without exponentials; a negative gamma takes away from early codes instead. Where the target
-    excludes codes of the sequence (`Truncated`), S counts those alone: the limit of a probability that goes to 0.
-    """
-
-    gamma: Schedule = 0.5
-    kind: Literal["discrepancy_decay"] = "discrepancy_decay"
-    score_names: ClassVar[tuple[str, ...]] = ("code_gap",)
-    sampled: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_range("discrepancy_decay", "gamma", self.gamma, -1, 10)
-
-    def __call__(self, scores: Scores, part: Part) -> Tensor:
-        return _decayed(scores["code_gap"], part, value_of(self.gamma))
-
-
-Credit = NoCredit | Importance | Reward | FutureReturn | PrefixDiscrepancy | DiscrepancyDecay
+Credit = NoCredit | Importance | Reward | FutureReturn | PrefixDiscrepancy
 
 
 def _decayed(gap_BL: Tensor, part: Part, gamma: float) -> Tensor:
-    """1 + gamma (1 - S_before / S) for S the sum of `gap_BL`; infinite gaps leave nothing to the finite ones."""
-    infinite_BL = torch.isinf(gap_BL)
-    gap_BL = torch.where(infinite_BL.any(1, keepdim=True), infinite_BL.to(gap_BL.dtype), gap_BL)
+    """1 + gamma (1 - S_before / S) for S the sum of `gap_BL`."""
     drift_BL = part.plan.before(gap_BL) / gap_BL.sum(1, keepdim=True).clamp_min(1e-12)
     return 1 + gamma * (1 - drift_BL)
 

@@ -19,11 +19,10 @@ import torch
 
 from varkd.backbones.store import FAMILIES
 from varkd.distill.bestof import BestOf
-from varkd.distill.contexts import Contexts
 from varkd.distill.credit import NoCredit
 from varkd.distill.filtering import AllImages
 from varkd.distill.method import Method, Term
-from varkd.distill.mixture import Mixture, Share
+from varkd.distill.mixture import Contexts, Mixture, Share
 from varkd.distill.prefixes import (
     Completions,
     MixedRollout,
@@ -33,7 +32,6 @@ from varkd.distill.prefixes import (
     SpeculativeSampling,
 )
 from varkd.distill.replay import Replay
-from varkd.distill.reweighted import PrefixReweighted, Reweighted
 from varkd.distill.schedule import SCHEDULES, Adaptive, ExponentialSchedule, LinearSchedule, adaptives, value_of
 from varkd.distill.scores import of_student
 from varkd.distill.selection import Accepted, All, Confidence
@@ -149,8 +147,6 @@ def phrase(value: Any) -> str:
             return _with_settings(value, skip, f"{phrase(value.rollout)}, replayed")
         case BestOf():
             return _with_settings(value, ("rollout", "count"), f"{phrase(value.rollout)}, best of {value.count}")
-        case Reweighted() | PrefixReweighted():
-            return f"{phrase(value.contexts)}; student rows {_with_settings(value, ('contexts',))}"
     return _with_settings(value) if is_dataclass(value) else str(value)
 
 
@@ -244,8 +240,6 @@ def _rows(term: Term, method: Method) -> list[str]:
 
 
 def _prefixes(contexts: Contexts) -> list[str]:
-    if isinstance(contexts, Reweighted | PrefixReweighted):
-        return [*_prefixes(contexts.contexts), f"weights: {sentence(contexts)}"]
     if isinstance(contexts, Mixture):
         return [f"share {_fraction(share)}: {text}" for share in contexts.shares for text in _prefixes(share.contexts)]
     targets = "; the data's codes stay the targets everywhere" if contexts.splices else ""
@@ -364,9 +358,6 @@ def _making(contexts: Contexts) -> dict[str, float]:
             reads = {"teacher_read": 1.0, "student_read": float(contexts.needs_reference)}
             made = _making(contexts.rollout)
             return cost | {name: contexts.count * (made[name] + reads.get(name, 0)) for name in made if "_" in name}
-        case Reweighted() | PrefixReweighted():
-            cost = _making(contexts.contexts)
-            return cost | {name: cost[name] + cost["student"] for name in ("student_read", "teacher_read")}
         case Replay():
             often = 1 / contexts.every if contexts.fresh is None else value_of(contexts.fresh)
             return cost | {name: often * each for name, each in _making(contexts.rollout).items() if "_" in name}

@@ -25,12 +25,10 @@ from varkd.errors import VarkdError
 @dataclass(frozen=True)
 class TargetRows:
     """What a divergence may know of its rows beside the two distributions: the target code of each (in the space's own
-    numbering; None in a space that has left some out), a skew that differs between sequences (`SequenceSkew`), and the
-    vector of each outcome (None in a space that renumbers codes, and where no divergence asks for it)."""
+    numbering; None in a space that has left some out) and a skew that differs between sequences (`SequenceSkew`)."""
 
     code_N: Tensor | None
     alpha_N: Tensor | None = None
-    codebook_VE: Tensor | None = None
 
     @property
     def target_N(self) -> Tensor:
@@ -44,24 +42,11 @@ class TargetRows:
                              "a divergence that does not read the code")  # fmt: skip
         return self.code_N
 
-    @property
-    def vectors_VE(self) -> Tensor:
-        """The codebook vector of each outcome.
-
-        Raises:
-            VarkdError: outcomes of this space are not codes.
-        """
-        if self.codebook_VE is None:
-            raise VarkdError("this space merges codes, and the divergence compares their vectors: set space to full or "
-                             "neighbors (and call method.prepare(codebook) before training)")  # fmt: skip
-        return self.codebook_VE
-
 
 class _Flags:
     """What most divergences have in common; subclasses change what differs."""
 
     needs_teacher: ClassVar[bool] = True
-    needs_codebook: ClassVar[bool] = False
 
     @property
     def needs_support(self) -> bool:
@@ -359,34 +344,9 @@ class Decoupled(_Flags):
         return _kl(teacher, student)
 
 
-@dataclass(frozen=True)
-class EmbeddingMoments(_Flags):
-    """|mu_p - mu_q|^2 + `second` |M_p - M_q|^2: the mean codebook vector mu = E[e] and the second moments M = E[e e^T].
-
-    In squared distances of the codebook, not in nats. It says how far the expected pictures differ, whichever of
-    several near-equal codes hold the mass; 0 does not mean p = q, so it goes beside a divergence, not in its place.
-    """
-
-    second: float = 1.0
-    kind: Literal["embedding_moments"] = "embedding_moments"
-    needs_codebook: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_range("embedding_moments", "second", self.second, 0, float("inf"))
-
-    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
-        vectors_KE = rows.vectors_VE.to(student_NK.dtype)
-        gap_NK = teacher_NK.exp() - student_NK.exp()
-        value_N = (gap_NK @ vectors_KE).square().sum(1)
-        if self.second == 0:
-            return value_N
-        products_KEE = vectors_KE.unsqueeze(2) * vectors_KE.unsqueeze(1)
-        return value_N + self.second * (gap_NK @ products_KEE.flatten(1)).square().sum(1)
-
-
 Divergence = (
     CrossEntropy | ForwardKL | ReverseKL | JSD | SkewKL | SkewReverseKL | TotalVariation
-    | TeacherArgmax | AdaptiveKL | ToDi | TAID | Ranking | Decoupled | EmbeddingMoments
+    | TeacherArgmax | AdaptiveKL | ToDi | TAID | Ranking | Decoupled
 )  # fmt: skip
 
 

@@ -149,10 +149,6 @@ def merge(parts: list[Part]) -> Part:
     logp = [part.behavior_logp_BL for part in parts]
     accept = [part.accept_BL for part in parts]
     scales = [part.condition.guidance_B for part in parts]
-    weighed = any(part.position_weight_BL is not None for part in parts)
-    ones = [torch.ones(part.codes_BL.shape, device=part.codes_BL.device) for part in parts] if weighed else []
-    position = [one if part.position_weight_BL is None else part.position_weight_BL
-                for one, part in zip(ones, parts, strict=False)]  # fmt: skip
     mixed = any(part.generated_BL is not None for part in parts)
     generated = [torch.ones_like(part.codes_BL, dtype=torch.bool) if part.generated_BL is None else part.generated_BL
                  for part in parts]  # fmt: skip
@@ -167,7 +163,6 @@ def merge(parts: list[Part]) -> Part:
         age_B=torch.cat([part.age_B for part in parts]),
         behavior_logp_BL=_cat_if_all(logp),
         accept_BL=_cat_if_all(accept),
-        position_weight_BL=torch.cat(position) if weighed else None,
         generated_BL=torch.cat(generated) if mixed else None,
     )
 

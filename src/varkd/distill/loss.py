@@ -23,7 +23,7 @@ from varkd.distill.method import Term, skew_key, threshold_key
 from varkd.distill.schedule import value_of
 from varkd.distill.scores import ScoreInputs, Scores, chunks, of_student, position_scores
 from varkd.distill.selection import All, Confidence, kept_share
-from varkd.distill.spaces import CODEBOOK, CodebookTables
+from varkd.distill.spaces import CodebookTables
 from varkd.distill.target import Guided, Target
 from varkd.errors import VarkdError
 from varkd.rollout import evaluating, with_null_branch
@@ -176,7 +176,7 @@ def _term_rows(
             if part.source in term.on:
                 mine = {name: score_BL[begin:end] for name, score_BL in scores.items()}
                 selected_BL = _part_selection(inputs, term, part, mine, stats) * term.positions_BL(part)
-                weight_BL[begin:end] = selected_BL * part.weight_BL * term.credit(mine, part)
+                weight_BL[begin:end] = selected_BL * part.weight_B.unsqueeze(1) * term.credit(mine, part)
                 if alpha_BL is not None:
                     alpha_BL[begin:end] = _part_skew(inputs, term, mine, stats)
                 if kept_BL is not None:
@@ -249,7 +249,7 @@ def _group_loss(
         total = student_NV.new_zeros((), dtype=torch.float64)
         for index, term in enumerate(terms):
             weight_N = scaled_TN[index, rows]
-            about = _about(inputs, term, code_N[rows], chosen[term.name].select(rows))
+            about = TargetRows(code_N[rows], chosen[term.name].select(rows).alpha_N)
             value_N = _term_value(term, student_NV, teacher_NV, about, inputs.codebook_tables)
             # A row of weight 0 may hold anything, also a non-finite value, without reaching the sum.
             weighed = torch.where(weight_N != 0, value_N, 0.0).double() * weight_N
@@ -287,14 +287,9 @@ def _audit(
         teacher_NV = None if teacher is None else teacher.logits(rows)
         with torch.autocast(hidden_ND.device.type, enabled=False):  # as in the loss
             for term, kept_N in audited:
-                about = _about(inputs, term, code_N[rows], rows_of[term.name].select(rows))
+                about = TargetRows(code_N[rows], rows_of[term.name].select(rows).alpha_N)
                 value_N = _term_value(term, student_NV, teacher_NV, about, inputs.codebook_tables)
                 kept_divergence(term, value_N, kept_N[rows], stats)
-
-
-def _about(inputs: StepInputs, term: Term, code_N: Tensor, rows: TermRows) -> TargetRows:
-    """What the divergence of `term` may know of some rows."""
-    return TargetRows(code_N, rows.alpha_N, inputs.codebook_tables.get(CODEBOOK) if term.needs_codebook else None)
 
 
 def _term_value(

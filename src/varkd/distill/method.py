@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
-from varkd.distill.contexts import Contexts
 from varkd.distill.credit import Credit, NoCredit
 from varkd.distill.divergences import Divergence, SequenceSkew
 from varkd.distill.filtering import AllImages, DifferenceSampling
 from varkd.distill.inputs import State
+from varkd.distill.mixture import Contexts
 from varkd.distill.prefixes import Data
 from varkd.distill.schedule import Schedule, adaptives, check_range, resolve
 from varkd.distill.scores import of_teacher
 from varkd.distill.selection import All, Confidence, Selection
-from varkd.distill.spaces import CODEBOOK, Clusters, CodebookTables, Full, Neighbors, Space
+from varkd.distill.spaces import Clusters, CodebookTables, Full, Space
 from varkd.distill.target import Guided, Plain, Target, Truncated
 from varkd.errors import VarkdError
 from varkd.types import Context, Part, Source
@@ -30,7 +30,7 @@ from varkd.world import Rng
 class Term:
     """One summand of the loss: on the parts of the sources `on`, D over `space` at the positions of `selection`.
 
-    `credit` multiplies D at each position: by a sampled reward (policy gradients) or by a weight of its prefix.
+    `credit` multiplies D at each position by a sampled reward (policy gradients).
     `normalizer` is the denominator over the whole optimizer step and all ranks: `total` counts every position of those
     parts, `selected` the selection weights (which needs the scores of the whole step before the first gradient).
     With `generated_only` the codes that a mixed rollout keeps from the data neither count nor weigh (eq. 7).
@@ -49,9 +49,6 @@ class Term:
     def __post_init__(self) -> None:
         check_range(f"term '{self.name}'", "weight", self.weight, 0, float("inf"))
         self.selection.score_names(self.space)  # refuses a score that this space does not have
-        if self.needs_codebook and not isinstance(self.space, Full | Neighbors):
-            raise VarkdError(f"term '{self.name}': {self.divergence.kind} compares the vectors of codes, and the space "
-                             f"{self.space.kind} merges codes: use full or neighbors")  # fmt: skip
 
     def positions_BL(self, part: Part) -> Tensor:
         """Bool (B, L): where the term may count on `part`."""
@@ -71,11 +68,6 @@ class Term:
         """The skew that differs between sequences, where the divergence has one."""
         alpha = getattr(self.divergence, "alpha", None)
         return alpha if isinstance(alpha, SequenceSkew) else None
-
-    @property
-    def needs_codebook(self) -> bool:
-        """Whether the divergence compares codebook vectors. One of the user's own need not know of it."""
-        return getattr(self.divergence, "needs_codebook", False)
 
     @property
     def needs_teacher(self) -> bool:
@@ -158,13 +150,11 @@ class Method:
         return resolve(self, progress, state)
 
     def prepare(self, codebook_VE: Tensor) -> CodebookTables:
-        """Everything that is made once before training (cluster maps, kernels, a copy of the codebook)."""
+        """Everything that is made once before training (cluster maps, nearest codes, a copy of the codebook)."""
         codebook_tables = self.contexts.prepare(codebook_VE)
         for term in self.terms:
             codebook_tables.update(term.space.prepare(codebook_VE))
             codebook_tables.update(term.selection.prepare(codebook_VE))
-            if term.needs_codebook:
-                codebook_tables[CODEBOOK] = codebook_VE.detach().float()
         return codebook_tables
 
     def update(self, state: State, context: Context, observed: Mapping[str, Tensor], rng: Rng) -> State:

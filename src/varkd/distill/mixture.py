@@ -131,6 +131,9 @@ class Mixture(Prefixes):
         return torch.tensor(composition(self.fractions(), last_row + 1), device=row_B.device, dtype=torch.long)[row_B]
 
 
+Contexts = Single | Mixture
+
+
 @lru_cache(maxsize=256)
 def composition(fractions: tuple[float, ...], num_rows: int) -> tuple[int, ...]:
     """The source of each row: of those that are due, the one whose deadline comes first (Tijdeman 1980).

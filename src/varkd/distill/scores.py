@@ -1,4 +1,4 @@
-"""Scalars per position that selections, credits and reweighting read, from one no-grad pass over chunks of rows."""
+"""Scalars per position that selections, credits and skews read, from one no-grad pass over chunks of rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ScoreInputs:
     seen_N: Tensor | None = None
 
 
-_OF_BOTH = ("top_k_agrees", "accepted", "code_gap", "code_ratio", "near_ratio", "entropy_ratio")
+_OF_BOTH = ("top_k_agrees", "accepted", "code_ratio", "near_ratio")
 _LEAST_SPREAD = 1e-3  # nats: below it a standard deviation of log p is rounding
 
 
@@ -63,9 +63,8 @@ def position_scores(
     in the sequence: `surprise`, (-log p - H(p)) / sd_p(log p), which has mean 0 and variance 1 under p itself, and
     `in_nucleus:<mass>`, 1 where it lies in the nucleus of that mass. The student: `student_logp` of the target code.
     Of both: `top_k_agrees:<k>`, 1 where the student's likeliest code is among the teacher's k likeliest; `accepted`, 1
-    where a proposal y ~ q passes with probability min(1, p(y) / q(y)); of the code in the sequence `code_gap`,
-    |log p - log q|, `code_ratio`, min(1, p / q), and `near_ratio:<key>`, the same with the teacher's mass over its
-    nearest codes; `entropy_ratio`, H(p) / H(q).
+    where a proposal y ~ q passes with probability min(1, p(y) / q(y)); of the code in the sequence `code_ratio`,
+    min(1, p / q), and `near_ratio:<key>`, the same with the teacher's mass over its nearest codes.
     """
     names = sorted(set(names))
     found: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -122,15 +121,12 @@ def _of_both(name: str, teacher: Tensor, rows: _Chunk, codebook_tables: Mapping[
             return top_k_agrees(teacher, student, int(setting))
         case "accepted":
             return _accepted(teacher, student, _given(rows.uniform_N2, name))
-        case "code_gap":
-            return (_of_code(teacher, rows.seen_N) - _of_code(student, rows.seen_N)).abs()
         case "code_ratio":
             return (_of_code(teacher, rows.seen_N) - _of_code(student, rows.seen_N)).exp().clamp_max(1)
         case "near_ratio":
             near_N = log_mass(teacher.gather(1, codebook_tables[setting][rows.seen_N])).squeeze(1)
             return (near_N - _of_code(student, rows.seen_N)).exp().clamp_max(1)
-    tiny = torch.finfo(student.dtype).tiny  # a student that is certain: whatever the teacher does not know counts
-    return _entropy(teacher) / _entropy(student).clamp_min(tiny)
+    raise ValueError(f"unknown score '{name}'")
 
 
 def _given(value: Tensor | None, name: str) -> Tensor:

@@ -191,37 +191,6 @@ class Random(SelectionRule):
 
 
 @dataclass(frozen=True)
-class Threshold(SelectionRule):
-    """Trust the teacher where its score reaches a fixed `threshold`: weight 1 there, `floor` below.
-
-    With `softness` h the weight rises smoothly instead, from `floor` to 1 as sigmoid((score - threshold) / h). Unlike
-    `Confidence` it keeps as much as teacher and tokenizer make it keep: see `kept/<term>` in the log.
-    """
-
-    threshold: Schedule
-    score: ScoreName = "max_prob"
-    floor: float = 0.1
-    softness: float = 0.0
-    kind: Literal["threshold"] = "threshold"
-
-    def __post_init__(self) -> None:
-        check_range("threshold", "threshold", self.threshold, -1, 1)
-        check_range("threshold", "floor", self.floor, 0, 1)
-        check_range("threshold", "softness", self.softness, 0, float("inf"))
-
-    def score_names(self, space: Space) -> tuple[str, ...]:
-        return (_full_name("threshold", self.score, space),)
-
-    def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
-        del part, threshold_L, rng
-        (name,) = self.score_names(space)
-        above_BL = scores[name] - value_of(self.threshold)
-        if self.softness == 0:
-            return torch.where(above_BL >= 0, 1.0, self.floor)
-        return self.floor + (1 - self.floor) * torch.sigmoid(above_BL / self.softness)
-
-
-@dataclass(frozen=True)
 class Accepted(SelectionRule):
     """SelecTKD, 2510.24021: weight 1 where the teacher accepts what the student proposes, `floor` elsewhere.
 
@@ -272,88 +241,7 @@ class Accepted(SelectionRule):
         return torch.where(scores[name] > 0, 1.0, self.floor)
 
 
-@dataclass(frozen=True)
-class EntropyRatio(SelectionRule):
-    """Weight 1 where H(p) is at most `ratio` times H(q): the teacher is surer than the student, so it can teach."""
-
-    ratio: Schedule = 1.0
-    floor: float = 0.1
-    kind: Literal["entropy_ratio"] = "entropy_ratio"
-
-    def __post_init__(self) -> None:
-        check_range("entropy_ratio", "ratio", self.ratio, 0, float("inf"))
-        check_range("entropy_ratio", "floor", self.floor, 0, 1)
-
-    def score_names(self, space: Space) -> tuple[str, ...]:
-        del space
-        return ("entropy_ratio",)
-
-    def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
-        del part, space, threshold_L, rng
-        return torch.where(scores["entropy_ratio"] <= value_of(self.ratio), 1.0, self.floor)
-
-
-@dataclass(frozen=True)
-class Horizon(SelectionRule):
-    """Weight 1 where fewer than a `share` of the sequence's codes come in earlier steps, `floor` after that.
-
-    A `LinearSchedule` lets the horizon grow. A step counts as a whole.
-    """
-
-    share: Schedule = 0.5
-    floor: float = 0.0
-    kind: Literal["horizon"] = "horizon"
-
-    def __post_init__(self) -> None:
-        check_range("horizon", "share", self.share, 0, 1)
-        check_range("horizon", "floor", self.floor, 0, 1)
-
-    def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
-        del scores, space, threshold_L, rng
-        before_BL = part.plan.before(torch.ones(part.codes_BL.shape, device=part.codes_BL.device))
-        edge = value_of(self.share) * part.codes_BL.shape[1] - 1e-6  # 0.07 * 100 is a hair above 7
-        return torch.where(before_BL < edge, 1.0, self.floor)
-
-
-@dataclass(frozen=True)
-class Drift(SelectionRule):
-    """Weight 1 until the sequence has left the teacher's law, `floor` from that position on (our reading).
-
-    The codes' surprise z = (-log p(x) - H(p)) / sd_p(log p) has mean 0 and variance 1 at every position of a sequence
-    that the teacher itself samples, and is uncorrelated along it. So its moving average m = (1 - a) m + a z, with
-    a = 2 / (`window` + 1) and m = 0 before the first code, has the variance a / (2 - a) (1 - (1 - a)^2n) after n codes.
-    A sequence has drifted at the first position, in generation order, where m exceeds `sigmas` times its root.
-    """
-
-    window: int = 16
-    sigmas: float = 2.0
-    floor: float = 0.0
-    kind: Literal["drift"] = "drift"
-
-    def __post_init__(self) -> None:
-        check_range("drift", "floor", self.floor, 0, 1)
-        if self.window < 1 or not self.sigmas > 0:
-            raise VarkdError(f"drift: need window >= 1 and sigmas > 0, got {self.window} and {self.sigmas}")
-
-    def score_names(self, space: Space) -> tuple[str, ...]:
-        del space
-        return ("surprise",)
-
-    def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
-        del space, threshold_L, rng
-        rate = 2 / (self.window + 1)
-        by_rank_BL = scores["surprise"].gather(1, part.plan.order_BL)
-        mean_B, drifted_B = torch.zeros_like(by_rank_BL[:, 0]), torch.zeros_like(part.row_B, dtype=torch.bool)
-        drifted = []
-        for rank, surprise_B in enumerate(by_rank_BL.unbind(1), 1):
-            mean_B = (1 - rate) * mean_B + rate * surprise_B
-            spread = (rate / (2 - rate) * (1 - (1 - rate) ** (2 * rank))) ** 0.5
-            drifted_B = drifted_B | (mean_B > self.sigmas * spread)
-            drifted.append(drifted_B)
-        return torch.where(torch.stack(drifted, 1).gather(1, part.plan.rank_BL), self.floor, 1.0)
-
-
-Selection = All | Confidence | EntropyWeight | Random | Threshold | Accepted | EntropyRatio | Horizon | Drift
+Selection = All | Confidence | EntropyWeight | Random | Accepted
 
 
 def kept_share(selection: Selection, weight_BL: Tensor) -> Tensor:

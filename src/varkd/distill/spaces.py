@@ -2,7 +2,7 @@
 
 A view is one weighted comparison. `Full` gives one view of all codes; `Clusters` compresses the code space: near-equal
 codes count as one outcome, so the student is not asked to copy the teacher's arbitrary split of mass between them.
-`TopK` keeps the likeliest codes apart and counts all others as one outcome. `Neighbors` blurs codes that look alike.
+`TopK` keeps the likeliest codes apart and counts all others as one outcome.
 The loss of a space is sum over views of weight * D(view), for any divergence D.
 """
 
@@ -17,14 +17,13 @@ from torch import Tensor
 
 from varkd.distill.clustering import Assignment, assign_clusters
 from varkd.distill.divergences import TargetRows, log_mass, renormalized
-from varkd.distill.neighbors import half_way_bandwidth, log_kernel, nearest_codes, smoothed
 from varkd.distill.schedule import Schedule, check_range, value_of
 from varkd.errors import VarkdError
 
 CodebookTables = dict[str, Tensor]
 """What a method makes once, before training, from the tokenizer: cluster maps by the key of the space."""
 CODEBOOK = "codebook"
-"""The key of the codebook itself, among the products of a method that compares vectors."""
+"""The key of the codebook itself, for contexts that compare vectors."""
 
 
 class Comparison(NamedTuple):
@@ -117,7 +116,7 @@ class Clusters:
         if within > 0:
             views.append(Comparison(within, student, teacher, rows))
         if within < 1:
-            coarse = replace(rows, code_N=cluster_V[rows.target_N], codebook_VE=None)
+            coarse = replace(rows, code_N=cluster_V[rows.target_N])
             coarse_teacher = None if teacher is None else cluster_logp(teacher, members)
             views.append(Comparison(1 - within, cluster_logp(student, members), coarse_teacher, coarse))
         return views
@@ -173,58 +172,13 @@ class TopK:
     def _places(self, rows: TargetRows, code_NK: Tensor) -> TargetRows:
         """The rows in this space's numbering: the place of the target code among `code_NK`, or the tail, K."""
         if not self.tail:
-            return replace(rows, code_N=None, codebook_VE=None)
+            return replace(rows, code_N=None)
         hit_NK = code_NK == rows.target_N.unsqueeze(1)
         place_N = torch.where(hit_NK.any(1), hit_NK.int().argmax(1), code_NK.shape[1])
-        return replace(rows, code_N=place_N, codebook_VE=None)
+        return replace(rows, code_N=place_N)
 
 
-@dataclass(frozen=True)
-class Neighbors:
-    """Codes blurred over their `count` nearest: D(K p, K q), K_uv falling with the distance of u and v as a Gaussian.
-
-    K gives each code's mass to the codes nearest to it (itself included), shares exp(-|e_u - e_v|^2 / 2 h^2) that sum
-    to 1. With both sides blurred a divergence can only shrink, and p stays a minimizer (others with the same K p may
-    exist). `sides="teacher"` blurs the target alone: then the student converges to K p, which has more entropy, so
-    sample it at a lower temperature. h is `bandwidth`, in distances of the codebook; "auto" moves mass as far, in the
-    mean square, as half the distance to the nearest other code, where quantization cells meet (`half_way_bandwidth`).
-    Codes of a residual (next-scale) tokenizer mean other things at other scales, and here they share one kernel.
-    """
-
-    count: int = 16
-    bandwidth: float | Literal["auto"] = "auto"
-    sides: Literal["both", "teacher"] = "both"
-    kind: Literal["neighbors"] = "neighbors"
-
-    def __post_init__(self) -> None:
-        if self.count < 2:
-            raise VarkdError(f"neighbors: count must be at least 2 (a code and one more), got {self.count}")
-        if self.bandwidth != "auto" and not self.bandwidth > 0:
-            raise VarkdError(f"neighbors: bandwidth must be above 0 (or auto), got {self.bandwidth}")
-
-    @property
-    def key(self) -> str:
-        return f"neighbors/{self.count}-{self.bandwidth}"
-
-    def prepare(self, codebook_VE: Tensor) -> CodebookTables:
-        """The neighbors of each code, int64 (V, n), and the log-shares that they get of its mass."""
-        index_Vn, squared_Vn = nearest_codes(codebook_VE, self.count)
-        width = half_way_bandwidth(squared_Vn) if self.bandwidth == "auto" else self.bandwidth
-        return {self.key: index_Vn, f"{self.key}/log_weight": log_kernel(squared_Vn, width).float()}
-
-    def __call__(
-        self, student_NV: Tensor, teacher_NV: Tensor | None, rows: TargetRows, codebook_tables: CodebookTables
-    ) -> list[Comparison]:
-        if self.key not in codebook_tables:
-            raise VarkdError(f"no kernel '{self.key}': call method.prepare(codebook) before training")
-        kernel = codebook_tables[self.key], codebook_tables[f"{self.key}/log_weight"]
-        student, teacher = log_softmax(student_NV), None
-        if teacher_NV is not None:
-            teacher = smoothed(log_softmax(teacher_NV), *kernel)
-        return [Comparison(1.0, smoothed(student, *kernel) if self.sides == "both" else student, teacher, rows)]
-
-
-Space = Full | Clusters | TopK | Neighbors
+Space = Full | Clusters | TopK
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -1,8 +1,7 @@
-"""What a method keeps, and whom it favors: its own selection and its own sequence weights, applied to given sequences.
+"""What a method keeps: its own selection, applied to given sequences.
 
 A selection by confidence may keep easy positions on which both models agree, and then nothing is learnt: so the share
-of positions kept stands beside the share of the KL kept. Weights may rest on a few sequences, or on those nearest to
-the training images: so the effective sample size stands beside rank correlations.
+of positions kept stands beside the share of the KL kept.
 """
 
 from __future__ import annotations
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
 from varkd.distill.method import Method, Term, threshold_key
-from varkd.distill.reweighted import effective_share, sequence_weights
 from varkd.distill.scores import ScoreInputs, of_student, position_scores
 from varkd.distill.target import Guided
 from varkd.errors import VarkdError
 from varkd.evaluate.diagnostics import CHUNK_ROWS, Sequences
-from varkd.evaluate.intervals import Estimate, centered_bootstrap, centered_curve
+from varkd.evaluate.intervals import Estimate, centered_curve
 from varkd.rollout import evaluating
 from varkd.types import Part, Source
 from varkd.world import Rng
@@ -90,44 +88,3 @@ def kept_share(kept_BL: Tensor, kl_BL: Tensor, resamples: int = 200, seed: int =
 
     curve = centered_curve(statistic, len(fraction_N), resamples, seed, bounds=(0, 1))
     return Kept(*(Estimate(*(float(part[i]) for part in curve)) for i in range(2)))
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Sequence weights of optimizer steps of `batch` rows each, and the mean effective share of those steps."""
-
-    weight_N: Tensor
-    effective: float
-    batch: int
-
-
-def step_weights(ratio_N: Tensor, batch: int, kappa: float, clip: float, ess_floor: float) -> Weights:
-    """The weights that `Reweighted` would give, step by step, as training does: each has mean 1 in its own step."""
-    batch = max(1, min(batch, len(ratio_N)))
-    steps = ratio_N.float().split(batch)
-    steps = steps[:-1] if len(steps) > 1 and len(steps[-1]) < batch else steps  # a short step is none of training's
-    weights = [sequence_weights(step, kappa, clip, ess_floor) for step in steps]
-    effective = sum(effective_share(weight) for weight in weights) / len(weights)
-    return Weights(torch.cat(weights), effective, batch)
-
-
-def rank_correlation(first_N: Tensor, second_N: Tensor, resamples: int = 200, seed: int = 0) -> Estimate:
-    """Spearman's correlation: Pearson's of the ranks, ties sharing their mean rank; 0 where one of them is constant."""
-    a_N, b_N = _ranks(first_N), _ranks(second_N)
-    moments_N5 = torch.stack([a_N, b_N, a_N * a_N, b_N * b_N, a_N * b_N], dim=1)
-
-    def statistic(counts_RN: Tensor) -> Tensor:
-        a, b, aa, bb, ab = (counts_RN @ moments_N5 / len(a_N)).unbind(1)
-        scale = ((aa - a * a) * (bb - b * b)).clamp_min(0).sqrt()
-        return torch.where(scale > 1e-12, (ab - a * b) / scale.clamp_min(1e-12), 0.0)
-
-    return centered_bootstrap(statistic, len(a_N), resamples, seed, bounds=(-1, 1))
-
-
-def _ranks(value_N: Tensor) -> Tensor:
-    """Ranks from 0 to 1, centered."""
-    value_N = value_N.double()
-    _, inverse_N, count_U = torch.unique(value_N, return_inverse=True, return_counts=True)
-    last_U = count_U.cumsum(0).double()
-    rank_N = (last_U - (count_U.double() - 1) / 2)[inverse_N]
-    return (rank_N - rank_N.mean()) / len(value_N)

@@ -52,34 +52,26 @@ class Analysis:
         return "scale (side of its map)" if self.axis == "scale" else "code in the order of generation"
 
     @cached_property
-    def _curves(self) -> dict[str, dict[Key, list[Row]]]:
-        found: dict[str, dict[Key, list[Row]]] = {}
-        for table in ("positions", "language"):
-            grouped: dict[Key, list[Row]] = {}
-            for row in self.tables.get(table, ()):
-                grouped.setdefault((row["context"], row["quantity"], row["axis"]), []).append(row)
-            found[table] = grouped
+    def _curves(self) -> dict[Key, list[Row]]:
+        found: dict[Key, list[Row]] = {}
+        for row in self.tables.get("positions", ()):
+            found.setdefault((row["context"], row["quantity"], row["axis"]), []).append(row)
         return found
 
-    def has(self, context: str, quantity: str, table: str = "positions") -> bool:
-        return (context, quantity, "all") in self._curves[table]
+    def has(self, context: str, quantity: str) -> bool:
+        return (context, quantity, "all") in self._curves
 
-    def mean(self, context: str, quantity: str, table: str = "positions") -> Number:
+    def mean(self, context: str, quantity: str) -> Number:
         """The mean over all positions."""
-        (row,) = self._curves[table][context, quantity, "all"]
+        (row,) = self._curves[context, quantity, "all"]
         return number(row)
 
-    def curve(
-        self, context: str, quantity: str, label: str, style: int, *, table: str = "positions", factor: float = 1.0,
-        relative: bool = False,
-    ) -> Line:  # fmt: skip
-        """A quantity by position, times `factor`; `relative` turns positions into shares of the sequence."""
-        axis = "rank" if table == "language" or relative else self.axis
-        rows = self._curves[table][context, quantity, axis]
-        sides = self.info["scales"] if axis == "scale" else None
+    def curve(self, context: str, quantity: str, label: str, style: int) -> Line:
+        """A quantity by position."""
+        rows = self._curves[context, quantity, self.axis]
+        sides = self.info["scales"] if self.axis == "scale" else None
         x = [float(sides[i]) if sides else float(row["position"]) for i, row in enumerate(rows)]
-        x = [place / len(rows) for place in x] if relative else x
-        value, low, high = ([factor * part for part in parts] for parts in zip(*map(number, rows), strict=True))
+        value, low, high = (list(parts) for parts in zip(*map(number, rows), strict=True))
         return Line(label, style, x, value, low, high)
 
     def map(self, context: str, quantity: str) -> NDArray[np.floating] | None:

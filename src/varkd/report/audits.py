@@ -1,9 +1,6 @@
-"""The diagnostics that are not one curve by position, D9 to D18, in the form of `readings`."""
+"""The diagnostics that are not one curve by position, D10 to D18, in the form of `readings`."""
 
 from __future__ import annotations
-
-from math import log
-from typing import Any
 
 from varkd.report import figures
 from varkd.report.analysis import Analysis, Number, number
@@ -11,71 +8,6 @@ from varkd.report.figures import TEACHER, Bars, Line
 from varkd.report.readings import LABEL, STYLE, Section, judged, plain, share, three, told
 
 SOURCE = {"data": "first codes of data", "student": "first codes of the student"}
-
-
-def language(found: Analysis) -> Section:
-    title, question = "Images beside language", "Is an image teacher more ambiguous than one of text?"
-    about = found.info["language"]
-    if about is None:
-        return Section("D9", title, question, missing="Give --language: a small pair of text models is trained (one or "
-                       "two minutes on a CPU) and measured in the same way.")  # fmt: skip
-    sizes = {"positions": found.info["vocab_size"], "language": about["vocab_size"]}
-    names = {"positions": "images", "language": "text"}
-    styles = {"positions": 0, "language": 1}
-
-    def series(quantities: list[str], context: str, per: str) -> list[Bars]:
-        result = []
-        for table, label in names.items():
-            factor = {"entropy": 1 / log(sizes[table]), "codes": 1 / sizes[table], "none": 1.0}[per]
-            means = [found.mean(context, name, table) for name in quantities]
-            result.append(Bars(label, styles[table], *([factor * m[i] for m in means] for i in range(3))))
-        return result
-
-    def ratio(table: str, quantity: str, context: str = "data", by_codes: bool = False) -> float:
-        scale = sizes[table] if by_codes else log(sizes[table])
-        return found.mean(context, quantity, table).value / scale
-
-    entropy = {table: ratio(table, "teacher_entropy") for table in names}
-    fkl = {table: ratio(table, "forward_kl", "student") for table in names}
-    top = {table: found.mean("student", "top1", table).value for table in names}
-    gap = {table: found.mean("student - data", "forward_kl", table) for table in names}
-    n90 = {table: ratio(table, "n90", by_codes=True) for table in names}
-    relative = [found.curve("data", "teacher_entropy", label, styles[table], table=table, relative=True,
-                            factor=1 / log(sizes[table])) for table, label in names.items()]  # fmt: skip
-    by_entropy, by_count = (each["positions"] > each["language"] for each in (entropy, n90))
-    who = (
-        "the image teacher is the more ambiguous of the two" if by_entropy else "the text teacher is the more ambiguous"
-    )
-    if by_entropy != by_count:
-        first, second = ("images", "text") if by_entropy else ("text", "images")
-        who = f"the two measures disagree on which is the more ambiguous: {first} by entropy, {second} by N90"
-    ce = found.mean("data", "ce_teacher", "language").value
-    return Section(
-        "D9", title, question,
-        f"Drawn are D1, D3, D5 and D8 for the image pair (V = {sizes['positions']}) and for a text pair (V = "
-        f"{sizes['language']}), entropies and divergences in units of ln V and N90 in shares of V; the text teacher "
-        f"is a toy ({plain(ce)} nats a code on held-out text after {about['updates']} updates), which shows text as "
-        "a small model sees it.",
-        f"H(p) on data is {plain(entropy['positions'])} ln V for images and {plain(entropy['language'])} for text, "
-        f"N90 {share(n90['positions'])} and {share(n90['language'])} of V, so {who}; KL(p || q) on student samples "
-        f"is {plain(fkl['positions'])} and {plain(fkl['language'])} ln V, the first codes agree at "
-        f"{share(top['positions'])} and {share(top['language'])}, and the exposure gap in nats is "
-        f"{told(gap['positions'])} and {told(gap['language'])}.",
-        [
-            ("Teacher entropy by position, on data.", figures.lines(
-                "d9-entropy", relative, "share of the sequence", "H(p) / ln V", legend=True)),
-            ("In units of ln V, on student samples.", figures.bars(
-                "d9-nats", ["H(p)", "H(q)", "FKL", "RKL"],
-                series(["teacher_entropy", "student_entropy", "forward_kl", "reverse_kl"], "student", "entropy"),
-                "nats / ln V")),
-            ("Agreement, on student samples.", figures.bars(
-                "d9-top", ["same\ncode", "in top 5", "same\ncluster", "TVD"],
-                series(["top1", "top5", "top1_cluster", "total_variation"], "student", "none"), "share")),
-            ("N90 and exp H in shares of V, on data.", figures.bars(
-                "d9-n90", ["N90 / V", "exp H / V"], series(["n90", "perplexity"], "data", "codes"), "share of codes")),
-        ],
-        num=f"N = {found.info['num']:,} images and {about['num']:,} texts.",
-    )  # fmt: skip
 
 
 def swap(found: Analysis) -> Section:
@@ -218,46 +150,10 @@ def selection(found: Analysis) -> Section:
 def _history(found: Analysis) -> list[Line]:
     series: dict[str, list[tuple[float, float]]] = {}
     for row in found.rows("selection_training"):
-        if not row["key"].startswith("ess/"):
-            series.setdefault(row["key"], []).append((float(row["step"]), float(row["value"])))
+        series.setdefault(row["key"], []).append((float(row["step"]), float(row["value"])))
     moving = {key: points for key, points in series.items() if any(value != 1 for _, value in points)}
     return [Line(key, style, *(list(part) for part in zip(*points, strict=True)))
             for style, (key, points) in enumerate(sorted(moving.items()))]  # fmt: skip
-
-
-def weights(found: Analysis) -> Section:
-    about: dict[str, Any] = found.info["weights"]
-    rows = found.rows("weights")
-    ratio, distance = ([float(row[name]) for row in rows] for name in ("log_ratio", "distance"))
-    given = [float(row["weight"]) for row in rows if row["weight"]]
-    links = {name: Number(**value) for name, value in about["correlations"].items()}
-    whose = (
-        "the method's own" if about["own"] else "those of reweighted contexts, for this method has no sequence weights"
-    )
-    parts = "; ".join(f"{name.replace('_', ' ')} {told(link)}" for name, link in links.items() if "weight" in name)
-    near = links["weight and distance"]
-    verdict = judged(near, "weight goes to samples far from the training images",
-                     "weight goes to samples near the training images",
-                     "no link between weight and nearness to the training images is seen")  # fmt: skip
-    control = "; the method then deals its weights out at random (a control), which breaks these links"
-    shuffled = control if about["shuffled"] else ""
-    return Section(
-        "D14", "Weight audit", "Whom do sequence weights favor?",
-        "Drawn is r(x), the mean of log p - log q over a student's sequence, its histogram and its link to the "
-        f"distance to the nearest training image in the feature network, and the weights ({whose}; kappa "
-        f"{about['kappa']:g}, {about['rows_per_step']} sequences a step).",
-        f"The weights keep {share(about['effective'])} of the effective sample size and lie in {plain(min(given))} "
-        f"to {plain(max(given))}; rank correlations over {about['weighed']} sequences are: {parts}; so "
-        f"{verdict}{shuffled}.",
-        [
-            ("Plausibility of student samples; the line is r = 0.", figures.histogram(
-                "d14-r", ratio, "r(x) = mean of log p - log q, nats a code", "sequences", reference=0.0)),
-            ("Plausibility and nearness to the training images.", figures.scatter(
-                "d14-near", ratio, distance, "r(x), nats a code", "distance to nearest training image")),
-            ("The weights; the line is the uniform weight.", figures.histogram(
-                "d14-w", given, "weight w(x)", "sequences", reference=1.0), f"N = {about['weighed']:,}."),
-        ],
-    )  # fmt: skip
 
 
 def coverage(found: Analysis) -> Section:

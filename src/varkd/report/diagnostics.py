@@ -13,8 +13,8 @@ from varkd.report.readings import Section, plain, told
 
 SECTIONS: tuple[Callable[[Analysis], Section], ...] = (
     readings.entropy, readings.drift, readings.divergence, readings.accumulation, readings.choice, readings.acceptance,
-    readings.distance, readings.ambiguity, audits.language, audits.swap, audits.teachers, audits.calibration,
-    audits.selection, audits.weights, audits.coverage, audits.cost,
+    readings.distance, readings.ambiguity, audits.swap, audits.teachers, audits.calibration,
+    audits.selection, audits.coverage, audits.cost,
     panels.codebook, panels.continuations,
 )  # fmt: skip
 _NUMBERS = {

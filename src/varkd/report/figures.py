@@ -113,31 +113,6 @@ def bars(name: str, groups: Sequence[str], series: Sequence[Bars], ylabel: str) 
         return as_svg(figure, name, f"{ylabel}: {told}".replace("\n", " "))
 
 
-def histogram(name: str, values: Sequence[float], xlabel: str, ylabel: str, reference: float | None = None) -> str:
-    """How often values fall into twenty bins of equal width; `reference` is marked by an upright line."""
-    with styled(name):
-        figure, (axes,) = new_figure(1, 1, 3.0)
-        axes.hist(values, bins=20, color=_color(1), alpha=0.75)
-        if reference is not None:
-            axes.axvline(reference, color=INK, linewidth=1.0)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        axes.grid(color=INK, alpha=0.15, linewidth=0.6, axis="y")
-        axes.set_axisbelow(True)
-        return as_svg(figure, name, f"{ylabel} by {xlabel}: from {min(values):.3g} to {max(values):.3g}")
-
-
-def scatter(name: str, x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str) -> str:
-    """One dot per pair of values."""
-    with styled(name):
-        figure, (axes,) = new_figure(1, 1, 3.0)
-        axes.scatter(x, y, s=9, color=_color(1), alpha=0.5, linewidths=0)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        axes.grid(color=INK, alpha=0.15, linewidth=0.6)
-        return as_svg(figure, name, f"{ylabel} against {xlabel}, {len(x)} dots")
-
-
 def _color(style: int) -> str:
     return INK if style == TEACHER else RUN.format(style % NUM_COLORS)
 

@@ -207,10 +207,10 @@ def choice(found: Analysis) -> Section:
     )  # fmt: skip
 
 
-def _bars(found: Analysis, names: Sequence[str] | dict[str, str], table: str = "positions") -> list[Bars]:
+def _bars(found: Analysis, names: Sequence[str] | dict[str, str]) -> list[Bars]:
     series = []
     for context in LABEL:
-        means = [found.mean(context, name, table) for name in names]
+        means = [found.mean(context, name) for name in names]
         series.append(Bars(LABEL[context], STYLE[context], *([m[i] for m in means] for i in range(3))))
     return series
 

@@ -18,42 +18,32 @@ from torch import Tensor
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import weights_hash
 from varkd.data.images import Split
-from varkd.distill.spaces import Clusters
 from varkd.errors import VarkdError
 from varkd.evaluate import diagnostics
-from varkd.evaluate.diagnostics import CodeSpace, Sequences, Values, by_rank, measure, sampled
+from varkd.evaluate.diagnostics import CodeSpace, Sequences, Values, by_rank, measure
 from varkd.files import write_json
 from varkd.report.diagnostics import write_page
-from varkd.rollout import Sampler
 from varkd.run import audits, curves
 from varkd.run.curves import Table, write_tables
 from varkd.run.environment import versions
-from varkd.run.language import Language, language_pair
 from varkd.run.panels import CODEBOOK, CONTINUATIONS, codebook_panel, continuations_panel
 from varkd.run.subject import Subject, open_subject, sequences_of
-from varkd.types import Condition
-from varkd.world import Rng
 
-OURS = frozenset({"analysis.json", "index.html", "language", CODEBOOK, CONTINUATIONS})
-LANGUAGE_QUANTITIES = ("teacher_entropy", "student_entropy", "forward_kl", "reverse_kl", "total_variation", "top1",
-                       "top5", "top1_cluster", "n90", "n90_clusters", "perplexity", "max_prob", "cluster_mass",
-                       "ce", "ce_teacher")  # fmt: skip
+OURS = frozenset({"analysis.json", "index.html", CODEBOOK, CONTINUATIONS})
 SECOND_QUANTITIES = ("jsd", "forward_kl", "acceptance", "top1")
 
 
 def analyze_run(
     folder: Path, out: Path, *, teacher: Path | None = None, second: Path | None = None, data: Path | None = None,
-    language: Language | None = None, num: int = 1000, seed: int = 0, split: Split = "validation",
-    device: str = "auto", quiet: bool = False,
+    num: int = 1000, seed: int = 0, split: Split = "validation", device: str = "auto", quiet: bool = False,
 ) -> Path:  # fmt: skip
-    """Write `out`: CSV files, `analysis.json`, `index.html` (its path is returned), and the language pair if asked for.
+    """Write `out`: CSV files, `analysis.json` and `index.html`, whose path is returned.
 
     Args:
         folder: a student's run folder, or a model folder together with `data`.
         teacher: by default the run's own.
         second: another teacher, to ask whether teachers agree where the student goes.
         data: the codes folder; by default the run's own.
-        language: train (or find) a language pair and set it beside the images.
         num: sequences in each context; fewer where the split has fewer.
 
     Raises:
@@ -76,8 +66,6 @@ def analyze_run(
     }
     tables["calibration"], errors = curves.calibrations(values, seed)
     found = {"ece": errors, **audits.all_of(subject, contexts, values, tables)}
-    if language is not None:
-        found["language"] = _language(out / "language", language, len(contexts["data"]), seed, subject, tables)
     out.mkdir(parents=True, exist_ok=True)
     found["codebook"] = codebook_panel(subject, contexts["data"], split, num, out)
     found["continuations"] = continuations_panel(subject, contexts["data"], out)
@@ -90,30 +78,6 @@ def _second(teacher: Backbone, second: Backbone, sequences: Sequences, space: Co
     """The second teacher in the place of the teacher, the teacher in that of the student: KL(second || teacher)."""
     found = measure(teacher, second, sequences, space, SECOND_QUANTITIES)
     return {f"second_{name}": value_BL for name, value_BL in found.items()}
-
-
-def _language(
-    folder: Path, settings: Language, num: int, seed: int, subject: Subject, tables: dict[str, Table]
-) -> dict[str, Any]:
-    """Measure the language pair as the images are measured: its clusters are of the teacher's own output rows."""
-    pair = language_pair(folder, settings, subject.device, subject.quiet)
-    codes_NL = pair.text.validation_ML[:num].to(subject.device)
-    row_N = torch.arange(len(codes_NL), device=subject.device)
-    data = Sequences(codes_NL, Condition(torch.zeros_like(row_N)), pair.student.plan(len(codes_NL), Rng(seed), row_N))
-    contexts = {"data": data, "teacher": sampled(pair.teacher, data, Sampler(), seed),
-                "student": sampled(pair.student, data, Sampler(), seed)}  # fmt: skip
-    rows_VE = torch.nn.functional.normalize(pair.teacher.head.weight.detach(), dim=1)
-    space = CodeSpace.of(rows_VE, Clusters(), subject.device)
-    values = {
-        name: by_rank(measure(pair.student, pair.teacher, each, space, LANGUAGE_QUANTITIES), data.plan)
-        for name, each in contexts.items()
-    }
-    tables["language"] = curves.positions(values, None, seed)
-    return {
-        "num": len(data), "vocab_size": len(pair.text.symbols), "sequence_length": settings.length,
-        "parameters": {"student": _size(pair.student), "teacher": _size(pair.teacher)},
-        "updates": settings.train.updates, "sample": pair.text.decode(contexts["student"].codes_BL[0].cpu()),
-    }  # fmt: skip
 
 
 def _about(subject: Subject, contexts: Mapping[str, Sequences], split: str, asked: int) -> dict[str, Any]:
@@ -137,7 +101,7 @@ def _about(subject: Subject, contexts: Mapping[str, Sequences], split: str, aske
             "radius": subject.space.radius, "slack": diagnostics.SLACK, "mass": diagnostics.MASS,
             "neighbors": 0 if subject.space.neighbor_Vk is None else subject.space.neighbor_Vk.shape[1],
         },
-        "versions": versions(), "device": str(subject.device), "language": None,
+        "versions": versions(), "device": str(subject.device),
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What `varkd analyze` asks beside the curves: prefix swaps, the method's selection and weights, risks, and cost."""
+"""What `varkd analyze` asks beside the curves: prefix swaps, the method's selection, risks, and cost."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from varkd.config import RunConfig
-from varkd.distill.mixture import Mixture
-from varkd.distill.prefixes import Rollout, leading
-from varkd.distill.reweighted import Reweighted
+from varkd.distill.prefixes import leading
 from varkd.distill.selection import All
 from varkd.distill.target import Guided
-from varkd.evaluate.audits import kept_positions, kept_share, rank_correlation, step_weights
+from varkd.evaluate.audits import kept_positions, kept_share
 from varkd.evaluate.diagnostics import Sequences, Values, completed
 from varkd.evaluate.exposure import risk
-from varkd.evaluate.features import FeatureNet, features_of
+from varkd.evaluate.features import FeatureNet
 from varkd.evaluate.samples import ReferenceSet, sample_metrics
 from varkd.evaluate.speed import forward_codes_per_second, peak_memory, samples_per_second
 from varkd.files import read_json
@@ -31,7 +29,7 @@ from varkd.world import World
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SWAP_METRICS = ("fd", "precision", "recall", "accuracy")
-AUDITED = ("kept/", "kept_kl/", "accepted/", "ess/")
+AUDITED = ("kept/", "kept_kl/", "accepted/")
 
 
 def all_of(
@@ -40,14 +38,12 @@ def all_of(
     """Fill `tables` and return what belongs into `analysis.json`."""
     net, record = feature_network(subject.codes, subject.codes.folder / "features", str(subject.device), subject.quiet)
     reference = reference_for(subject.codes, net, subject.quiet)
-    images = decode(subject.codes.tokenizer, contexts["student"].codes_BL, subject.device)
     tables["prefix_swap"] = prefix_swap(subject, contexts, reference, net)
     tables["risks"] = risks(values, subject.seed)
     tables["cost"] = cost(subject)
     return {
         "reference": reference.describe(), "features": record,
         "selection": selection(subject, contexts, values, tables),
-        "weights": weights(subject, contexts["student"], values["student"], images, reference, net, tables),
     }  # fmt: skip
 
 
@@ -156,50 +152,3 @@ def _last_state(run: RunConfig, subject: Subject) -> tuple[dict[str, Tensor], in
         return {}, None
     state = load_tensors(checkpoints.path(step) / "method.safetensors")
     return {key: each.to(subject.device) for key, each in state.items() if not key.startswith("rows/")}, step
-
-
-def weights(
-    subject: Subject, sequences: Sequences, values: Values, images: Tensor, reference: ReferenceSet, net: FeatureNet,
-    tables: dict[str, Table],
-) -> dict[str, Any]:  # fmt: skip
-    """The method's sequence weights on student sequences (or what the default ones would be), and whom they favor."""
-    contexts = subject.run.method.at(1.0).contexts if subject.run else None
-    own = isinstance(contexts, Reweighted)
-    settings = contexts if isinstance(contexts, Reweighted) else Reweighted(Rollout())
-    ratio_N = (values["ce"] - values["ce_teacher"]).mean(1)
-    batch = _student_rows(subject.run) if subject.run else len(ratio_N)
-    given = step_weights(ratio_N, batch, settings.kappa, settings.clip, settings.ess_floor)
-    features_NF, logits_NK = features_of(net, images)
-    distance_N = torch.cdist(features_NF, reference.features_NF.to(features_NF)).amin(1)
-    classes = net.config.task == "classes"
-    label_N = sequences.condition.label_B.cpu()
-    probability_N = logits_NK.softmax(1).gather(1, label_N.unsqueeze(1)).squeeze(1) if classes else None
-    num = len(given.weight_N)
-    likeness = {"distance": distance_N} | ({"class_probability": probability_N} if probability_N is not None else {})
-    correlations = {
-        f"{first} and {name}": rank_correlation(value_N[:num], other_N[:num], seed=subject.seed)._asdict()
-        for name, other_N in likeness.items()
-        for first, value_N in (("weight", given.weight_N), ("log_ratio", ratio_N))
-    }
-    rows = tuple(
-        (index, int(label_N[index]), float(ratio_N[index]), float(given.weight_N[index]) if index < num else None,
-         float(distance_N[index]), float(probability_N[index]) if probability_N is not None else None)
-        for index in range(len(ratio_N))
-    )  # fmt: skip
-    tables["weights"] = Table(("sequence", "label", "log_ratio", "weight", "distance", "class_probability"), rows)
-    return {
-        "own": own, "kappa": settings.kappa, "clip": settings.clip, "ess_floor": settings.ess_floor,
-        "shuffled": settings.shuffle, "effective": given.effective, "rows_per_step": given.batch, "weighed": num,
-        "correlations": correlations,
-    }  # fmt: skip
-
-
-def _student_rows(run: RunConfig) -> int:
-    """Student rows of one optimizer step at the end of training."""
-    contexts = run.method.at(1.0).contexts
-    inner = contexts.contexts if isinstance(contexts, Reweighted) else contexts
-    if not isinstance(inner, Mixture):
-        return run.train.batch_size
-    fractions = inner.fractions()
-    share = sum(part for part, each in zip(fractions, inner.shares, strict=True) if "student" in each.contexts.sources)
-    return max(2, round(run.train.batch_size * share / max(sum(fractions), 1e-9)))

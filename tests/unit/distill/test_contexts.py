@@ -14,10 +14,9 @@ from reference import step_inputs
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import build
 from varkd.distill import prefixes as module
-from varkd.distill.contexts import Contexts
 from varkd.distill.credit import FutureReturn, Importance, NoCredit, PrefixDiscrepancy, Reward
 from varkd.distill.divergences import CrossEntropy
-from varkd.distill.inputs import State, StepInputs, merge
+from varkd.distill.inputs import Prefixes, State, StepInputs, merge
 from varkd.distill.method import Method, Term
 from varkd.distill.mixture import Mixture, Share, composition
 from varkd.distill.prefixes import (
@@ -31,7 +30,6 @@ from varkd.distill.prefixes import (
     SpeculativeSampling,
 )
 from varkd.distill.replay import Replay
-from varkd.distill.reweighted import Reweighted, effective_share, log_ratio, sequence_weights
 from varkd.distill.schedule import LinearSchedule, Plateau, resolve
 from varkd.distill.scores import code_logp
 from varkd.errors import VarkdError
@@ -138,18 +136,18 @@ def test_student_and_teacher_draw_different_numbers(student, batch):
 
 
 def test_a_missing_teacher_is_named(student, batch):
-    for contexts in (Rollout("teacher"), Reweighted(Rollout())):
+    for contexts in (Rollout("teacher"), MixtureSampling()):
         with pytest.raises(VarkdError, match="teacher=RUN"):
             contexts(batch, inputs(student))
     assert Rollout("teacher").needs_teacher and not Rollout().needs_teacher
     assert Mixture((Share(Data(), 1.0), Share(Replay(Rollout("teacher")), 0.1))).needs_teacher
-    assert Reweighted(Rollout()).needs_teacher
+    assert MixtureSampling().needs_teacher
 
 
 # ---- replay
 
 
-def run_replay(contexts: Contexts, student: Backbone, batch: Batch, steps: int) -> list[Context]:
+def run_replay(contexts: Prefixes, student: Backbone, batch: Batch, steps: int) -> list[Context]:
     state: State = {}
     found = []
     for step in range(steps):
@@ -482,10 +480,8 @@ def test_nested_contexts_speak_for_what_is_inside():
     ))  # fmt: skip
     assert mixture.sources == ("data", "student", "teacher") and mixture.samplers == (cold, warm, cold)
     assert mixture.needs_teacher and mixture.splices
-    around = Reweighted(mixture)
-    assert (around.sources, around.samplers, around.splices) == (mixture.sources, mixture.samplers, mixture.splices)
     codebook_VE = torch.rand(5, 2)
-    assert torch.equal(around.prepare(codebook_VE)["codebook"], codebook_VE)
+    assert torch.equal(mixture.prepare(codebook_VE)["codebook"], codebook_VE)
     plain = Mixture((Share(Data(), 0.5), Share(Rollout(sampler=warm), 0.5)))
     assert not plain.needs_teacher and not plain.splices and plain.prepare(codebook_VE) == {}
 
@@ -509,7 +505,7 @@ NO_REWARDS = [
     (Replay(MixedRollout(0.0, 1.0)), "student", PREFIX),
     (Replay(Rollout(sampler=Sampler(top_k=2))), "student", OFTEN),
     (Mixture((Share(Rollout(), 0.5), Share(MixedRollout(0.0, 1.0), 0.5))), "student", PREFIX),
-    (Reweighted(Mixture((Share(Data(), 0.5), Share(Replay(MixedRollout(0.0, 1.0)), 0.5)))), "student", PREFIX),
+    (Mixture((Share(Data(), 0.5), Share(Replay(MixedRollout(0.0, 1.0)), 0.5))), "student", PREFIX),
 ]  # fmt: skip
 CREDITS = [Importance(), Reward(), FutureReturn(), PrefixDiscrepancy()]
 
@@ -531,7 +527,6 @@ HONEST = [Sampler(), Sampler(temperature=0.7), Sampler(temperature=2.0), Sampler
     lambda sampler: Rollout(sampler=sampler), lambda sampler: Rollout("teacher", sampler),
     MixtureSampling, SpeculativeSampling,
     lambda sampler: Replay(Rollout(sampler=sampler)), lambda sampler: Replay(MixtureSampling(sampler)),
-    lambda sampler: Reweighted(Rollout(sampler=sampler)),
     lambda sampler: Mixture((Share(Data(), 0.5), Share(Rollout(sampler=sampler), 0.5))),
 ])  # fmt: skip
 def test_rewards_are_accepted_where_log_probabilities_are_stored(student, teacher, batch, make, sampler):
@@ -553,100 +548,10 @@ def test_rewards_on_other_sources_are_no_matter():
         Method((Term("pg", CrossEntropy(), credit=Reward()),), mixture)
 
 
-# ---- sequence weights
-
-ratios = st.lists(st.floats(-30, 30), min_size=2, max_size=64).map(lambda values: torch.tensor(values))
-
-
-@settings(max_examples=100, deadline=None)
-@given(ratio_B=ratios, kappa=st.floats(0, 50), clip=st.floats(1, 20), floor=st.floats(0, 1))
-def test_weights_have_mean_one_and_enough_effective_samples(ratio_B, kappa, clip, floor):
-    weight_B = sequence_weights(ratio_B, kappa, clip, floor)
-    torch.testing.assert_close(weight_B.mean(), torch.tensor(1.0), rtol=1e-5, atol=1e-5)
-    assert effective_share(weight_B) >= floor - 1e-5
-    assert float(weight_B.max() / weight_B.min()) <= clip**2 * (1 + 1e-5)
-    by_ratio = weight_B[torch.argsort(ratio_B)]
-    assert (by_ratio.diff() >= -1e-6).all()  # a sequence that the teacher likes better never counts less
-
-
-def test_weights_without_limits_are_a_softmax():
-    ratio_B = torch.tensor([0.1, -0.2, 0.4, 0.0])
-    expected = 4 * (2.5 * ratio_B.double()).exp() / (2.5 * ratio_B.double()).exp().sum()
-    torch.testing.assert_close(sequence_weights(ratio_B, 2.5, 1e6, 0.0).double(), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(sequence_weights(ratio_B, 0.0, 4.0, 0.5), torch.ones(4))
-
-
-def test_clipping_is_followed_by_renormalizing():
-    ratio_B = torch.tensor([5.0, 0.0, 0.0, 0.0])
-    w = (4 * ratio_B.softmax(0)).clamp(1 / 2, 2)
-    torch.testing.assert_close(sequence_weights(ratio_B, 1.0, 2.0, 0.0), w / w.mean())
-
-
-def test_bisection_stops_at_the_floor_and_not_far_above():
-    ratio_B = torch.linspace(-1, 1, 32)
-    weight_B = sequence_weights(ratio_B, 1000.0, 1e9, 0.5)
-    assert 0.5 <= effective_share(weight_B) < 0.501
-
-
-def test_effective_share():
-    assert effective_share(torch.ones(7)) == pytest.approx(1)
-    assert effective_share(torch.tensor([7.0] + [0.0] * 6)) == pytest.approx(1 / 7)
-
-
-def test_log_ratio(student, teacher, batch):
-    part = Rollout()(batch, inputs(student)).parts[0]
-    logp = [m.head(m(part.codes_BL, part.condition, part.plan)).log_softmax(-1) for m in (teacher, student)]
-    expected = (logp[0] - logp[1]).gather(2, part.codes_BL.unsqueeze(2)).squeeze(2).mean(1)
-    torch.testing.assert_close(log_ratio(part, inputs(student, teacher)), expected.float(), rtol=1e-4, atol=1e-5)
-
-
-def test_reweighting_touches_student_rows_only(student, teacher, batch):
-    mixture = Mixture((Share(Data(), 0.5), Share(Rollout(), 0.5)))
-    data, sampled = Reweighted(mixture, kappa=3.0, clip=1e6, ess_floor=0.0)(batch, inputs(student, teacher)).parts
-    assert (data.weight_B == 1).all()
-    ratio_B = log_ratio(sampled, inputs(student, teacher))
-    torch.testing.assert_close(sampled.weight_B, 4 * (3 * ratio_B).softmax(0), rtol=1e-4, atol=1e-5)
-    assert sampled.weight_B.std() > 0.01
-    plain = mixture(batch, inputs(student, teacher)).parts[1]
-    assert torch.equal(plain.codes_BL, sampled.codes_BL)
-
-
-def test_weights_find_their_rows_across_several_student_sources(student, teacher, batch):
-    """Two student sources hand their rows over as 0 2 4 6, 1 3 5 7: out of order."""
-    mixture = Mixture((Share(Rollout(), 0.5), Share(Replay(), 0.5)))
-    whole = Reweighted(Rollout())(batch, inputs(student, teacher)).parts[0]  # at step 0 both sources sample alike
-    parts = Reweighted(mixture)(batch, inputs(student, teacher)).parts
-    assert parts[0].row_B.tolist() == [0, 2, 4, 6] and parts[1].row_B.tolist() == [1, 3, 5, 7]
-    for part in parts:
-        torch.testing.assert_close(part.weight_B, whole.weight_B[part.row_B])
-
-
-def test_the_shuffled_control_permutes_the_same_weights(student, teacher, batch):
-    straight, shuffled = (
-        Reweighted(Rollout(), shuffle=shuffle)(batch, inputs(student, teacher)).parts[0] for shuffle in (False, True)
-    )
-    assert torch.equal(straight.codes_BL, shuffled.codes_BL)
-    assert torch.equal(straight.weight_B.sort().values, shuffled.weight_B.sort().values)
-    assert not torch.equal(straight.weight_B, shuffled.weight_B)
-
-
-def test_a_step_without_student_rows_can_be_reweighted(student, teacher, batch):
-    mixture = Mixture((Share(Data(), 1.0), Share(Rollout(), 0.0)))
-    (part,) = Reweighted(mixture)(batch, inputs(student, teacher)).parts
-    assert (part.weight_B == 1).all()
-
-
-@pytest.mark.parametrize("values", [{"kappa": -1.0}, {"clip": 0.5}, {"ess_floor": 1.5}])
-def test_reweighting_refuses_nonsense(values: dict):
-    with pytest.raises(VarkdError, match="reweighted"):
-        Reweighted(Rollout(), **values)
-
-
 def test_sampling_leaves_no_graph_and_the_models_in_their_mode(student, teacher, batch):
     student.train()
-    part = Reweighted(Rollout(sampler=Sampler(top_k=3)))(batch, inputs(student, teacher)).parts[0]
+    part = MixtureSampling(Sampler(top_k=3))(batch, inputs(student, teacher)).parts[0]
     assert student.training and not teacher.training
-    assert not part.weight_B.requires_grad
     assert part.behavior_logp_BL is not None and not part.behavior_logp_BL.requires_grad
 
 

@@ -10,23 +10,19 @@ import torch
 from torch import Tensor
 
 import reference
-from reference import step_inputs
 from varkd.distill.credit import (
     Credit,
-    DiscrepancyDecay,
     FutureReturn,
     Importance,
     NoCredit,
     PrefixDiscrepancy,
     Reward,
 )
-from varkd.distill.divergences import CrossEntropy, Divergence, ForwardKL, ReverseKL
+from varkd.distill.divergences import CrossEntropy, Divergence, ReverseKL
 from varkd.distill.inputs import StepInputs
 from varkd.distill.loss import distill_loss
 from varkd.distill.method import Method, Term
-from varkd.distill.prefixes import Data, MixedRollout, Rollout, ScheduledSampling
-from varkd.distill.replay import Replay
-from varkd.distill.target import Plain, Truncated
+from varkd.distill.prefixes import Rollout
 from varkd.errors import VarkdError
 from varkd.types import Condition, Context, Part, Plan
 from varkd.world import Rng
@@ -263,73 +259,3 @@ def test_codes_without_a_stored_probability_are_refused(credit: Credit):
 def test_nonsense_is_refused(make):
     with pytest.raises(VarkdError, match=r"reward|future_return|prefix_discrepancy|importance"):
         make()
-
-
-# ---- the decay is a weight and no reward
-
-
-def decay_by_hand(gap: list[float], step: list[int], gamma: float) -> list[float]:
-    total = sum(gap)
-    before = [sum(g for g, s in zip(gap, step, strict=True) if s < here) for here in step]
-    return [1 + gamma * (1 - each / total) for each in before]
-
-
-@every_plan
-@pytest.mark.parametrize("gamma", [-1.0, -0.5, 0.0, 1.0])
-def test_the_decay_by_hand(plan: Plan, gamma: float):
-    scores, part = case(plan)
-    gap_BL = (scores["teacher_logp"] - scores["student_logp"]).abs()
-    found_BL = DiscrepancyDecay(gamma)({"code_gap": gap_BL}, part)
-    for row in range(ROWS):
-        assert found_BL[row].tolist() == pytest.approx(decay_by_hand(gap_BL[row].tolist(), steps_of(plan, row), gamma))
-    assert found_BL.min() >= min(1, 1 + gamma) - 1e-9 and found_BL.max() <= max(1, 1 + gamma) + 1e-9
-
-
-def test_the_decay_is_the_weight_of_the_rewards_of_iwopd():
-    scores, part = case(PLANS["parallel random"], drift=0.0)
-    reward_BL = scores["teacher_logp"] - scores["student_logp"]
-    weight_BL = DiscrepancyDecay(0.7)({"code_gap": reward_BL.abs()}, part)
-    torch.testing.assert_close(PrefixDiscrepancy(0.7, clip=None)(scores, part), weight_BL * reward_BL)
-
-
-def test_excluded_codes_are_the_limit_of_ever_smaller_probabilities():
-    _, part = case(PLANS["raster"])
-    gap_BL = torch.rand(ROWS, 6, dtype=torch.float64)
-    gap_BL[0, 2] = gap_BL[1, 1] = gap_BL[1, 4] = torch.inf
-    found_BL = DiscrepancyDecay(1.0)({"code_gap": gap_BL}, part)
-    near_BL = DiscrepancyDecay(1.0)({"code_gap": gap_BL.clamp_max(1e9)}, part)
-    torch.testing.assert_close(found_BL, near_BL)
-    assert found_BL[0].tolist() == [2, 2, 2, 1, 1, 1] and found_BL[1].tolist() == [2, 2, 1.5, 1.5, 1.5, 1]
-
-
-def test_equal_models_decay_to_a_constant():
-    _, part = case(PLANS["raster"])
-    assert (DiscrepancyDecay(0.5)({"code_gap": torch.zeros(ROWS, 6)}, part) == 1.5).all()
-
-
-@pytest.mark.parametrize("target", [Plain(), Truncated(top_p=0.5)], ids=lambda t: t.kind)
-@pytest.mark.parametrize(
-    "contexts", [Data(), ScheduledSampling(0.5), MixedRollout(0.0, 1.0), Replay()], ids=lambda c: c.kind
-)
-def test_the_decay_weighs_any_divergence_on_any_rows(student, teacher, batch, contexts, target):
-    """By the codes that stand in the sequence, also where others are the targets; nothing is refused or infinite."""
-    term = Term("kd", ForwardKL(), credit=DiscrepancyDecay(0.8))
-    method, rng = Method((term,), contexts, target), Rng(0, 1)
-    (part,) = contexts(batch, step_inputs(student, teacher, {}, rng)).parts
-    inputs = StepInputs(method, student, teacher, {}, rng, codebook_tables={}, chunk_rows=7)
-    value, _ = distill_loss(inputs, Context((part,)), {"kd": 1.0})
-    value.backward()
-    q, p = ((model.head(model(part.codes_BL, part.condition, part.plan))).detach() for model in (student, teacher))
-    p = target(p.flatten(0, 1), None, None).view_as(p).log_softmax(-1)
-    q = q.log_softmax(-1)
-    gap_BL = (p - q).abs().gather(2, part.codes_BL.unsqueeze(2)).squeeze(2)
-    weight = DiscrepancyDecay(0.8)({"code_gap": gap_BL}, part)
-    kl_BL = torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(2)
-    torch.testing.assert_close(value.detach(), (weight * kl_BL).sum(), rtol=1e-6, atol=1e-8)
-    assert weight.std() > 0.05
-    assert all(torch.isfinite(parameter.grad).all() for parameter in student.parameters())
-
-
-def test_a_decay_out_of_range_is_refused():
-    with pytest.raises(VarkdError, match="gamma must lie in"):
-        DiscrepancyDecay(-1.5)

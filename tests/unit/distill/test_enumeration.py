@@ -25,7 +25,6 @@ from varkd.distill.inputs import Prefixes, StepInputs
 from varkd.distill.loss import distill_loss
 from varkd.distill.method import Method, Term
 from varkd.distill.prefixes import MixtureSampling, Rollout
-from varkd.distill.reweighted import log_ratio
 from varkd.methods import METHODS
 from varkd.rollout import Sampler
 from varkd.types import Batch, Condition, Context, Part, Source
@@ -106,15 +105,6 @@ def test_total_variation_of_steps_bounds_that_of_sequences(models):
     sequence_tv = 0.5 * (lq_B.exp() - lp_B.exp()).abs().sum()
     for source, probability_B in (("teacher", lp_B.exp()), ("student", lq_B.exp())):
         assert sequence_tv <= distilled(TotalVariation(), source, probability_B, models) + 1e-12
-
-
-def test_full_importance_weights_turn_student_sequences_into_teacher_sequences(models):
-    """kappa = L in `Reweighted` is self-normalized importance weighting: E_q[w f] = E_p[f]."""
-    student, teacher = models
-    part = Part.of("student", CODES_BL, CONDITION, student.plan(27), torch.arange(27))
-    ratio_B = log_ratio(part, step_inputs(student, teacher, {}, Rng(0))).double()
-    lq_B, lp_B = (logp(model)[1].sum(1) for model in models)
-    torch.testing.assert_close(lq_B.exp() * (3 * ratio_B).exp(), lp_B.exp(), rtol=1e-5, atol=1e-8)
 
 
 # ---- policy gradients: MiniLLM and OPD

@@ -15,22 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reference import plain_loss, step_inputs
+from reference import FirstHalf, Weighed, plain_loss, step_inputs
 from varkd.backbones.protocol import Backbone
 from varkd.distill import loss as module
 from varkd.distill.bestof import BestOf
-from varkd.distill.credit import DiscrepancyDecay
-from varkd.distill.divergences import JSD, CrossEntropy, EmbeddingMoments, ForwardKL, ReverseKL
+from varkd.distill.divergences import JSD, CrossEntropy, Decoupled, ForwardKL, ReverseKL, SequenceSkew, SkewKL
 from varkd.distill.inputs import State, StepInputs
 from varkd.distill.loss import Stats, chunked_head_loss, denominators, distill_loss
 from varkd.distill.method import Method, Term, skew_key, threshold_key
 from varkd.distill.mixture import Mixture, Share
-from varkd.distill.prefixes import Data, Rollout
+from varkd.distill.prefixes import Data, MixedRollout, Rollout
 from varkd.distill.replay import Replay
-from varkd.distill.reweighted import PrefixReweighted, Reweighted
 from varkd.distill.schedule import TaidTime, adaptives
-from varkd.distill.selection import Accepted, Confidence, Drift, EntropyRatio, Horizon, Random, Threshold
-from varkd.distill.spaces import Clusters, Neighbors
+from varkd.distill.selection import Accepted, Confidence, EntropyWeight, Random
+from varkd.distill.spaces import Clusters, Full, TopK
 from varkd.errors import VarkdError
 from varkd.methods import METHODS
 from varkd.types import Batch, Context
@@ -43,32 +41,30 @@ SELECTED = Method(
         Term("student", JSD(0.3), ("student",), Random(0.4), Clusters(3, 0.2), 0.7, normalizer="selected"),
         Term("ce", CrossEntropy(), ("data",), weight=0.5),
     ),
-    Reweighted(Mixture((Share(Data(), 0.5), Share(Rollout(), 0.5)))),
+    Mixture((Share(Data(), 0.5), Share(Weighed(), 0.5))),  # type: ignore[arg-type]
 )
 GATED = Method(
     (
         Term("anchor", ForwardKL(), ("data",)),
         Term("student", ForwardKL(), ("student",), Confidence(0.5, "cluster_mass"), Clusters(within=0.3)),
     ),
-    Reweighted(Mixture((Share(Data(), 0.5), Share(Replay(), 0.5)))),
+    Mixture((Share(Data(), 0.5), Share(Replay(), 0.5))),
 )
 PREFIXES = Method(
     (
-        Term("student", ForwardKL(), ("student",), Drift(4, 0.2, 0.1), Neighbors(4), credit=DiscrepancyDecay(0.7)),
-        Term("moments", EmbeddingMoments(), selection=Accepted("neighbors", neighbors=3), weight=0.5),
-        Term("ce", CrossEntropy(), ("data",), Horizon(0.7), weight=0.5, normalizer="selected"),
+        Term("student", SkewKL(SequenceSkew()), ("student",), EntropyWeight(0.3), TopK(4)),
+        Term("code", Decoupled("target"), selection=Accepted("neighbors", neighbors=3), weight=0.5),
+        Term("ce", CrossEntropy(), ("data",), FirstHalf(0.2), weight=0.5, normalizer="selected"),  # type: ignore[arg-type]
     ),
-    PrefixReweighted(Mixture((Share(Data(), 0.5), Share(Replay(BestOf(count=2)), 0.5))), kappa=0.5),
+    Mixture((Share(Data(), 0.5), Share(Replay(BestOf(count=2)), 0.5))),
 )
 SURE = Method(
     (
-        Term("kd", JSD(0.3), selection=EntropyRatio(1.0), normalizer="selected"),
-        Term(
-            "soft", ReverseKL(), ("student",), Threshold(0.4, "cluster_mass", softness=0.1), Clusters(3, 0.2, "plain")
-        ),
-        Term("code", ForwardKL(), ("student",), Accepted("code", floor=0.0), Neighbors(3, sides="teacher")),
+        Term("kd", JSD(0.3), selection=Accepted("nucleus", floor=0.0), normalizer="selected", generated_only=True),
+        Term("soft", ReverseKL(), ("student",), Accepted("speculative"), Clusters(3, 0.2, "plain")),
+        Term("code", ForwardKL(), ("student",), Accepted("code", floor=0.0), Full(1.7)),
     ),
-    Reweighted(Mixture((Share(Data(), 0.5), Share(BestOf(count=3, score="teacher"), 0.5)))),
+    Mixture((Share(Data(), 0.5), Share(BestOf(MixedRollout(), count=3, score="teacher"), 0.5))),
 )
 ALL = {
     **{name: preset.method for name, preset in METHODS.items()},
@@ -170,10 +166,11 @@ def test_the_split_into_micro_batches_changes_nothing(name, student, teacher, ba
             assert split_means[key] == pytest.approx(means[key], rel=1e-9)
 
 
-def test_the_methods_here_do_select_and_reweight(student, teacher, batch):
+def test_the_methods_here_do_select_and_weigh(student, teacher, batch):
     subject = case(GATED, student, teacher, batch)
     means = run(subject)[2].collect(World()).means
     assert 0.2 < means["kept/student"] < 0.9
+    subject = case(SELECTED, student, teacher, batch)
     weights = [part.weight_B for part in subject.context.parts if part.source == "student"]
     assert weights[0].std() > 0.01
 
@@ -247,7 +244,7 @@ def step_on(world: World, method: Method, student: Backbone, teacher: Backbone, 
 
 
 UNEVEN = replace(
-    ALL["varkd"], contexts=Reweighted(Mixture((Share(Data(), 0.9), Share(Rollout(), 0.1))))
+    ALL["varkd"], contexts=Mixture((Share(Data(), 0.9), Share(Rollout(), 0.1)))
 )  # one student row, which rank 1 holds; rank 0 has none
 
 

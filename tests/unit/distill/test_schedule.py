@@ -17,7 +17,6 @@ from varkd.distill.method import Method, Term
 from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import Data, MixtureSampling, ParallelSampling, Rollout
 from varkd.distill.replay import Replay
-from varkd.distill.reweighted import Reweighted
 from varkd.distill.schedule import (
     Adaptive,
     ExponentialSchedule,
@@ -139,24 +138,24 @@ DEEP = Method(
         Term("b", JSD(LinearSchedule(0.0, 1.0)), weight=0.5),
         Term("c", CrossEntropy(), on=("student",), credit=PrefixDiscrepancy(gamma=Plateau(0.1, 0.9))),
     ),
-    contexts=Reweighted(Mixture((
+    contexts=Mixture((
         Share(Data(), "rest"), Share(MixtureSampling(alpha=Plateau(0.0, 0.5, step=0.2)), 0.25),
         Share(Replay(fresh=TaidTime(start=0.3)), Plateau()),
-    ))),
+    )),
 )  # fmt: skip
 KEYS = {
     "adaptive.terms.0.divergence.time": 0.2,
     "adaptive.terms.0.weight": 0.25,
     "adaptive.terms.2.credit.gamma": 0.1,
-    "adaptive.contexts.contexts.shares.1.contexts.alpha": 0.0,
-    "adaptive.contexts.contexts.shares.2.contexts.fresh": 0.3,
-    "adaptive.contexts.contexts.shares.2.fraction": 0.0,
+    "adaptive.contexts.shares.1.contexts.alpha": 0.0,
+    "adaptive.contexts.shares.2.contexts.fresh": 0.3,
+    "adaptive.contexts.shares.2.fraction": 0.0,
 }
 
 
 def values_of(method: Method) -> dict[str, float]:
     """The numbers at the places of `KEYS`, read by hand."""
-    mixture = method.contexts.contexts  # type: ignore[union-attr]
+    mixture = method.contexts
     term = method.terms
     return dict(zip(KEYS, (
         term[0].divergence.time, term[0].weight, term[2].credit.gamma,  # type: ignore[union-attr]

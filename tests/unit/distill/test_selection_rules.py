@@ -1,20 +1,18 @@
-"""Selections by threshold, acceptance of the sequence's own codes, entropy ratio, horizon and drift, against numpy."""
+"""Selections by the acceptance of the sequence's own codes, and by entropy, against numpy."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from varkd.distill.divergences import ForwardKL
-from varkd.distill.method import Method, Term
+from varkd.distill.divergences import CrossEntropy, ForwardKL
+from varkd.distill.method import Term
 from varkd.distill.schedule import LinearSchedule
 from varkd.distill.scores import ScoreInputs, of_student, of_teacher, position_scores
-from varkd.distill.selection import Accepted, Confidence, Drift, EntropyRatio, Horizon, Selection, Threshold, kept_share
-from varkd.distill.spaces import Clusters, Full
+from varkd.distill.selection import Accepted, Confidence, EntropyWeight, Random, Selection, kept_share
+from varkd.distill.spaces import Full
 from varkd.errors import VarkdError
 from varkd.types import Condition, Part, Plan
 from varkd.world import Rng
@@ -105,167 +103,53 @@ def test_codes_that_the_target_excludes_are_not_accepted():
         assert (weights(Accepted(rule, floor=0.0), subject, z, s) == 0).all()
 
 
-@pytest.mark.parametrize("score", ["max_prob", "entropy", "margin", "code_prob"])
-def test_a_threshold_by_hand(score):
-    (z, s), subject = logits(), part()
-    p = probabilities(z)
-    ordered, target = np.sort(p, 1), (subject.codes_BL.flatten().numpy() + 1) % VOCAB
-    measured = {
-        "max_prob": ordered[:, -1], "entropy": -entropy(p) / math.log(VOCAB), "margin": ordered[:, -1] - ordered[:, -2],
-        "code_prob": p[np.arange(len(p)), target],
-    }[score]  # fmt: skip
-    middle = float(np.median(measured)) + 1e-4
-    hard = weights(Threshold(middle, score, floor=0.25), subject, z, s)
-    np.testing.assert_array_equal(hard.flatten().numpy(), np.where(measured >= middle, 1, np.float32(0.25)))
-    soft = weights(Threshold(middle, score, floor=0.25, softness=0.1), subject, z, s)
-    expected = 0.25 + 0.75 / (1 + np.exp(-(measured - middle) / 0.1))
-    np.testing.assert_allclose(soft.flatten().numpy(), expected, rtol=1e-5)
-    sharp = weights(Threshold(middle, score, floor=0.25, softness=1e-7), subject, z, s)
-    np.testing.assert_allclose(sharp.numpy(), hard.numpy(), atol=1e-5)
-
-
-def test_a_threshold_over_clusters_needs_clusters():
-    space = Clusters(count=3)
-    assert Threshold(0.5, "cluster_mass").score_names(space) == Confidence(score="cluster_mass").score_names(space)
-    with pytest.raises(VarkdError, match="threshold: score 'cluster_mass' needs"):
-        Term("kd", ForwardKL(), selection=Threshold(0.5, "cluster_mass"))
-
-
-def test_the_entropy_ratio_by_hand():
-    (z, s), subject = logits(), part()
-    ratio = entropy(probabilities(z)) / entropy(probabilities(s))
-    for bound in (0.8, 1.0, 1.3):
-        found = weights(EntropyRatio(bound, floor=0.3), subject, z, s)
-        np.testing.assert_array_equal(found.flatten().numpy(), np.where(ratio <= bound, 1, np.float32(0.3)))
-
-
-def test_entropy_ratios_of_certain_models():
-    certain = torch.full((ROWS * LENGTH, VOCAB), -1e4, dtype=torch.float64)
-    certain[:, 2] = 1e4
-    flat = torch.zeros_like(certain)
-    select = EntropyRatio(1.0, floor=0.0)
-    assert (weights(select, part(), certain, certain) == 1).all(), "0 <= 0"
-    assert (weights(select, part(), certain, flat) == 1).all(), "the teacher is surer"
-    assert (weights(select, part(), flat, certain) == 0).all(), "the student is surer"
-
-
-@pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.parametrize("sizes", [(1,) * 10, (1, 4, 5), (2, 3, 3, 2)])
-def test_a_horizon_counts_the_codes_of_earlier_steps(sizes: tuple[int, ...], shuffled: bool):
-    subject, length = part(sizes, shuffled), sum(sizes)
-    for share in (0.0, 0.07, 0.1, 0.3, 0.5, 1.0):
-        found = Horizon(share, floor=0.2)({}, subject, Full(), None, Rng(0))
-        for row in range(ROWS):
-            walk, begin = subject.plan.order_BL[row].tolist(), 0
-            for size in sizes:
-                for position in walk[begin : begin + size]:
-                    kept = begin < share * length
-                    assert found[row, position] == torch.tensor(1.0 if kept else 0.2)
-                begin += size
-
-
-def test_a_horizon_does_not_stumble_over_rounding_and_may_grow():
-    subject = part((1,) * 100)
-    assert 0.07 * 100 > 7
-    assert Horizon(0.07)({}, subject, Full(), None, Rng(0)).sum(1).tolist() == [7.0] * ROWS
-    method = Method((Term("kd", ForwardKL(), selection=Horizon(LinearSchedule(0.2, 1.0))),))
-    grown = method.at(0.5).terms[0].selection
-    assert isinstance(grown, Horizon) and grown.share == pytest.approx(0.6)
-
-
-def drift_by_hand(surprise: np.ndarray, window: int, sigmas: float) -> int:
-    """The number of codes before a sequence has drifted."""
-    rate, mean, variance = 2 / (window + 1), 0.0, 0.0
-    for nth, z in enumerate(surprise):
-        mean, variance = (1 - rate) * mean + rate * z, (1 - rate) ** 2 * variance + rate**2
-        if mean > sigmas * math.sqrt(variance):
-            return nth
-    return len(surprise)
-
-
-@pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.parametrize(("window", "sigmas"), [(1, 1.0), (4, 0.5), (16, 1.0)])
-def test_drift_by_hand(window: int, sigmas: float, shuffled: bool):
-    sizes = (1, 2) * 10
-    subject = part(sizes, shuffled)
-    length = sum(sizes)
-    z, s = logits(3, ROWS * length)
-    found = weights(Drift(window, sigmas, floor=0.1), subject, z, s)
-    p = probabilities(z)
-    h = entropy(p)
-    spread = np.sqrt((p * (np.log(p) + h[:, None]) ** 2).sum(1))
-    codes = subject.codes_BL.flatten().numpy()
-    surprise = ((-np.log(p[np.arange(len(p)), codes]) - h) / spread).reshape(ROWS, length)
-    ends = []
-    for row in range(ROWS):
-        walk = subject.plan.order_BL[row].tolist()
-        end = drift_by_hand(surprise[row][walk], window, sigmas)
-        expected = np.full(length, np.float32(0.1))
-        expected[walk[:end]] = 1
-        np.testing.assert_array_equal(found[row].numpy(), expected)
-        ends.append(end)
-    assert min(ends) < length, "else nothing was tested"
-
-
-def test_the_teachers_own_samples_drift_as_rarely_as_the_law_says():
-    """At one given position the average exceeds 2 standard deviations in about 1 of 40 sequences."""
+def test_the_surprise_of_the_teachers_own_samples_is_standardized():
+    """Mean 0 and variance 1 under the teacher itself; none where nothing can surprise; infinite at excluded codes."""
     generator = torch.Generator().manual_seed(0)
     p = torch.softmax(torch.randn(40, 30, generator=generator, dtype=torch.float64), 1)  # a law for each position
     codes_BL = torch.stack([torch.multinomial(row, 4000, replacement=True, generator=generator) for row in p], 1)
     sides = ScoreInputs(codes_BL.flatten(), lambda rows: p.log().repeat(4000, 1)[rows])
     surprise_BL = position_scores(["surprise"], sides, {}, 10**6)["surprise"].view(4000, 40)
     assert surprise_BL.mean(0).abs().max() < 0.08 and (surprise_BL.var(0) - 1).abs().max() < 0.2
-    rate, mean_B = 2 / 17, torch.zeros(4000)
-    for rank, surprise_B in enumerate(surprise_BL.unbind(1), 1):
-        mean_B = (1 - rate) * mean_B + rate * surprise_B
-        law = rate / (2 - rate) * (1 - (1 - rate) ** (2 * rank))
-        assert float(mean_B.var()) == pytest.approx(law, rel=0.15)
-
-
-def test_a_certain_teacher_and_an_excluded_code():
-    """No noise where nothing can surprise; and the first code that the target excludes ends the sequence."""
-    subject = part()
-    flat, s = torch.zeros(ROWS * LENGTH, VOCAB), torch.zeros(ROWS * LENGTH, VOCAB)
-    assert (weights(Drift(), subject, flat, s) == 1).all()
-    certain = torch.full_like(flat, -1e4).scatter(1, subject.codes_BL.view(-1, 1), 1e4)
-    assert (weights(Drift(), subject, certain, s) == 1).all()
-    excluded = flat.clone()
-    excluded[2, int(subject.codes_BL[0, 2])] = -torch.inf
-    found = weights(Drift(), subject, excluded, s)
-    assert found[0].tolist() == [1, 1, 0, 0, 0, 0] and (found[1:] == 1).all()
+    logp = p.log()[0]
+    spread = float((p[0] * (logp + entropy(p[:1].numpy())[0]) ** 2).sum() ** 0.5)
+    expected = (-float(logp[codes_BL[7, 0]]) - entropy(p[:1].numpy())[0]) / spread
+    assert float(surprise_BL[7, 0]) == pytest.approx(expected, rel=1e-5)
+    code_N = torch.tensor([0, 0, 1])
+    logits = torch.tensor([[0.0, 0.0, 0.0], [1e4, -1e4, -1e4], [0.0, -torch.inf, 0.0]])
+    found = position_scores(["surprise"], ScoreInputs(code_N, lambda rows: logits[rows]), {}, 2)["surprise"]
+    assert found[:2].abs().max() < 1e-3 and found[2] == torch.inf
 
 
 def test_every_rule_belongs_to_its_rows():
     (z, s), subject = logits(), part((1, 2, 3), shuffled=True)
     rows_N = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)[2:4].flatten()
-    selections = (Threshold(0.3), Accepted("code"), Accepted("neighbors"), EntropyRatio(), Horizon(), Drift(4, 0.5))
+    selections = (Accepted("code"), Accepted("neighbors"), Accepted("nucleus"), EntropyWeight(0.3), Random(0.5))
     for selection in selections:
         whole = weights(selection, subject, z, s)
         assert torch.equal(weights(selection, subject.select(slice(2, 4)), z[rows_N], s[rows_N]), whole[2:4])
 
 
 def test_which_models_the_scores_look_at():
-    both = ("code_gap", "code_ratio", "near_ratio:nearest/8", "entropy_ratio")
+    both = ("code_ratio", "near_ratio:nearest/8", "accepted", "top_k_agrees:5")
     assert all(of_student(name) and of_teacher(name) for name in both)
     assert not any(of_student(name) for name in ("surprise", "in_nucleus:0.9"))
-    assert Term("kd", ForwardKL(), selection=Drift()).needs_teacher
-    assert not Term("kd", ForwardKL(), selection=Horizon()).score_names
+    assert Term("ce", CrossEntropy(), selection=EntropyWeight()).needs_teacher
+    assert not Term("kd", ForwardKL(), selection=Random()).score_names
 
 
 def test_the_kept_share_is_the_way_from_the_floor_to_one():
     weight = torch.tensor([0.1, 1.0, 0.55])
-    assert kept_share(Drift(floor=0.1), weight).tolist() == pytest.approx([0, 1, 0.5])
-    assert kept_share(Drift(floor=0.0), torch.tensor([0.0, 1.0])).tolist() == [0, 1]
-    assert kept_share(Drift(floor=1.0), torch.ones(2)).tolist() == [1, 1]
+    assert kept_share(Accepted(floor=0.1), weight).tolist() == pytest.approx([0, 1, 0.5])
+    assert kept_share(EntropyWeight(), torch.tensor([0.0, 1.0])).tolist() == [0, 1]
+    assert kept_share(Accepted(floor=1.0), torch.ones(2)).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Threshold(2.0), lambda: Threshold(0.5, softness=-1), lambda: Threshold(0.5, floor=2),
-        lambda: Accepted(neighbors=0), lambda: Accepted(top_p=1.5), lambda: EntropyRatio(-1),
-        lambda: Horizon(1.5), lambda: Horizon(LinearSchedule(0, 2)), lambda: Drift(0), lambda: Drift(sigmas=0),
-        lambda: Drift(floor=-1),
+        lambda: Accepted(neighbors=0), lambda: Accepted(top_p=1.5), lambda: Accepted(floor=-1),
+        lambda: EntropyWeight(1.5), lambda: Random(LinearSchedule(0, 2)), lambda: Confidence(floor=2),
     ],
 )  # fmt: skip
 def test_nonsense_is_refused(make):

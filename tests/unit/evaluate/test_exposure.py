@@ -1,4 +1,4 @@
-"""Accumulated error, calibration and the two audits, against loops and another library."""
+"""Accumulated error, calibration and the selection audit, against loops."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from scipy.stats import spearmanr
 
 from varkd.backbones.llamagen import LlamaGen
 from varkd.distill.divergences import ForwardKL
 from varkd.distill.method import Method, Term, threshold_key
-from varkd.distill.reweighted import effective_share
 from varkd.distill.selection import Accepted, Confidence
 from varkd.distill.target import Guided, Temperature
 from varkd.errors import VarkdError
-from varkd.evaluate.audits import kept_positions, kept_share, rank_correlation, step_weights
+from varkd.evaluate.audits import kept_positions, kept_share
 from varkd.evaluate.calibration import calibration, expected_error
 from varkd.evaluate.diagnostics import Sequences
 from varkd.evaluate.exposure import accumulated, difference, excess_accumulated, risk
@@ -80,30 +78,6 @@ def test_kept_shares_by_loops():
     mass = sum(float(OTHERS[b, place]) for b in range(7) for place in range(5) if kept[b, place])
     assert found.kl.value == pytest.approx(mass / float(OTHERS.sum()))
     assert kept_share(kept, OTHERS * 0).kl.value == 1  # where there is nothing to learn, nothing is lost
-
-
-@pytest.mark.parametrize("ties", [False, True])
-def test_rank_correlation_is_spearmans(ties: bool):
-    generator = torch.Generator().manual_seed(2)
-    first = torch.rand(40, generator=generator)
-    second = first + torch.rand(40, generator=generator)
-    if ties:
-        first, second = (first * 4).round(), (second * 3).round()
-    found = rank_correlation(first, second)
-    assert found.value == pytest.approx(spearmanr(first.numpy(), second.numpy())[0])
-    assert -1 <= found.low <= found.value <= found.high <= 1
-    assert rank_correlation(first, torch.ones(40)).value == 0
-
-
-def test_weights_step_by_step():
-    ratio_N = torch.randn(50, generator=torch.Generator().manual_seed(3))
-    found = step_weights(ratio_N, 16, kappa=8, clip=4, ess_floor=0.5)
-    assert len(found.weight_N) == 48 and found.batch == 16
-    steps = found.weight_N.split(16)
-    assert all(float(step.mean()) == pytest.approx(1, abs=1e-6) for step in steps)
-    assert found.effective == pytest.approx(sum(map(effective_share, steps)) / 3) and found.effective >= 0.5 - 1e-6
-    assert torch.equal(step_weights(ratio_N, 16, 0, 4, 0.5).weight_N, torch.ones(48))
-    assert len(step_weights(ratio_N, 500, 1, 4, 0.5).weight_N) == 50
 
 
 # ---- the method's own selection

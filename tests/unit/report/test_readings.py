@@ -104,16 +104,12 @@ def test_every_drawing_is_svg_that_says_what_it_is():
         figures.lines("a", [Line("one", 0, [1, 2], [3, 4], [2, 3], [4, 5])], "x", "y", legend=True, reference=0.0),
         figures.bars("b", ["g", "h"], [Bars("one", 0, [1, None], [0.5, None], [2, None]),
                                        Bars("two", TEACHER, [1, 2], [0, 1], [2, 3])], "height"),
-        figures.histogram("c", [1.0, 2.0, 2.0], "value", "count", reference=1.0),
-        figures.scatter("d", [1.0, 2.0], [3.0, 4.0], "x", "y"),
     ]  # fmt: skip
     words = [
         "y over x: one from 3 to 4",
         "one: g 1; two: g 1, h 2",
-        "count by value: from 1 to 2",
-        "y against x, 2 dots",
     ]
-    for name, drawing, said in zip("abcd", drawings, words, strict=True):
+    for name, drawing, said in zip("ab", drawings, words, strict=True):
         root = ElementTree.fromstring(drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
         assert said in root.attrib["aria-label"]
         ids = [each.attrib["id"] for each in root.iter() if "id" in each.attrib]

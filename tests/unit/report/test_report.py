@@ -188,9 +188,11 @@ def test_a_log_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path)
 def test_warnings_stand_with_the_run_and_are_no_curve(tmp_path):
     folder = write_run(tmp_path / "run", metrics("run", "varkd", fd=3.0, teacher=None))
     with (folder / "log.jsonl").open("a") as log:
-        log.write(json.dumps({"split": "warning", "step": 7, "rule": "ess/student", "text": "few samples <b>"}) + "\n")
+        log.write(
+            json.dumps({"split": "warning", "step": 7, "rule": "kept_kl/student", "text": "few positions <b>"}) + "\n"
+        )
     html = page_of([folder], tmp_path / "out")
-    assert "Warning at update 7" in html and "few samples &lt;b&gt;" in html
+    assert "Warning at update 7" in html and "few positions &lt;b&gt;" in html
     assert "curve-warning" not in html and "Warning text" not in html
 
 

@@ -53,14 +53,14 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path):
 
 def test_a_warning_is_written_once_also_over_a_resume(tmp_path: Path):
     log = Log(tmp_path, World(), 0, tensorboard=False)
-    assert log.warn(2, "ess/student", "few count") and not log.warn(3, "ess/student", "fewer count")
+    assert log.warn(2, "kept_kl/student", "few count") and not log.warn(3, "kept_kl/student", "fewer count")
     assert log.warn(4, "kept_kl/kd", "nothing to learn")
     again = Log(tmp_path, World(), 3, tensorboard=False)
-    assert not again.warn(4, "ess/student", "few count"), "it was said at a step that was kept"
+    assert not again.warn(4, "kept_kl/student", "few count"), "it was said at a step that was kept"
     assert again.warn(4, "kept_kl/kd", "nothing to learn"), "that line was cut, so it is said again"
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == [
-        {"split": "warning", "step": 2, "rule": "ess/student", "text": "few count"},
+        {"split": "warning", "step": 2, "rule": "kept_kl/student", "text": "few count"},
         {"split": "warning", "step": 4, "rule": "kept_kl/kd", "text": "nothing to learn"},
     ]
     assert not Log(tmp_path, World(rank=1, size=2), 0, tensorboard=False).warn(1, "x", "y")

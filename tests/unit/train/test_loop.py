@@ -47,7 +47,6 @@ def test_the_method_has_a_state_worth_resuming(never_stopped: Path):
     assert state["threshold/student"].shape == (64,) and state["threshold/student"].std() > 0
     lines = [line for line in log(never_stopped) if line["split"] == "train"]
     assert {line["age/student"] for line in lines} > {0.0} and min(line["kept/student"] for line in lines) < 0.9
-    assert min(line["ess/student"] for line in lines) < 1 - 1e-4
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -81,7 +80,7 @@ def test_the_other_parts_are_at_work(other_parts: Path):
     for line in lines:
         assert {"kept_kl/student", "kept_kl/anchor", "teacher_nll/student", "teacher_surprise/student"} <= set(line)
         assert 0 < line["kept/student"] < 1 and 0 < line["kept_kl/student"] < 1
-        assert 0 < line["ess/student"] < 0.999 and line["terms/anchor"] > 0
+        assert line["terms/anchor"] > 0 and 0.01 <= line["skew/anchor"] <= 0.1
 
 
 def test_resuming_the_other_parts_is_as_if_never_stopped(
@@ -107,7 +106,7 @@ def test_a_guard_rail_speaks_once_a_run(
     tmp_path: Path, codes: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """On the terminal and in the log, after the warm-up, and not again after a resume."""
-    none = "method.terms.student.selection={kind: threshold, threshold: 1, floor: 0}"
+    none = "method.terms.student.selection={kind: random, quantile: 1, floor: 0}"
     hopeless = (*FROM_THE_START[:-1], none, f"teacher={teacher}")
     command = arguments(tmp_path / "run", codes, *hopeless)
     with monkeypatch.context() as patch:
