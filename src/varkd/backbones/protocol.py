@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from varkd.backbones.layers import GuidanceEmbedding
 from varkd.errors import VarkdError
 from varkd.files import atomic_folder, write_json
+from varkd.folders import Own, json_with
 from varkd.types import Condition, Plan
 from varkd.world import Rng
 
+MODEL = Own("a model", ("config.json",), json_with("family", "tokenizer_hash"), ("model.safetensors",))
 State = Any
 """KV cache and running features of one decode: owned by the caller, opaque to everyone but the backbone."""
 
@@ -79,7 +81,7 @@ class Backbone(nn.Module, ABC):
 
     def save(self, folder: str | Path) -> None:
         """Write a model folder (replaced as a whole) that `varkd.load` reads: `config.json`, `model.safetensors`."""
-        with atomic_folder(Path(folder)) as temporary:
+        with atomic_folder(Path(folder), MODEL) as temporary:
             write_json(temporary / "config.json", self.describe())
             tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
             save_file(tensors, temporary / "model.safetensors")

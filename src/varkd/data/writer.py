@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from varkd.data.codes import FORMAT, MANIFEST, PARTIAL, VERSION, map_shard, sequence_length
 from varkd.errors import VarkdError
 from varkd.files import atomic_file, read_json, write_json
+from varkd.folders import Own, json_with
 from varkd.world import World
 
 Manifest = dict[str, Any]
+CODES = Own("codes", (MANIFEST, PARTIAL), json_with(format=(FORMAT,)))
 
 
 def plan_manifest(
@@ -67,11 +69,12 @@ class CodeWriter:
     """The shards of `planned` (see `plan_manifest`) under `folder`; shards that stand there already are kept.
 
     Raises:
-        VarkdError: the folder holds codes of another tokenizer, source, views or shard size.
+        VarkdError: the folder holds codes of another tokenizer, source, views or shard size, or other things.
     """
 
     def __init__(self, folder: Path, planned: Manifest, world: World) -> None:
         self.folder, self.planned, self.world = folder, planned, world
+        CODES.check(folder)
         for name in (MANIFEST, PARTIAL):
             if (folder / name).exists():
                 _same_job(folder, read_json(folder / name), planned)

@@ -19,10 +19,10 @@ from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import weights_hash
 from varkd.data.images import Split
 from varkd.distill.spaces import Clusters
-from varkd.errors import VarkdError
 from varkd.evaluate import diagnostics
 from varkd.evaluate.diagnostics import CodeSpace, Sequences, Values, by_rank, measure, sampled
 from varkd.files import write_json
+from varkd.folders import Own, json_with
 from varkd.report.diagnostics import write_page
 from varkd.rollout import Sampler
 from varkd.run import audits, curves
@@ -33,7 +33,8 @@ from varkd.run.subject import Subject, open_subject, sequences_of
 from varkd.types import Condition
 from varkd.world import Rng
 
-OURS = frozenset({"analysis.json", "index.html", "language"})
+ANALYSIS = Own("an analysis", ("analysis.json",), json_with("teacher_hash", "split"),
+               ("index.html", "language", *(f"{name}.csv" for name in curves.TABLES)))  # fmt: skip
 LANGUAGE_QUANTITIES = ("teacher_entropy", "student_entropy", "forward_kl", "reverse_kl", "total_variation", "top1",
                        "top5", "top1_cluster", "n90", "n90_clusters", "perplexity", "max_prob", "cluster_mass",
                        "ce", "ce_teacher")  # fmt: skip
@@ -78,8 +79,8 @@ def analyze_run(
     if language is not None:
         found["language"] = _language(out / "language", language, len(contexts["data"]), seed, subject, tables)
     out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "analysis.json", {**_about(subject, contexts, split, num), **found})  # first: it marks the folder
     write_tables(out, tables)
-    write_json(out / "analysis.json", {**_about(subject, contexts, split, num), **found})
     return write_page(out)
 
 
@@ -143,10 +144,7 @@ def _size(model: Backbone) -> int:
 
 
 def _check_out(out: Path) -> None:
-    """Raise `VarkdError` where the folder holds anything that no analysis wrote."""
-    if out.is_dir():
-        foreign = [path.name for path in out.iterdir() if path.name not in OURS and path.suffix != ".csv"]
-        if foreign:
-            raise VarkdError(f"{out} holds {foreign[0]}, which is no part of an analysis: choose another --out")
-    elif out.exists():
-        raise VarkdError(f"{out} is a file: choose another --out")
+    """Raise `VarkdError` where the folder holds anything that no analysis wrote; a language pair may be unfinished."""
+    unfinished = out.is_dir() and [path.name for path in out.iterdir()] == ["language"]
+    if not (unfinished and (out / "language" / "settings.json").is_file()):
+        ANALYSIS.check(out)

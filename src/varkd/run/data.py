@@ -19,7 +19,7 @@ from varkd.errors import VarkdError
 from varkd.tokenizers.multiscale import MultiScaleConfig
 from varkd.tokenizers.pixels import Pixels, PixelsConfig
 from varkd.tokenizers.protocol import Tokenizer
-from varkd.tokenizers.store import load_official, load_tokenizer, save_tokenizer
+from varkd.tokenizers.store import TOKENIZER, load_official, load_tokenizer, save_tokenizer
 from varkd.tokenizers.vq import VQConfig
 from varkd.train.encode import encode_images
 from varkd.train.fit_tokenizer import FitConfig, fit_tokenizer
@@ -182,3 +182,4 @@ def import_official(
 def _check_free(out: Path, overwrite: bool) -> None:
     if (out / "config.json").exists() and not overwrite:
         raise VarkdError(f"{out} already holds a tokenizer: choose another --out, or --overwrite")
+    TOKENIZER.check_replaceable(out)

@@ -18,7 +18,15 @@ from varkd.data.views import has_flips
 from varkd.distill.method import Method
 from varkd.distill.spaces import Clusters
 from varkd.evaluate.agreement import agreement, cross_entropy, student_batches
-from varkd.evaluate.features import FeatureNet, FitFeatures, features_of, fit_features, load_features, save_features
+from varkd.evaluate.features import (
+    FEATURES,
+    FeatureNet,
+    FitFeatures,
+    features_of,
+    fit_features,
+    load_features,
+    save_features,
+)
 from varkd.evaluate.fid import frechet_distance, gaussian
 from varkd.evaluate.samples import ReferenceSet, floors, reference_set, sample_metrics
 from varkd.evaluate.speed import samples_per_second
@@ -158,6 +166,7 @@ def feature_network(codes: Codes, folder: Path, device: str, quiet: bool = False
     if (folder / "config.json").is_file():
         net, record = load_features(folder)
     else:
+        FEATURES.check_replaceable(folder, "--features")
         if not quiet:
             console.print(f"fitting the feature network on {codes.manifest['source']['name']} (once; kept in {folder})")
         flip = has_flips(codes.manifest["views"])

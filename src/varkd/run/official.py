@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from varkd.backbones.official import KeyReport, convert
-from varkd.backbones.protocol import Backbone
+from varkd.backbones.protocol import MODEL, Backbone
 from varkd.backbones.store import load_backbone, save_backbone
 from varkd.containers import Weights, read_state
 from varkd.errors import VarkdError
@@ -104,6 +104,7 @@ def write_official(state: dict[str, Tensor], family: str, out: Path) -> str:
 
 def check_new(out: Path) -> None:
     """Refuse to write over anything but an empty folder."""
+    MODEL.check_replaceable(out)
     if out.is_dir() and any(out.iterdir()):
         raise VarkdError(f"{out} is not empty: choose a new folder")
     if out.is_file():

@@ -11,9 +11,12 @@ from torch import Tensor
 from varkd import pictures
 from varkd.errors import VarkdError
 from varkd.files import atomic_folder, write_json
+from varkd.folders import Own, json_with
 from varkd.rollout import Sampler
 from varkd.run.models import load_trained
 from varkd.sampling import generate_with_codes
+
+SAMPLES = Own("samples", ("samples.json",), json_with("run", "num", "seed", "sampler"), ("samples.npz", "grid.png"))
 
 
 def balanced_labels(num: int, num_classes: int) -> Tensor:
@@ -32,6 +35,7 @@ def sample_run(
     Raises:
         VarkdError: no such run, or a label that it does not have.
     """
+    SAMPLES.check_replaceable(out)
     run, codes, model = load_trained(folder, device)
     if num < 1 or batch_size < 1:
         raise VarkdError(f"num={num}, batch_size={batch_size}: ask for at least one sample at a time")
@@ -52,7 +56,7 @@ def sample_run(
         "sampler": vars(sampler),
         "class_names": codes.manifest["class_names"],
     }
-    with atomic_folder(out) as temporary:
+    with atomic_folder(out, SAMPLES) as temporary:
         np.savez(
             temporary / "samples.npz", images_NHWC, label=label_B.numpy(), codes=codes_BL.numpy().astype(np.uint16)
         )

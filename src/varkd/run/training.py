@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from varkd.distill.filtering import DifferenceSampling, difference_scores
 from varkd.errors import VarkdError
 from varkd.evaluate.agreement import cross_entropy
 from varkd.files import atomic_file, read_json, write_errors, write_json, write_text
+from varkd.folders import Own
 from varkd.progress import console, track
 from varkd.run.data import Codes, open_codes, pick_device
 from varkd.run.environment import environment
@@ -34,8 +36,12 @@ from varkd.world import World
 
 _VALIDATION_CODES = 512  # validation images that the loop looks at; `varkd evaluate` looks at all
 _GRID_ROWS = 4
-_OURS = ("run.yaml", "environment.json", "config.json", "log.jsonl", "status.json", "metrics.json",
-         "checkpoints", "samples", "evaluation", "tensorboard", "images.npy")  # fmt: skip
+RUN = Own("a run", ("run.yaml",), lambda text: "\npreset:" in text and "\ntrain:" in text)
+_OURS = (
+    "run.yaml", "environment.json", "config.json", "log.jsonl", "status.json", "metrics.json", "images.npy",
+    "checkpoints/step-*", "checkpoints/.step-*", "checkpoints/selected.json", "samples/step-*.png",
+    "evaluation/samples.png", "tensorboard/events.out.tfevents.*",
+)  # fmt: skip
 
 
 def train_run(run: RunConfig, *, overwrite: bool = False, quiet: bool = False) -> Progress:
@@ -102,17 +108,32 @@ def check_folder(run: RunConfig, folder: Path, overwrite: bool, world: World) ->
     """Whether the run folder is ours to use: new, or the same run to resume, or (with `overwrite`) any former run.
 
     Raises:
-        VarkdError: it holds another run or foreign files.
+        VarkdError: it holds another run or foreign files, or what the run reads stands there, above or below.
     """
     if world.is_main:
-        if (folder / "run.yaml").is_file() and not overwrite:
-            changed = differences(read_run(folder), run)
+        _check_apart(run, folder)
+        if (folder / "run.yaml").is_file():
+            RUN.check(folder, "out=")
+            changed = [] if overwrite else differences(read_run(folder), run)
             if changed:
                 raise VarkdError(f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): choose another "
                                  "out=, or --overwrite to start it anew")  # fmt: skip
-        elif not (folder / "run.yaml").is_file() and _foreign(folder):
+        elif _foreign(folder):
             raise VarkdError(f"{folder} is not empty and not a run folder: choose another out=")
     world.barrier()
+
+
+def _check_apart(run: RunConfig, folder: Path) -> None:
+    """A run may not write where it reads: its inputs would be replaced, or taken for its own files."""
+    out = folder.resolve()
+    for name in ("teacher", "init", "data", "tokenizer"):
+        given = getattr(run, name)
+        if given in (None, "") or not Path(given).exists():
+            continue
+        path = Path(given).resolve()
+        if path != out / "codes" and (path == out or path in out.parents or out in path.parents):
+            where = "is" if path == out else "lies inside" if path in out.parents else "contains"
+            raise VarkdError(f"out={run.out} {where} {name}={given}, which the run reads: choose another out=")
 
 
 def _foreign(folder: Path) -> bool:
@@ -137,9 +158,11 @@ def claim_folder(run: RunConfig, folder: Path, overwrite: bool, world: World) ->
 
 def _empty(folder: Path) -> None:
     """Remove what varkd writes into a run folder, and nothing else."""
-    for name in _OURS:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for pattern in _OURS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        with suppress(OSError):  # it is not empty: somebody else's files stand there
+            (folder / pattern).parent.rmdir()
 
 
 def _record(run: RunConfig, codes: Codes, folder: Path, objects: Objects, world: World) -> None:

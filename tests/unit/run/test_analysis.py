@@ -177,6 +177,7 @@ def test_a_model_folder_with_its_codes(student: Path, teacher: Path, codes: Path
     out = tmp_path / "out"
     out.mkdir()
     (out / "language.csv").write_text("context\n")
+    (out / "analysis.json").write_text('{"teacher_hash": "", "split": "train"}')
     assert main(["export", str(student), "--out", str(tmp_path / "model")]) == 0
     options = ["--teacher", str(teacher), "--data", str(codes), "--num", "8", "--device", "cpu", "--split", "train"]
     assert main(["analyze", str(tmp_path / "model"), "--out", str(out), *options]) == 0
