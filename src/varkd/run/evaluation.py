@@ -184,13 +184,7 @@ def reference_for(codes: Codes, net: FeatureNet, quiet: bool = False) -> Referen
 
 
 def _data_batches(codes: Codes) -> list[Batch]:
-    batches, seen = [], 0
-    for batch in ordered_batches(codes.split("validation"), 128):
-        batches.append(batch)
-        seen += len(batch)
-        if seen >= _AGREEMENT_SEQUENCES:
-            break
-    return batches
+    return list(ordered_batches(codes.split("validation"), 128, most=_AGREEMENT_SEQUENCES))
 
 
 def _protocol(

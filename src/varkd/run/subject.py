@@ -100,8 +100,7 @@ def sequences_of(subject: Subject, split: Split, num: int) -> dict[str, Sequence
     codes, rng = subject.codes.split(split), Rng(subject.seed)
     if len(codes) < 2:
         raise VarkdError(f"the {split} split has {len(codes)} sequences: take --split train")
-    # A random share of the split, so that an ordered data set does not show its first classes only.
-    chosen_N = torch.randperm(len(codes), generator=rng.generator("analyze/images"))[:num].sort().values.numpy()
+    chosen_N = rng.subset("analyze/images", len(codes), num).numpy()
     codes_NL = codes.codes(chosen_N, chosen_N * 0).to(subject.device)
     label_N = torch.from_numpy(codes.labels[chosen_N]).to(subject.device)
     plan = subject.sampler.plan(subject.student, rng, torch.arange(len(chosen_N), device=subject.device))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from varkd import pictures
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import load_backbone, weights_hash
 from varkd.config import RunConfig, differences, dump, read_run
-from varkd.data.codes import CodeDataset
 from varkd.data.loader import DataLoader, ordered_batches
 from varkd.distill.clustering import cluster_statistics
 from varkd.distill.filtering import DifferenceSampling, difference_scores
@@ -31,10 +29,10 @@ from varkd.sampling import generate_with_codes
 from varkd.train.checkpoint import Progress
 from varkd.train.loop import Job, train
 from varkd.train.parallel import gathered
-from varkd.types import Batch, state_hash
+from varkd.types import state_hash
 from varkd.world import World
 
-_VALIDATION_CODES = 512  # validation images that the loop looks at; `varkd evaluate` looks at all
+_VALIDATION_CODES = 512  # a random share of the validation images; `varkd evaluate` looks at all
 _GRID_ROWS = 4
 RUN = Own("a run", ("run.yaml",), lambda text: "\npreset:" in text and "\ntrain:" in text)
 _OURS = (
@@ -199,7 +197,7 @@ def _job(
     validation = codes.split("validation")
 
     def validate(model: Backbone) -> dict[str, float]:
-        batches = _first(validation, _VALIDATION_CODES, run.train.batch_size)
+        batches = ordered_batches(validation, run.train.batch_size, most=_VALIDATION_CODES)
         return {"ce": cross_entropy(model, batches, device)}
 
     def draw_grid(model: Backbone, path: Path) -> None:
@@ -217,12 +215,3 @@ def _job(
         objects.distiller, DataLoader(codes.split("train"), run.train.batch_size, run.seed, world), run.train, folder,
         plain_copy, validate, draw_grid, label=run.name or folder.name, quiet=quiet,
     )  # fmt: skip
-
-
-def _first(codes: CodeDataset, num: int, batch_size: int) -> Iterator[Batch]:
-    seen = 0
-    for batch in ordered_batches(codes, batch_size):
-        if seen >= num:
-            return
-        seen += len(batch)
-        yield batch

@@ -21,7 +21,7 @@ from varkd.data.views import apply_view, check_views, load_size
 from varkd.data.writer import CodeWriter, Manifest, plan_manifest
 from varkd.errors import VarkdError
 from varkd.tokenizers.protocol import Tokenizer, to_unit
-from varkd.world import World
+from varkd.world import Rng, World
 
 PSNR_CAP = 99.0  # dB; stands for an image that comes back without any error
 _SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -149,19 +149,18 @@ def _reconstruction(
 ) -> dict[str, Any]:
     """Decode validation codes, write reconstruction.png, return {"psnr": mean dB, "num": images}."""
     codes = CodeDataset(out, "validation", manifest=planned)
-    num = min(len(codes), _CHECKED_IMAGES)
-    psnrs: list[Tensor] = []
-    for start in range(0, num, batch_size):
-        index_B = np.arange(start, min(start + batch_size, num))
-        originals_BCHW = images.batch(index_B)
+    index_N = Rng(0).subset("reconstruction", len(codes), _CHECKED_IMAGES).numpy()
+
+    def pair(index_B: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         codes_BL = codes.codes(index_B, np.zeros_like(index_B)).to(device)
-        decoded_BCHW = tokenizer.to_uint8(tokenizer.decode(codes_BL)).cpu()
-        psnrs.append(psnr(originals_BCHW, decoded_BCHW))
-        if start == 0:
-            rows = torch.cat([originals_BCHW[:_SHOWN_IMAGES], decoded_BCHW[:_SHOWN_IMAGES]])
-            shown = min(_SHOWN_IMAGES, len(originals_BCHW))
-            pictures.save_png(out / "reconstruction.png", pictures.grid(rows.permute(0, 2, 3, 1).numpy(), shown))
-    return {"psnr": float(torch.cat(psnrs).mean()), "num": num}
+        return images.batch(index_B), tokenizer.to_uint8(tokenizer.decode(codes_BL)).cpu()
+
+    batches = [index_N[start : start + batch_size] for start in range(0, len(index_N), batch_size)]
+    psnrs = [psnr(*pair(index_B)) for index_B in batches]
+    shown_B = index_N[np.unique(np.linspace(0, len(index_N) - 1, _SHOWN_IMAGES).astype(int))]  # of all classes
+    rows = torch.cat(pair(shown_B)).permute(0, 2, 3, 1).numpy()
+    pictures.save_png(out / "reconstruction.png", pictures.grid(rows, len(shown_B)))
+    return {"psnr": float(torch.cat(psnrs).mean()), "num": len(index_N)}
 
 
 def psnr(images_BCHW: Tensor, others_BCHW: Tensor) -> Tensor:
