@@ -1,12 +1,18 @@
-"""Whose folder is it? One guard for everything that writes into a folder, or replaces one, that a user has named.
+"""Whose folder is it, and where is it? What every verb must know of the folders that a user names.
+
+One guard stands before everything that writes into a folder, or replaces one.
 
 A folder may be written into where it is new, empty, or known as the verb's own by its marker file; it may be replaced
 where it holds nothing besides what this very verb writes. Anything else is somebody's work.
+
+A file records a path as seen from its own folder, so that a moved project still finds its parts; whether what stands
+there is what was meant is for a hash to decide, never for a path.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,6 +80,17 @@ class Own:
             except UnicodeDecodeError:
                 continue
         return False
+
+
+def relative(path: str | Path, folder: Path) -> str:
+    """How a file in `folder` records `path`."""
+    return Path(os.path.relpath(Path(path).resolve(), folder.resolve())).as_posix()
+
+
+def locate(recorded: str | Path, folder: Path) -> Path:
+    """Where a path leads that a file in `folder` records: from there, else as it stands (an older record)."""
+    seen_from_there = Path(os.path.normpath(folder.resolve() / recorded))
+    return seen_from_there if seen_from_there.exists() else Path(recorded)
 
 
 def json_with(*keys: str, **values: Any) -> Callable[[str], bool]:

@@ -44,7 +44,7 @@ def test_the_logged_validation_is_of_all_classes(tmp_path: Path, ordered: Path, 
     true = cross_entropy(model, ordered_batches(everything, 50), torch.device("cpu"))
     first = cross_entropy(model, [next(ordered_batches(everything, 40))], torch.device("cpu"))
     assert first < 0.5 * true, "the first images are of the easy class"
-    assert logged == pytest.approx(true, rel=0.2)
+    assert logged == pytest.approx(true, rel=0.35)
 
 
 def test_agreement_is_of_all_classes(ordered: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,8 +12,9 @@ import torch
 
 from varkd.backbones.protocol import Layout
 from varkd.config import RunConfig
-from varkd.data.codes import CodeDataset, check_tokenizer, open_tokenizer, read_manifest
+from varkd.data.codes import CodeDataset, check_tokenizer, codes_hash, open_tokenizer, read_manifest
 from varkd.data.images import ImageSet, Split, open_images
+from varkd.data.sources import locate_source
 from varkd.data.views import ten_crop_names, view_names
 from varkd.errors import VarkdError
 from varkd.tokenizers.multiscale import MultiScaleConfig
@@ -37,6 +38,11 @@ class Codes:
         return read_manifest(self.folder)
 
     @cached_property
+    def hash(self) -> str:
+        """Names the codes (`codes_hash`)."""
+        return codes_hash(self.manifest)
+
+    @cached_property
     def layout(self) -> Layout:
         manifest = self.manifest
         sizes = manifest["tokenizer"]["vocab_size"], len(manifest["class_names"]), tuple(manifest["grid"])
@@ -57,10 +63,19 @@ class Codes:
         return CodeDataset(self.folder, split)
 
     def images(self, split: Split) -> ImageSet:
-        """The images that were encoded."""
+        """The images that were encoded.
+
+        Raises:
+            VarkdError: they cannot be read, or are not the ones that were encoded.
+        """
         source = self.manifest["source"]
-        return open_images(source["name"], split, image_size=source["image_size"],
-                           validation=source["validation"], seed=source["seed"])  # fmt: skip
+        name = locate_source(source.get("path", source["name"]), self.folder)
+        images = open_images(name, split, image_size=source["image_size"], validation=source["validation"],
+                             seed=source["seed"])  # fmt: skip
+        if images.fingerprint != source["fingerprints"][split]:
+            raise VarkdError(f"{name} no longer holds the images that were encoded into {self.folder}: put them back, "
+                             "or encode what is there now into another folder")  # fmt: skip
+        return images
 
 
 def pick_device(name: str) -> torch.device:
@@ -77,9 +92,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_tokenizer(name: str, images: ImageSet) -> tuple[Tokenizer, str | None]:
-    """A tokenizer folder, or `pixels` (17 gray levels at the images' size), and its path to record."""
+    """A tokenizer folder, or `pixels` (17 gray levels at the images' size), and its path."""
     if name != "pixels":
-        return load_tokenizer(name), str(Path(name).resolve())
+        return load_tokenizer(name), name
     channels, height, width = images.image_shape
     if channels != 1:
         raise VarkdError(f"the pixels tokenizer takes gray images, these have {channels} channels: use "

@@ -35,7 +35,7 @@ from varkd.progress import console
 from varkd.rollout import Sampler
 from varkd.run.data import Codes, pick_device
 from varkd.run.environment import versions
-from varkd.run.models import load_trained
+from varkd.run.models import load_trained, recorded_model
 from varkd.run.sampling import balanced_labels
 from varkd.sampling import generate_with_codes
 from varkd.types import Batch
@@ -59,7 +59,7 @@ def evaluate_run(
     run, codes, model = load_trained(folder, device)
     settings = settings or run.evaluation
     judge = Judge.of(codes, device, features, quiet)
-    teacher_path = teacher or (Path(run.teacher) if run.teacher else None)
+    teacher_path = teacher or recorded_model(folder, "teacher", run.teacher)
     loaded = load_backbone(teacher_path, str(pick_device(device)))[0] if teacher_path else None
     seen = judge.see(model, settings, f"sample {folder.name}", quiet)
     seen.save_grid(folder / "evaluation" / "samples.png")
@@ -167,10 +167,11 @@ def feature_network(codes: Codes, folder: Path, device: str, quiet: bool = False
         net, record = load_features(folder)
     else:
         FEATURES.check_replaceable(folder, "--features")
+        images = codes.images("train"), codes.images("validation")
         if not quiet:
             console.print(f"fitting the feature network on {codes.manifest['source']['name']} (once; kept in {folder})")
         flip = has_flips(codes.manifest["views"])
-        net, record = fit_features(codes.images("train"), codes.images("validation"), FitFeatures(flip=flip),
+        net, record = fit_features(*images, FitFeatures(flip=flip),
                                    device=pick_device(device), quiet=quiet)  # fmt: skip
         save_features(net, record, folder)
     return net.to(pick_device(device)), record

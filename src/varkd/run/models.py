@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -14,6 +15,7 @@ from varkd.data.codes import sequence_length
 from varkd.distill.target import Guided
 from varkd.errors import VarkdError
 from varkd.files import read_json
+from varkd.folders import locate
 from varkd.run.data import Codes, pick_device
 from varkd.run.official import load_official
 from varkd.train.distiller import Distiller
@@ -127,12 +129,27 @@ def check_pair(student: Backbone, model: Backbone, tokenizer_hash: str | None, c
 
 
 def load_trained(folder: str | Path, device: str = "auto") -> tuple[RunConfig, Codes, Backbone]:
-    """A run folder's settings, its codes and its model with the selected weights."""
-    run = read_run(folder)
-    environment_path = Path(folder) / "environment.json"
-    codes = Codes(Path(read_json(environment_path)["codes"]))
+    """A run folder's settings, its codes and its model with the selected weights.
+
+    Raises:
+        VarkdError: no run there, or other codes than it was trained on.
+    """
+    run, folder = read_run(folder), Path(folder)
+    recorded = read_json(folder / "environment.json")
+    codes = Codes(locate(recorded["codes"], folder))
+    for name, found in (("tokenizer_hash", codes.manifest["tokenizer"]["hash"]), ("codes_hash", codes.hash)):
+        if recorded.get(name, found) != found:
+            raise VarkdError(f"{folder} was trained on other codes than {codes.folder} holds now ({name[:-5]} "
+                             f"{recorded[name][:12]}, now {found[:12]}): put them back")  # fmt: skip
     model, _ = load_backbone(folder, str(pick_device(device)))
     return run, codes, model
+
+
+def recorded_model(folder: Path, name: Literal["teacher", "init"], given: str | None) -> Path | None:
+    """Where the model lies that a run was trained with; `given` is what its settings say."""
+    if given is None:
+        return None
+    return locate(read_json(folder / "environment.json").get(name) or given, folder)
 
 
 def load(path: str | Path, device: str = "auto") -> Backbone:

@@ -19,7 +19,7 @@ from varkd.files import read_json
 from varkd.progress import console
 from varkd.rollout import Sampler
 from varkd.run.data import Codes, pick_device
-from varkd.run.models import check_pair, load_trained
+from varkd.run.models import check_pair, load_trained, recorded_model
 from varkd.types import Condition
 from varkd.world import Rng
 
@@ -65,7 +65,7 @@ def open_subject(
     if (folder / "run.yaml").is_file():
         run, codes, student = load_trained(folder, device)
         codes = codes if data is None else Codes(data)
-        teacher = teacher or (Path(run.teacher) if run.teacher else None)
+        teacher = teacher or recorded_model(folder, "teacher", run.teacher)
     else:
         run, (student, _) = None, load_backbone(folder, str(chosen))
         if data is None:

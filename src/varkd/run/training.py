@@ -20,7 +20,7 @@ from varkd.distill.filtering import DifferenceSampling, difference_scores
 from varkd.errors import VarkdError
 from varkd.evaluate.agreement import cross_entropy
 from varkd.files import atomic_file, read_json, write_errors, write_json, write_text
-from varkd.folders import Own
+from varkd.folders import Own, relative
 from varkd.progress import console, track
 from varkd.run.data import Codes, open_codes, pick_device
 from varkd.run.environment import environment
@@ -59,8 +59,11 @@ def train_run(run: RunConfig, *, overwrite: bool = False, quiet: bool = False) -
     codes = open_codes(run)
     objects = build_objects(run, codes, world, device)
     job = _job(run, codes, folder, objects, world, device, quiet)
+    made_of = identity(run, codes, objects)
+    if not overwrite:
+        check_same(folder, made_of)
     claim_folder(run, folder, overwrite, world)  # only now: bad input leaves no trace, and deletes nothing
-    _record(run, codes, folder, objects, world)
+    _record(run, codes, folder, objects, made_of, world)
     if objects.distiller.reference is not None:
         _note_start(run, "best_of", world, quiet)
     images = chosen_images(run, codes, objects.distiller.teacher, folder, world, device, quiet)
@@ -163,32 +166,46 @@ def _empty(folder: Path) -> None:
             (folder / pattern).parent.rmdir()
 
 
-def _record(run: RunConfig, codes: Codes, folder: Path, objects: Objects, world: World) -> None:
-    """Write `config.json` and `environment.json`; refuse to resume on another teacher or other codes."""
+def identity(run: RunConfig, codes: Codes, objects: Objects) -> dict[str, str | None]:
+    """What the run is made of, by hash: the same paths may hold other things tomorrow."""
+    tokenizer_hash = codes.manifest["tokenizer"]["hash"]
+    return {
+        "teacher_hash": objects.teacher_hash,
+        "init_hash": weights_hash(load_backbone(run.init)[0]) if run.init else None,
+        "tokenizer_hash": tokenizer_hash,
+        "codes_hash": codes.hash,
+        "codebook_tables_hash": state_hash(tokenizer_hash, objects.distiller.codebook_tables),
+    }
+
+
+def check_same(folder: Path, made_of: dict[str, str | None]) -> None:
+    """Refuse to go on with a run on another teacher or other codes; what an older record lacks is not asked."""
+    before = read_json(folder / "environment.json") if (folder / "environment.json").is_file() else {}
+    for name, now in made_of.items():
+        if before.get(name, now) != now:
+            old, new = (str(value)[:12] for value in (before[name], now))
+            what = name.removesuffix("_hash").replace("_", " ")
+            raise VarkdError(f"{folder} was begun with another {what} ({old}, now {new}): give "
+                             "the same one again, or choose another out= (--overwrite starts this one anew)")  # fmt: skip
+
+
+def _record(
+    run: RunConfig, codes: Codes, folder: Path, objects: Objects, made_of: dict[str, str | None], world: World
+) -> None:
+    """Write `config.json` and `environment.json`."""
     if not world.is_main:
         return
-    recorded = {
-        "teacher_hash": objects.teacher_hash,
-        "tokenizer_hash": codes.manifest["tokenizer"]["hash"],
-        "codes": str(codes.folder.resolve()),
-        "codebook_tables_hash": state_hash(codes.manifest["tokenizer"]["hash"], objects.distiller.codebook_tables),
-        "init_hash": weights_hash(load_backbone(run.init)[0]) if run.init else None,
-    }
-    path = folder / "environment.json"
-    if path.is_file():
-        before = read_json(path)
-        for name in ("teacher_hash", "tokenizer_hash", "init_hash", "codebook_tables_hash"):
-            if before.get(name) != recorded[name]:
-                old, new = (str(values.get(name))[:12] for values in (before, recorded))
-                what = name.removesuffix("_hash")
-                raise VarkdError(f"{folder} was begun with another {what} ({old}, now {new}): --overwrite starts anew")
     plain = objects.distiller.student if world.size == 1 else new_student(run, codes)
     write_json(folder / "config.json", plain.describe())
     codebook_VE = codes.tokenizer.codebook_VE
     clusters = {
         key: cluster_statistics(codebook_VE, objects.distiller.codebook_tables[key]) for key in run.method.cluster_keys
     }
-    write_json(path, {**recorded, **({"clusters": clusters} if clusters else {}), **environment(world)})
+    paths = {"codes": codes.folder, "teacher": run.teacher, "init": run.init}
+    write_json(folder / "environment.json", {
+        **made_of, **{name: relative(path, folder) if path else None for name, path in paths.items()},
+        **({"clusters": clusters} if clusters else {}), **environment(world),
+    })  # fmt: skip
 
 
 def _job(

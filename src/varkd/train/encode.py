@@ -17,9 +17,11 @@ from torch import Tensor
 from varkd import pictures, progress
 from varkd.data.codes import CodeDataset, read_manifest
 from varkd.data.images import ImageSet, Split, open_images
+from varkd.data.sources import relative_source
 from varkd.data.views import apply_view, check_views, load_size
 from varkd.data.writer import CodeWriter, Manifest, plan_manifest
 from varkd.errors import VarkdError
+from varkd.folders import relative
 from varkd.tokenizers.protocol import Tokenizer, to_unit
 from varkd.world import Rng, World
 
@@ -53,7 +55,7 @@ def encode_images(
     train = sets["train"]
     planned = plan_manifest(
         tokenizer={
-            "path": tokenizer_path or "tokenizer",
+            "path": relative(tokenizer_path, out) if tokenizer_path else "tokenizer",
             "hash": tokenizer.hash,
             "kind": tokenizer.kind,
             "vocab_size": tokenizer.vocab_size,
@@ -65,6 +67,7 @@ def encode_images(
         views=views,
         source={
             "name": source,
+            "path": relative_source(source, out),
             "image_size": image_size,
             "seed": seed,
             "validation": validation,
