@@ -27,7 +27,7 @@ CODES = Own("codes", (MANIFEST, PARTIAL), json_with(format=(FORMAT,)))
 def plan_manifest(
     *, tokenizer: Manifest, grid: tuple[int, int], scales: tuple[int, ...] | None = None,
     image_shape: tuple[int, int, int], class_names: tuple[str, ...], views: tuple[str, ...], source: Manifest,
-    nums: dict[str, int], shard_size: int,
+    nums: dict[str, int], shard_size: int, class_map: list[int] | None = None,
 ) -> Manifest:  # fmt: skip
     """The manifest of a folder that is still to be written; `nums` gives each split's number of images.
 
@@ -47,6 +47,7 @@ def plan_manifest(
         "image_shape": list(image_shape),
         **layout,
         "class_names": list(class_names),
+        **({} if class_map is None else {"class_map": class_map}),
         "views": list(views),
         "source": source,
         "splits": splits,
@@ -112,6 +113,10 @@ class CodeWriter:
         write_json(self.folder / MANIFEST, manifest)
         (self.folder / PARTIAL).unlink(missing_ok=True)
         return manifest
+
+    def note(self, **values: Any) -> None:
+        """Change what a finished manifest says besides what the codes are."""
+        write_json(self.folder / MANIFEST, {**read_json(self.folder / MANIFEST), **values})
 
     def _missing(self) -> Iterator[tuple[int, str, Manifest]]:
         shards = [(split, shard) for split, entry in self.planned["splits"].items() for shard in entry["shards"]]

@@ -12,6 +12,7 @@ import torch
 
 from varkd.backbones.protocol import Layout
 from varkd.config import RunConfig
+from varkd.data.classes import read_class_map
 from varkd.data.codes import CodeDataset, check_tokenizer, codes_hash, open_tokenizer, read_manifest
 from varkd.data.images import ImageSet, Split, open_images
 from varkd.data.sources import locate_source
@@ -105,9 +106,12 @@ def pick_tokenizer(name: str, images: ImageSet) -> tuple[Tokenizer, str | None]:
 def encode(
     data: str, tokenizer: str, out: Path, *, image_size: int | None = None, validation: float = 0.1, seed: int = 0,
     flip: bool = False, shifts: int = 0, ten_crop: float | None = None, device: str = "auto", batch_size: int = 256,
-    shard_size: int = 4096, quiet: bool = False,
+    shard_size: int = 4096, class_map: Path | None = None, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """`varkd encode`: images -> code shards and a reconstruction check. Returns the manifest."""
+    """`varkd encode`: images -> code shards and a reconstruction check. Returns the manifest.
+
+    `class_map` is a file that gives each class its number in a model of more classes (`data.classes`).
+    """
     world = World.from_environment()
     if ten_crop is not None and (flip or shifts or image_size is None):
         raise VarkdError("--ten-crop needs --image-size and goes without --flip and --shifts: it has mirror images")
@@ -125,6 +129,7 @@ def encode(
         views=views,
         batch_size=batch_size,
         shard_size=shard_size,
+        class_map=read_class_map(class_map, images.class_names) if class_map else None,
         device=pick_device(device),
         world=world,
         quiet=quiet,

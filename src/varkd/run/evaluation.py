@@ -11,12 +11,13 @@ from torch import Tensor
 
 from varkd import pictures
 from varkd.backbones.protocol import Backbone
-from varkd.backbones.store import load_backbone
+from varkd.backbones.store import weights_hash
 from varkd.config import EvaluationConfig, RunConfig
 from varkd.data.loader import ordered_batches
 from varkd.data.views import has_flips
 from varkd.distill.method import Method
 from varkd.distill.spaces import Clusters
+from varkd.errors import VarkdError
 from varkd.evaluate.agreement import agreement, cross_entropy, student_batches
 from varkd.evaluate.features import (
     FEATURES,
@@ -35,7 +36,7 @@ from varkd.progress import console
 from varkd.rollout import Sampler
 from varkd.run.data import Codes, pick_device
 from varkd.run.environment import versions
-from varkd.run.models import load_trained, recorded_model
+from varkd.run.models import load_trained, open_model, recorded_model
 from varkd.run.sampling import balanced_labels
 from varkd.sampling import generate_with_codes
 from varkd.types import Batch
@@ -58,13 +59,16 @@ def evaluate_run(
     """
     run, codes, model = load_trained(folder, device)
     settings = settings or run.evaluation
-    judge = Judge.of(codes, device, features, quiet)
     teacher_path = teacher or recorded_model(folder, "teacher", run.teacher)
-    loaded = load_backbone(teacher_path, str(pick_device(device)))[0] if teacher_path else None
+    loaded = open_model(teacher_path, codes, model, str(pick_device(device))) if teacher_path else None
+    teacher_hash = weights_hash(loaded) if loaded else None
+    if teacher is None and teacher_hash != read_json(folder / "environment.json").get("teacher_hash"):
+        raise VarkdError(f"{teacher_path} is not the teacher that {folder} was trained with: give that by --teacher")
+    judge = Judge.of(codes, device, features, quiet)
     seen = judge.see(model, settings, f"sample {folder.name}", quiet)
     seen.save_grid(folder / "evaluation" / "samples.png")
     means, curves = judge.agreement(model, loaded, run.method, settings.seed) if loaded else (None, None)
-    status, info = read_json(folder / "status.json"), read_json(folder / "environment.json")
+    status = read_json(folder / "status.json")
     metrics = {
         "name": run.name or folder.name, "method": run.preset, "updates": status["step"], "seconds": status["seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -72,7 +76,7 @@ def evaluate_run(
         "num_samples": settings.num_samples, "metrics": seen.metrics, "floors": judge.floors(),
         "validation_ce": judge.cross_entropy(model),
         "agreement": means, "agreement_by_position": curves, "grid": codes.manifest["grid"],
-        "protocol": _protocol(run, codes, settings, judge, teacher_path, info, folder),
+        "protocol": _protocol(run, codes, settings, judge, teacher_path, teacher_hash, folder),
         "samples": "evaluation/samples.png",
     }  # fmt: skip
     write_json(folder / "metrics.json", metrics)
@@ -189,8 +193,8 @@ def _data_batches(codes: Codes) -> list[Batch]:
 
 
 def _protocol(
-    run: RunConfig, codes: Codes, settings: EvaluationConfig, judge: Judge, teacher: Path | None, info: dict[str, Any],
-    folder: Path,
+    run: RunConfig, codes: Codes, settings: EvaluationConfig, judge: Judge, teacher: Path | None,
+    teacher_hash: str | None, folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     selected = read_json(folder / "checkpoints" / "selected.json")
     return {
@@ -199,6 +203,6 @@ def _protocol(
         "data": codes.manifest["source"]["name"], "sampler": vars(settings.sampler), "seed": settings.seed,
         "training_seed": run.seed, "labels": "balanced", "versions": versions(),
         "weights": selected["weights"], "checkpoint": selected["checkpoint"],
-        "teacher": str(teacher) if teacher else None, "teacher_hash": info.get("teacher_hash"),
+        "teacher": str(teacher) if teacher else None, "teacher_hash": teacher_hash,
         "init": run.init,
     }  # fmt: skip

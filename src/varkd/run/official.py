@@ -104,11 +104,11 @@ def write_official(state: dict[str, Tensor], family: str, out: Path) -> str:
 
 def check_new(out: Path) -> None:
     """Refuse to write over anything but an empty folder."""
-    MODEL.check_replaceable(out)
     if out.is_dir() and any(out.iterdir()):
         raise VarkdError(f"{out} is not empty: choose a new folder")
     if out.is_file():
         raise VarkdError(f"{out} exists: choose a new name")
+    MODEL.check_replaceable(out)
 
 
 def _load(

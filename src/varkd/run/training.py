@@ -186,7 +186,7 @@ def check_same(folder: Path, made_of: dict[str, str | None]) -> None:
             old, new = (str(value)[:12] for value in (before[name], now))
             what = name.removesuffix("_hash").replace("_", " ")
             raise VarkdError(f"{folder} was begun with another {what} ({old}, now {new}): give "
-                             "the same one again, or choose another out= (--overwrite starts this one anew)")  # fmt: skip
+                             "the same one again, or choose another out= (--overwrite starts anew)")  # fmt: skip
 
 
 def _record(

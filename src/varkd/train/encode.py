@@ -34,7 +34,8 @@ _SHOWN_IMAGES = 16
 def encode_images(
     source: str, tokenizer: Tokenizer, tokenizer_path: str | None, out: Path, *, image_size: int | None = None,
     validation: float = 0.1, seed: int = 0, views: tuple[str, ...] = ("identity",), batch_size: int = 256,
-    shard_size: int = 4096, device: str | torch.device = "cpu", world: World | None = None, quiet: bool = False,
+    shard_size: int = 4096, class_map: list[int] | None = None, device: str | torch.device = "cpu",
+    world: World | None = None, quiet: bool = False,
 ) -> Manifest:  # fmt: skip
     """Encode both splits of `source` into `out` and return the manifest; a stopped job goes on where it stopped.
 
@@ -75,6 +76,7 @@ def encode_images(
         },
         nums={split: len(images) for split, images in sets.items()},
         shard_size=shard_size,
+        class_map=class_map,
     )
     writer = CodeWriter(out, planned, world)
     was_finished = writer.is_finished
@@ -87,6 +89,8 @@ def encode_images(
     world.barrier()
     if world.is_main and not was_finished:
         writer.finish(_reconstruction(out, planned, sets["validation"], tokenizer, batch_size, device))
+    elif world.is_main and class_map is not None:
+        writer.note(class_map=class_map)
     world.barrier()
     return read_manifest(out)
 
