@@ -87,10 +87,14 @@ def relative(path: str | Path, folder: Path) -> str:
     return Path(os.path.relpath(Path(path).resolve(), folder.resolve())).as_posix()
 
 
-def locate(recorded: str | Path, folder: Path) -> Path:
-    """Where a path leads that a file in `folder` records: from there, else as it stands (an older record)."""
+def locate(recorded: str | Path, folder: Path, *given: str | Path | None) -> Path:
+    """Where a path leads that a file in `folder` records.
+
+    Seen from there (the project was moved), else as it was `given` (the folder was moved alone), else as it stands.
+    """
     seen_from_there = Path(os.path.normpath(folder.resolve() / recorded))
-    return seen_from_there if seen_from_there.exists() else Path(recorded)
+    places = (seen_from_there, *(Path(place) for place in given if place), Path(recorded))
+    return next((place for place in places if place.exists()), seen_from_there)
 
 
 def json_with(*keys: str, **values: Any) -> Callable[[str], bool]:

@@ -12,6 +12,7 @@ from mistakes import Refused, encode, folder_of, picture
 from tiny_runs import SETTINGS, arguments, quicken, train
 from varkd.cli import main
 from varkd.data.codes import codes_hash, read_manifest
+from varkd.run.data import Codes
 
 STEPS = ("train.updates=2", "train.checkpoint_every=1")
 
@@ -86,6 +87,15 @@ def test_a_moved_project_is_used_as_before(project: Path, tmp_path: Path, monkey
     assert found["agreement"]["data"]["num"] > 0
     command = ["train", "digits-student", "out=../student", "data=../codes/", *SETTINGS, *STEPS, "method=kd"]
     assert main([*command, "teacher=../teacher"]) == 0, "other words for the same places are no other run"
+
+
+def test_a_folder_that_moved_alone(project: Path, tmp_path: Path):
+    """Then the paths as they were given still lead to the rest."""
+    moved = [project / name for name in ("codes", "student")]
+    codes, student = (Path(shutil.move(path, tmp_path / f"moved-{path.name}")) for path in moved)
+    assert len(Codes(codes).images("train")) > 0
+    codes.rename(project / "codes")
+    assert main(["sample", str(student), "--num", "4", "--device", "cpu", "--out", str(tmp_path / "samples")]) == 0
 
 
 def test_project_paths_are_recorded_as_seen_from_the_recording_file(project: Path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tiny_runs import train
+from tiny_runs import quicken, train
+from varkd.cli import main
+from varkd.config import EvaluationConfig
 from varkd.data.codes import CodeDataset
 from varkd.data.loader import ordered_batches
 from varkd.evaluate.agreement import cross_entropy
@@ -65,3 +69,17 @@ def test_a_share_is_the_same_for_all_and_whole_where_it_may_be(ordered: Path):
     assert rows[0] == rows[1] == sorted(set(rows[0])) and len(rows[0]) == 40 and max(rows[0]) > 60
     whole = torch.cat([batch.row_B for batch in ordered_batches(codes, 7, most=1000)]).tolist()
     assert whole == list(range(len(codes)))
+
+
+def test_fewer_samples_than_classes_are_of_all_the_alphabet(
+    tmp_path: Path, teacher: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    assert main(["sample", str(teacher), "--num", "5", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    assert "one of each of 5 classes, spread evenly over 10" in " ".join(capfd.readouterr().err.split())
+    assert np.load(tmp_path / "out" / "samples.npz")["label"].tolist() == [0, 2, 4, 6, 8]
+    assert "spread evenly" in json.loads((tmp_path / "out" / "samples.json").read_text())["labels"]
+    quicken(monkeypatch)
+    run = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    for num, said in ((8, "one of each of 8 classes, spread evenly over 10"), (20, "balanced")):
+        evaluation.evaluate_run(run, settings=replace(EvaluationConfig(), num_samples=num, resamples=10), quiet=True)
+        assert json.loads((run / "metrics.json").read_text())["protocol"]["labels"] == said

@@ -89,7 +89,8 @@ def open_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
     Raises:
         VarkdError: it is missing, or another one stands at its path.
     """
-    return check_tokenizer(load_tokenizer(locate(manifest["tokenizer"]["path"], folder)), folder, manifest)
+    recorded = manifest["tokenizer"]
+    return check_tokenizer(load_tokenizer(locate(recorded["path"], folder, recorded.get("given"))), folder, manifest)
 
 
 def check_tokenizer(tokenizer: Tokenizer, folder: Path, manifest: dict[str, Any]) -> Tokenizer:

@@ -87,9 +87,12 @@ def relative_source(source: str, folder: Path) -> str:
     return ",".join(relative(part, folder) if Path(part).exists() else part for part in source.split(","))
 
 
-def locate_source(recorded: str, folder: Path) -> str:
+def locate_source(recorded: str, folder: Path, given: str) -> str:
     """The source that a file in `folder` records (see `folders.locate`)."""
-    return ",".join(str(locate(part, folder)) for part in recorded.split(","))
+    if recorded == given and not Path(recorded).exists():  # built in, or on the hub
+        return given
+    parts = zip(recorded.split(","), given.split(","), strict=True)
+    return ",".join(str(locate(part, folder, as_given)) for part, as_given in parts)
 
 
 def load_source(source: str) -> Source:

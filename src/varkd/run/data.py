@@ -70,7 +70,7 @@ class Codes:
             VarkdError: they cannot be read, or are not the ones that were encoded.
         """
         source = self.manifest["source"]
-        name = locate_source(source.get("path", source["name"]), self.folder)
+        name = locate_source(source.get("path", source["name"]), self.folder, source["name"])
         images = open_images(name, split, image_size=source["image_size"], validation=source["validation"],
                              seed=source["seed"])  # fmt: skip
         if images.fingerprint != source["fingerprints"][split]:

@@ -37,7 +37,7 @@ from varkd.rollout import Sampler
 from varkd.run.data import Codes, pick_device
 from varkd.run.environment import versions
 from varkd.run.models import load_trained, open_model, recorded_model
-from varkd.run.sampling import balanced_labels
+from varkd.run.sampling import balanced_labels, labels_in_words
 from varkd.sampling import generate_with_codes
 from varkd.types import Batch
 
@@ -197,11 +197,12 @@ def _protocol(
     teacher_hash: str | None, folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     selected = read_json(folder / "checkpoints" / "selected.json")
+    labels = labels_in_words(settings.num_samples, len(codes.manifest["class_names"]))
     return {
         "reference": judge.reference.describe(), "features": judge.record,
         "tokenizer": codes.manifest["tokenizer"]["hash"],
         "data": codes.manifest["source"]["name"], "sampler": vars(settings.sampler), "seed": settings.seed,
-        "training_seed": run.seed, "labels": "balanced", "versions": versions(),
+        "training_seed": run.seed, "labels": labels, "versions": versions(),
         "weights": selected["weights"], "checkpoint": selected["checkpoint"],
         "teacher": str(teacher) if teacher else None, "teacher_hash": teacher_hash,
         "init": run.init,

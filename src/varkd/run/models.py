@@ -153,7 +153,7 @@ def load_trained(folder: str | Path, device: str = "auto") -> tuple[RunConfig, C
     """
     run, folder = read_run(folder), Path(folder)
     recorded = read_json(folder / "environment.json")
-    codes = Codes(locate(recorded["codes"], folder))
+    codes = Codes(locate(recorded["codes"], folder, run.data))
     for name, found in (("tokenizer_hash", codes.manifest["tokenizer"]["hash"]), ("codes_hash", codes.hash)):
         if recorded.get(name, found) != found:
             raise VarkdError(f"{folder} was trained on other codes than {codes.folder} holds now ({name[:-5]} "
@@ -166,7 +166,7 @@ def recorded_model(folder: Path, name: Literal["teacher", "init"], given: str | 
     """Where the model lies that a run was trained with; `given` is what its settings say."""
     if given is None:
         return None
-    return locate(read_json(folder / "environment.json").get(name) or given, folder)
+    return locate(read_json(folder / "environment.json").get(name) or given, folder, given)
 
 
 def load(path: str | Path, device: str = "auto") -> Backbone:

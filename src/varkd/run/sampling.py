@@ -12,6 +12,7 @@ from varkd import pictures
 from varkd.errors import VarkdError
 from varkd.files import atomic_folder, write_json
 from varkd.folders import Own, json_with
+from varkd.progress import console
 from varkd.rollout import Sampler
 from varkd.run.models import load_trained
 from varkd.sampling import generate_with_codes
@@ -20,8 +21,16 @@ SAMPLES = Own("samples", ("samples.json",), json_with("run", "num", "seed", "sam
 
 
 def balanced_labels(num: int, num_classes: int) -> Tensor:
-    """Labels 0, 1, .., K-1, 0, 1, ..: as many of each class as of any other, to within one."""
-    return torch.arange(num) % num_classes
+    """Labels 0, 1, .., K-1, 0, 1, ..: as many of each class as of any other, to within one.
+
+    Fewer samples than classes are spread evenly over them, not all of what comes first in the alphabet.
+    """
+    return torch.arange(num) * num_classes // num if num < num_classes else torch.arange(num) % num_classes
+
+
+def labels_in_words(num: int, num_classes: int) -> str:
+    """What `balanced_labels` gives, for a record."""
+    return "balanced" if num >= num_classes else f"one of each of {num} classes, spread evenly over {num_classes}"
 
 
 def sample_run(
@@ -30,7 +39,8 @@ def sample_run(
 ) -> Path:  # fmt: skip
     """Write `num` images of a run to `out`: `samples.npz` (arr_0 uint8 NHWC, label), `grid.png`, `samples.json`.
 
-    Labels are balanced unless given (then they repeat). Seed and sampler default to the run's own evaluation settings.
+    Labels are balanced (`balanced_labels`) unless given (then they repeat). Seed and sampler default to the run's own
+    evaluation settings.
 
     Raises:
         VarkdError: no such run, or a label that it does not have.
@@ -45,6 +55,8 @@ def sample_run(
     label_B = (
         torch.tensor(labels).repeat(-(-num // len(labels)))[:num] if labels else balanced_labels(num, model.num_classes)
     )
+    if not labels and num < model.num_classes and not quiet:
+        console.print(f"note: {labels_in_words(num, model.num_classes)}; --num {model.num_classes} shows all")
     sampler, seed = sampler or run.evaluation.sampler, run.evaluation.seed if seed is None else seed
     images, codes_BL = generate_with_codes(model, codes.tokenizer, label_B, sampler, seed, batch_size, "sample", quiet)
     images_NHWC = images.permute(0, 2, 3, 1).numpy()
@@ -54,6 +66,7 @@ def sample_run(
         "num": num,
         "seed": seed,
         "sampler": vars(sampler),
+        "labels": "given" if labels else labels_in_words(num, model.num_classes),
         "class_names": codes.manifest["class_names"],
     }
     with atomic_folder(out, SAMPLES) as temporary:

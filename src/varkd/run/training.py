@@ -25,6 +25,7 @@ from varkd.progress import console, track
 from varkd.run.data import Codes, open_codes, pick_device
 from varkd.run.environment import environment
 from varkd.run.models import Objects, build_objects, new_student
+from varkd.run.sampling import balanced_labels
 from varkd.sampling import generate_with_codes
 from varkd.train.checkpoint import Progress
 from varkd.train.loop import Job, train
@@ -219,7 +220,7 @@ def _job(
 
     def draw_grid(model: Backbone, path: Path) -> None:
         columns = min(model.num_classes, 10)
-        label_B = torch.arange(columns).repeat(_GRID_ROWS)
+        label_B = balanced_labels(columns, model.num_classes).repeat(_GRID_ROWS)
         images, _ = generate_with_codes(
             model, codes.tokenizer, label_B, run.evaluation.sampler, run.evaluation.seed, quiet=True
         )

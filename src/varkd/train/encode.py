@@ -57,6 +57,7 @@ def encode_images(
     planned = plan_manifest(
         tokenizer={
             "path": relative(tokenizer_path, out) if tokenizer_path else "tokenizer",
+            "given": tokenizer_path,
             "hash": tokenizer.hash,
             "kind": tokenizer.kind,
             "vocab_size": tokenizer.vocab_size,
