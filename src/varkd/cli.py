@@ -148,6 +148,8 @@ def _encode(verb: argparse.ArgumentParser) -> None:
                       help="LlamaGen's ten crops, of images this much larger (1.1)")  # fmt: skip
     verb.add_argument("--batch-size", type=int, default=256)
     verb.add_argument("--shard-size", type=int, default=4096, help="images per shard (default: %(default)s)")
+    verb.add_argument("--class-map", type=Path, default=None, metavar="FILE",
+                      help="each class's number in a teacher of more classes: JSON or text (docs/data.md)")  # fmt: skip
     _image_options(verb)
 
 
@@ -162,6 +164,7 @@ def _run_encode(arguments: argparse.Namespace) -> None:
         "ten_crop",
         "batch_size",
         "shard_size",
+        "class_map",
         "image_size",
         "validation",
         "seed",

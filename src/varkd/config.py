@@ -80,6 +80,7 @@ class RunConfig:
     device: str = "auto"
 
 
+PATHS = ("data", "tokenizer", "teacher", "init")
 Tree = dict[str, Any]
 T = TypeVar("T")
 _TEXT = {item.name: str(item.type) for item in fields(RunConfig) if str(item.type) in ("str", "str | None")}
@@ -128,9 +129,9 @@ def dump(run: RunConfig) -> str:
 
 
 def differences(
-    first: RunConfig, second: RunConfig, ignore: frozenset[str] = frozenset({"out", "device", "name"})
+    first: RunConfig, second: RunConfig, ignore: frozenset[str] = frozenset({"out", "device", "name", *PATHS})
 ) -> list[str]:
-    """`key: old -> new` for every leaf in which two runs differ."""
+    """`key: old -> new` for every leaf in which two runs differ; paths aside, for hashes tell what stands there."""
     old, new = (dict(_leaves(_plain(asdict(run)))) for run in (first, second))
     keys = [key for key in {**old, **new} if key.split(".")[0] not in ignore]
     return [f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}" for key in keys if old.get(key) != new.get(key)]

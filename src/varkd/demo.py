@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from varkd.config import RunConfig, load_run
+from varkd.data.codes import FORMAT
 from varkd.files import read_json, write_json
+from varkd.folders import Own, json_with
 from varkd.progress import console
 from varkd.report import write_report
 from varkd.report.tables import comparison_table, format_text_table
@@ -25,6 +27,8 @@ from varkd.run.training import train_run
 METHODS = {"ce": (), "kd": (), "gkd": (), "varkd": ("method.terms.varkd.space=full",), "best_of_n": ()}
 WARM_UPDATES, START_UPDATES = 1000, 300  # cross-entropy, then KD: a poor start has no samples worth supervising
 
+DEMO = Own("a demo", ("codes/manifest.json", "codes/partial.json"), json_with(format=(FORMAT,)))
+
 
 def demo(out: Path, *, seed: int = 0, overwrite: bool = False, overrides: tuple[str, ...] = ()) -> Path:
     """Run (or finish) the demo in `out`; returns the report's path.
@@ -34,6 +38,7 @@ def demo(out: Path, *, seed: int = 0, overwrite: bool = False, overrides: tuple[
     """
     begun = time.monotonic()
     codes = out / "codes"
+    DEMO.check(out)
     encode("digits", "pixels", codes)
     runs = _runs(out, codes, seed, overrides)
     for run in runs:

@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from varkd.errors import VarkdError
+from varkd.folders import Own
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place when the block succeeds, else remove it.
 
+    A link stays a link: what it points to is written.
+
     Raises:
         VarkdError: the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    path = path.resolve()
+    temporary = _temporary(path)
     try:
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,9 +40,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """`atomic_file` for a whole folder: it appears complete under its name, or not at all. Replaces an old one."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+def atomic_folder(path: Path, own: Own) -> Iterator[Path]:
+    """`atomic_file` for a whole folder: it appears complete under its name, or not at all.
+
+    An old one is replaced where it is `own`; a link stays, and what it points to is replaced.
+
+    Raises:
+        VarkdError: what stands there is not `own`, is the working directory, or cannot be written.
+    """
+    own.check_replaceable(path)
+    path = path.resolve()
+    temporary = _temporary(path)
     old = path.with_name(f"{temporary.name}.old")
     try:
         with write_errors(path):
@@ -63,9 +75,15 @@ def write_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise VarkdError(f"the disk is full while writing {path}: free some space and run again") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+                           errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY):  # fmt: skip
             raise VarkdError(f"cannot write {path} ({error.strerror}): choose another folder") from error
         raise
+
+
+def _temporary(path: Path) -> Path:
+    """A hidden name beside `path`; long names are cut, so that whatever name the system takes can be written."""
+    return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _flush_to_disk(path: Path) -> None:

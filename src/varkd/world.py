@@ -86,6 +86,15 @@ class Rng:
         digest = hashlib.blake2b(key, digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
+    def subset(self, stream: str, num: int, most: int) -> Tensor:
+        """A random `most` of `num` rows (all, where there are no more), ascending: int64.
+
+        What looks at a part of a split takes this one, never the first rows: data sets are listed class by class.
+        """
+        if num <= most:
+            return torch.arange(num)
+        return torch.randperm(num, generator=self.generator(stream))[:most].sort().values
+
     def uniform(self, stream: str, row_B: Tensor, length: int) -> Tensor:
         """Numbers in [0, 1): float32 (B, length), one independent generator per global row."""
         rows = [torch.rand(length, generator=self.generator(stream, row)) for row in row_B.tolist()]

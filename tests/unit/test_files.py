@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from varkd.errors import VarkdError, did_you_mean
 from varkd.files import atomic_file, atomic_folder, read_json, sha256_of, write_json, write_text
+from varkd.folders import Own
+
+OWN = Own("a test", ("mark",), lambda text: True)
 
 
 def names(folder: Path) -> list[str]:
@@ -27,18 +31,20 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path):
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path):
     for content in ("one", "two"):
-        with atomic_folder(tmp_path / "folder") as temporary:
+        with atomic_folder(tmp_path / "folder", OWN) as temporary:
+            (temporary / "mark").touch()
             (temporary / content).write_text(content)
             (temporary / "inner").mkdir()
             (temporary / "inner" / content).write_text(content)
     assert names(tmp_path) == ["folder"]
-    assert names(tmp_path / "folder") == ["inner", "two"]
+    assert names(tmp_path / "folder") == ["inner", "mark", "two"]
 
 
 def test_a_folder_that_fails_keeps_the_old_one(tmp_path: Path):
-    with atomic_folder(tmp_path / "folder") as temporary:
+    with atomic_folder(tmp_path / "folder", OWN) as temporary:
+        (temporary / "mark").touch()
         (temporary / "a").write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "folder") as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "folder", OWN) as temporary:
         (temporary / "a").write_text("new")
         raise KeyboardInterrupt
     assert names(tmp_path) == ["folder"] and (tmp_path / "folder" / "a").read_text() == "old"
@@ -49,7 +55,7 @@ def test_a_folder_that_fails_keeps_the_old_one(tmp_path: Path):
     [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk is full"), (errno.EACCES, "cannot write"),
      (errno.EROFS, "cannot write")],
 )  # fmt: skip
-@pytest.mark.parametrize("manager", [atomic_file, atomic_folder])
+@pytest.mark.parametrize("manager", [atomic_file, partial(atomic_folder, own=OWN)], ids=["file", "folder"])
 def test_refusals_are_one_line(tmp_path: Path, number: int, said: str, manager):
     with pytest.raises(VarkdError, match=said) as caught, manager(tmp_path / "x"):
         raise OSError(number, "refused")
@@ -62,7 +68,7 @@ def test_other_system_errors_pass(tmp_path: Path):
         raise OSError(errno.EIO, "broken")
 
 
-@pytest.mark.parametrize("manager", [atomic_file, atomic_folder])
+@pytest.mark.parametrize("manager", [atomic_file, partial(atomic_folder, own=OWN)], ids=["file", "folder"])
 def test_below_a_regular_file(tmp_path: Path, manager):
     (tmp_path / "file").touch()
     with pytest.raises(VarkdError, match="cannot write"), manager(tmp_path / "file" / "x"):

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from varkd.backbones.layers import GuidanceEmbedding
 from varkd.errors import VarkdError
 from varkd.files import atomic_folder, write_json
+from varkd.folders import Own, json_with
 from varkd.types import Condition, Plan
 from varkd.world import Rng
 
+MODEL = Own("a model", ("config.json",), json_with("family", "tokenizer_hash"), ("model.safetensors",))
 State = Any
 """KV cache and running features of one decode: owned by the caller, opaque to everyone but the backbone."""
 
@@ -68,18 +70,22 @@ class Backbone(nn.Module, ABC):
     guidance_embedding: GuidanceEmbedding | None
     tokenizer_hash: str | None = None
     """The tokenizer whose codes the model was trained on, where it is known (`Tokenizer.hash`)."""
+    class_names: tuple[str, ...] | None = None
+    """The classes that the model was trained on, in the order of their labels, where they are known."""
 
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
 
     def describe(self) -> dict[str, Any]:
-        """The `config.json` of a model folder: family, sizes and tokenizer."""
-        return {"family": self.family, **asdict(self.config), "tokenizer_hash": self.tokenizer_hash}
+        """The `config.json` of a model folder: family, sizes, tokenizer and class names."""
+        names = None if self.class_names is None else list(self.class_names)
+        return {"family": self.family, **asdict(self.config), "tokenizer_hash": self.tokenizer_hash,
+                "class_names": names}  # fmt: skip
 
     def save(self, folder: str | Path) -> None:
         """Write a model folder (replaced as a whole) that `varkd.load` reads: `config.json`, `model.safetensors`."""
-        with atomic_folder(Path(folder)) as temporary:
+        with atomic_folder(Path(folder), MODEL) as temporary:
             write_json(temporary / "config.json", self.describe())
             tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
             save_file(tensors, temporary / "model.safetensors")

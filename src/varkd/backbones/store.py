@@ -5,7 +5,8 @@ A run folder loads like an exported model: its `checkpoints/selected.json` names
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,32 @@ def load_backbone(folder: str | Path, device: str = "cpu", step: int | None = No
     info = read_json(folder / "config.json")
     if not isinstance(info, dict):
         raise VarkdError(f"{folder / 'config.json'} does not describe a model: copy or export it again")
-    sizes = {name: value for name, value in info.items() if name not in ("family", "tokenizer_hash")}
+    sizes = sizes_of(info)
     with torch.device("meta"):
         model = _construct(info.get("family", "?"), sizes, dropout=0.0)
     load_weights(model, _weights_path(folder) if step is None else checkpoint_path(folder, step) / "ema.safetensors")
     model.tokenizer_hash = info.get("tokenizer_hash")
+    model.class_names = tuple(info["class_names"]) if info.get("class_names") else None
     return model.to(device).eval(), info
+
+
+def sizes_of(info: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a model's config among those of its `config.json`."""
+    return {name: value for name, value in info.items() if name not in ("family", "tokenizer_hash", "class_names")}
+
+
+def with_classes(model: Backbone, index: Sequence[int], names: Sequence[str]) -> Backbone:
+    """The same model of some of its classes, in this order: their rows of the class table and the null label's."""
+    config = {field.name: getattr(model.config, field.name) for field in fields(model.config)}
+    with torch.device("meta"):
+        chosen = _construct(model.family, {**config, "num_classes": len(index)}, dropout=0.0)
+    name, first = model.class_rows(model.config)
+    state = model.state_dict()
+    table, last = state[name], first + model.num_classes
+    rows = table[first:last][torch.tensor(index, device=table.device)]
+    chosen.load_state_dict({**state, name: torch.cat([table[:first], rows, table[last:]])}, assign=True)
+    chosen.tokenizer_hash, chosen.class_names = model.tokenizer_hash, tuple(names)
+    return chosen.requires_grad_(next(model.parameters()).requires_grad).train(model.training)
 
 
 def load_weights(model: Backbone, path: Path) -> None:

@@ -6,6 +6,7 @@ Opening reads the manifest, the labels and the shards' headers; codes are paged 
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from varkd.errors import VarkdError
-from varkd.files import read_json
+from varkd.files import read_json, sha256_of
+from varkd.folders import locate
 from varkd.tokenizers.protocol import Tokenizer
 from varkd.tokenizers.store import load_tokenizer
 
@@ -50,6 +52,14 @@ def sequence_length(manifest: dict[str, Any]) -> int:
     return sum(side * side for side in manifest["scales"]) if "scales" in manifest else height * width
 
 
+def codes_hash(manifest: dict[str, Any]) -> str:
+    """Names the codes: which images, in which views, by which tokenizer, in which classes; not where they lie."""
+    splits = {split: entry["num"] for split, entry in manifest["splits"].items()}
+    parts = (manifest["tokenizer"]["hash"], manifest["source"]["fingerprints"], manifest["class_names"],
+             manifest["views"], splits)  # fmt: skip
+    return sha256_of(json.dumps(parts, sort_keys=True).encode())
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished codes folder.
 
@@ -80,9 +90,7 @@ def open_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
         VarkdError: it is missing, or another one stands at its path.
     """
     recorded = manifest["tokenizer"]
-    path = Path(recorded["path"])
-    path = path if path.is_absolute() or path.is_dir() else folder / path
-    return check_tokenizer(load_tokenizer(path), folder, manifest)
+    return check_tokenizer(load_tokenizer(locate(recorded["path"], folder, recorded.get("given"))), folder, manifest)
 
 
 def check_tokenizer(tokenizer: Tokenizer, folder: Path, manifest: dict[str, Any]) -> Tokenizer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -39,8 +40,9 @@ def open_images(
 
     `source` is "digits", a folder, `a.parquet`, `train.parquet,validation.parquet` or a hub id `org/name`.
 
-    A validation (else test) split of the source is used as it is. Otherwise round(`validation` * N) images, at
-    least one, are held out: the same ones for the same seed, and of each class its share to within one image.
+    A validation (else test) split of the source is used as it is. Otherwise a share `validation` of the images, at
+    least one, is held out, the same ones for the same seed: of a folder those whose names have small hashes (images
+    that come or go move no others), of the rows of a file round(`validation` * N), of each class its share to within 1.
     `image_size` resizes the shorter side and crops the center; None asks for images of one size.
     Images are gray (C = 1) where a spread of them holds no color, else RGB.
 
@@ -61,7 +63,8 @@ def open_images(
         settings |= {"validation": validation, "seed": seed}
         if len(rows) < 2:
             raise VarkdError(f"{source} holds one image: training and validation need at least one each")
-        held_N = _held_out(rows.label_N, validation, seed)
+        held_N = (_held_out(rows.label_N, validation, seed) if rows.keys is None
+                  else _held_out_by_name(rows.keys, validation, seed))  # fmt: skip
         index_N = np.flatnonzero(held_N if split == "validation" else ~held_N)
     shape = _image_shape(found.train, image_size)
     return ImageSet(source, split, rows, index_N, found.class_names, shape, image_size, settings)
@@ -83,6 +86,14 @@ def _held_out(label_N: NDArray[np.int64], fraction: float, seed: int) -> NDArray
         key_N[members] = (np.arange(len(members)) + offset) / len(members)
     held_N = np.zeros(len(label_N), dtype=np.bool_)
     held_N[np.argsort(key_N, kind="stable")[:num_held]] = True
+    return held_N
+
+
+def _held_out_by_name(keys: Sequence[str], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which images are held out by their own names alone: bool (N,), at least one and not all."""
+    hash_N = np.array([int(sha256_of(f"{seed}/{key}".encode())[:13], 16) / 16**13 for key in keys])
+    held_N = hash_N < fraction
+    held_N[hash_N.argmin()], held_N[hash_N.argmax()] = True, False
     return held_N
 
 
@@ -146,6 +157,8 @@ class ImageSet:
         head = json.dumps({**settings, "classes": self.class_names, "shape": self.image_shape, "num": len(self)})
         sample = self._index_N[np.unique(np.linspace(0, len(self) - 1, 16).astype(int))]
         encoded = (self._rows.encoded(int(row)) for row in sample)
+        if self._rows.keys is not None:
+            encoded = chain(encoded, ("\0".join(self._rows.keys[int(row)] for row in self._index_N).encode(),))
         return sha256_of(head.encode(), np.ascontiguousarray(self.labels).tobytes(), *encoded)[:12]
 
 

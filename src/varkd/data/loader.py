@@ -86,9 +86,13 @@ class DataLoader:
         return torch.randint(self.codes.num_views, (self.batch_size,), generator=generator).numpy()
 
 
-def ordered_batches(codes: CodeDataset, batch_size: int) -> Iterator[Batch]:
-    """The whole split once, in order, in the identity view; the last batch may be smaller. `row_B`: the image."""
-    for start in range(0, len(codes), batch_size):
-        index_B = np.arange(start, min(start + batch_size, len(codes)))
+def ordered_batches(codes: CodeDataset, batch_size: int, most: int | None = None) -> Iterator[Batch]:
+    """The split once, in order, in the identity view; the last batch may be smaller. `row_B`: the image.
+
+    Of a split with more than `most` images a random share of so many, the same one for all runs.
+    """
+    index_N = Rng(0).subset(f"share/{codes.split}", len(codes), len(codes) if most is None else most).numpy()
+    for start in range(0, len(index_N), batch_size):
+        index_B = index_N[start : start + batch_size]
         codes_BL = codes.codes(index_B, np.zeros_like(index_B))
         yield Batch(codes_BL, torch.from_numpy(codes.labels[index_B]), torch.from_numpy(index_B))

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from varkd.errors import VarkdError
+from varkd.folders import locate, relative
 
 if TYPE_CHECKING:
     import datasets
@@ -31,11 +32,16 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class TargetRows:
-    """The labeled images of one split, still encoded. `name(i)` says where row i lies, for messages."""
+    """The labeled images of one split, still encoded. `name(i)` says where row i lies, for messages.
+
+    `keys` name images that are files of their own (class and file name): who is held out follows from them, so that
+    images which come or go move no other one to the other split. None: the rows of one fixed file.
+    """
 
     encoded: Callable[[int], bytes]
     name: Callable[[int], str]
     label_N: NDArray[np.int64]
+    keys: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.label_N)
@@ -76,6 +82,19 @@ class Source:
         return cls(train, validation, class_names)
 
 
+def relative_source(source: str, folder: Path) -> str:
+    """A source as a file in `folder` records it: parts that lie on this disk as seen from there, others as they are."""
+    return ",".join(relative(part, folder) if Path(part).exists() else part for part in source.split(","))
+
+
+def locate_source(recorded: str, folder: Path, given: str) -> str:
+    """The source that a file in `folder` records (see `folders.locate`)."""
+    if recorded == given and not Path(recorded).exists():  # built in, or on the hub
+        return given
+    parts = zip(recorded.split(","), given.split(","), strict=True)
+    return ",".join(str(locate(part, folder, as_given)) for part, as_given in parts)
+
+
 def load_source(source: str) -> Source:
     """Find out what `source` names and list its rows.
 
@@ -90,7 +109,7 @@ def load_source(source: str) -> Source:
         return _folder(Path(source))
     if Path(source).exists():
         raise VarkdError(f"{source} is neither a folder of images nor a .parquet file: give one of these")
-    if not _HUB_ID.fullmatch(source):
+    if not _HUB_ID.fullmatch(source) or Path(source).parent.is_dir():  # a mistyped path is not looked for elsewhere
         raise VarkdError(f"no such folder or file: {source} (or give digits, or a Hugging Face id such as org/name)")
     return _hub(source)
 
@@ -116,17 +135,19 @@ def _folder(root: Path) -> Source:
     folders = {path.name: path for path in _visible(root) if path.is_dir()}
     if "train" not in folders or not set(folders) <= {"train", *_VALIDATION_NAMES}:
         by_class = _images_by_class(root, root.resolve().name)
-        return Source.of(str(root), _file_rows(by_class, by_class), None, tuple(by_class))
+        return Source.of(str(root), _file_rows(root, by_class, by_class), None, tuple(by_class))
     one_class = root.resolve().name
     train = _images_by_class(folders["train"], one_class)
     own = next((name for name in _VALIDATION_NAMES if name in folders), None)
     if own is None:
-        return Source.of(str(root), _file_rows(train, train), None, tuple(train))
+        return Source.of(str(root), _file_rows(folders["train"], train, train), None, tuple(train))
     validation = _images_by_class(folders[own], one_class)
     unknown = sorted(set(validation) - set(train))
     if unknown:
         raise VarkdError(f"class '{unknown[0]}' of {folders[own]} has no folder under {folders['train']}: add it")
-    return Source.of(str(root), _file_rows(train, train), _file_rows(validation, train), tuple(train))
+    return Source.of(
+        str(root), _file_rows(folders["train"], train, train), _file_rows(folders[own], validation, train), tuple(train)
+    )
 
 
 def _images_by_class(root: Path, one_class: str) -> dict[str, list[Path]]:
@@ -152,11 +173,12 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in _IMAGE_ENDINGS and not path.name.startswith(".")
 
 
-def _file_rows(by_class: dict[str, list[Path]], all_classes: dict[str, list[Path]]) -> TargetRows:
+def _file_rows(root: Path, by_class: dict[str, list[Path]], all_classes: dict[str, list[Path]]) -> TargetRows:
     label_of = {name: label for label, name in enumerate(all_classes)}
-    files = [(path, label_of[name]) for name, paths in by_class.items() for path in paths]
-    label_N = np.array([label for _, label in files], dtype=np.int64)
-    return TargetRows(lambda row: files[row][0].read_bytes(), lambda row: str(files[row][0]), label_N)
+    files = [path for paths in by_class.values() for path in paths]
+    label_N = np.array([label_of[name] for name, paths in by_class.items() for _ in paths], dtype=np.int64)
+    keys = tuple(path.relative_to(root).as_posix() for path in files)
+    return TargetRows(lambda row: files[row].read_bytes(), lambda row: str(files[row]), label_N, keys)
 
 
 def _parquet(source: str) -> Source:

@@ -17,15 +17,17 @@ from numpy.typing import NDArray
 from varkd.data.codes import FORMAT, MANIFEST, PARTIAL, VERSION, map_shard, sequence_length
 from varkd.errors import VarkdError
 from varkd.files import atomic_file, read_json, write_json
+from varkd.folders import Own, json_with
 from varkd.world import World
 
 Manifest = dict[str, Any]
+CODES = Own("codes", (MANIFEST, PARTIAL), json_with(format=(FORMAT,)))
 
 
 def plan_manifest(
     *, tokenizer: Manifest, grid: tuple[int, int], scales: tuple[int, ...] | None = None,
     image_shape: tuple[int, int, int], class_names: tuple[str, ...], views: tuple[str, ...], source: Manifest,
-    nums: dict[str, int], shard_size: int,
+    nums: dict[str, int], shard_size: int, class_map: list[int] | None = None,
 ) -> Manifest:  # fmt: skip
     """The manifest of a folder that is still to be written; `nums` gives each split's number of images.
 
@@ -45,6 +47,7 @@ def plan_manifest(
         "image_shape": list(image_shape),
         **layout,
         "class_names": list(class_names),
+        **({} if class_map is None else {"class_map": class_map}),
         "views": list(views),
         "source": source,
         "splits": splits,
@@ -67,11 +70,12 @@ class CodeWriter:
     """The shards of `planned` (see `plan_manifest`) under `folder`; shards that stand there already are kept.
 
     Raises:
-        VarkdError: the folder holds codes of another tokenizer, source, views or shard size.
+        VarkdError: the folder holds codes of another tokenizer, source, views or shard size, or other things.
     """
 
     def __init__(self, folder: Path, planned: Manifest, world: World) -> None:
         self.folder, self.planned, self.world = folder, planned, world
+        CODES.check(folder)
         for name in (MANIFEST, PARTIAL):
             if (folder / name).exists():
                 _same_job(folder, read_json(folder / name), planned)
@@ -109,6 +113,10 @@ class CodeWriter:
         write_json(self.folder / MANIFEST, manifest)
         (self.folder / PARTIAL).unlink(missing_ok=True)
         return manifest
+
+    def note(self, **values: Any) -> None:
+        """Change what a finished manifest says besides what the codes are."""
+        write_json(self.folder / MANIFEST, {**read_json(self.folder / MANIFEST), **values})
 
     def _missing(self) -> Iterator[tuple[int, str, Manifest]]:
         shards = [(split, shard) for split, entry in self.planned["splits"].items() for shard in entry["shards"]]

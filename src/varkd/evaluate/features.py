@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from varkd.data.images import ImageSet
 from varkd.errors import VarkdError
 from varkd.files import atomic_folder, read_json, sha256_of, write_json
+from varkd.folders import Own, json_with
 from varkd.progress import bar
 from varkd.tokenizers.protocol import to_unit
 from varkd.world import Rng
@@ -31,6 +32,9 @@ from varkd.world import Rng
 Task = Literal["classes", "turns"]
 NUM_TURNS = 4
 _KIND = "varkd-features"
+FEATURES = Own(
+    "a feature network", ("config.json",), json_with("hash", kind=(_KIND,)), ("fit.json", "model.safetensors")
+)
 
 
 @dataclass(frozen=True)
@@ -312,7 +316,7 @@ def features_of(net: FeatureNet, images: ImageSet | Tensor, batch_size: int = 51
 
 def save_features(net: FeatureNet, record: dict[str, Any], folder: Path) -> None:
     """Write `config.json`, `model.safetensors` and `fit.json` (the record) as one folder, atomically."""
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, FEATURES) as temporary:
         write_json(temporary / "config.json", {"kind": _KIND, **asdict(net.config), "hash": net.hash})
         write_json(temporary / "fit.json", record)
         save_file(

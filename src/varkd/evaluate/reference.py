@@ -22,9 +22,11 @@ from varkd.evaluate.image_files import npz_keys, open_image_files, stored_statis
 from varkd.evaluate.inception import POOL_DIM, SPATIAL_DIM, Inception
 from varkd.evaluate.moments import Gaussian, gaussian_of
 from varkd.files import atomic_folder, read_json, sha256_of, write_json
+from varkd.folders import Own, json_with
 from varkd.world import World
 
 _KIND = "varkd-adm-reference"
+SAVED = Own("a saved reference", ("config.json",), json_with(kind=(_KIND,)), ("reference.safetensors",))
 _PAIRS = {"pool": ("mu", "sigma", POOL_DIM), "spatial": ("mu_s", "sigma_s", SPATIAL_DIM)}
 
 
@@ -119,7 +121,7 @@ def save_reference(reference: Reference, folder: Path) -> None:
         tensors["features"] = reference.features_MF
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     names = ("name", "hash", "statistics", "network")
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, SAVED) as temporary:
         save_file(tensors, temporary / "reference.safetensors")
         own = {name: getattr(reference, name) for name in names}
         write_json(temporary / "config.json",

@@ -25,6 +25,7 @@ from varkd.evaluate.fid import frechet_distance, frechet_draws, gaussian
 from varkd.evaluate.intervals import Estimate, centered_bootstrap, interval, share
 from varkd.evaluate.precision_recall import MAX_POINTS, NEIGHBORS, precision_recall
 from varkd.files import atomic_folder, read_json, sha256_of, write_json
+from varkd.folders import Own, json_with
 from varkd.progress import track
 from varkd.world import Rng
 
@@ -33,6 +34,7 @@ MAX_HELD_OUT = 2000
 _NEAREST_SIDE = 32
 _ROWS = 2048
 _KIND = "varkd-reference"
+REFERENCE = Own("a reference", ("config.json",), json_with("key", kind=(_KIND,)), ("reference.safetensors",))
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def save_reference(reference: ReferenceSet, folder: Path) -> None:
     """Write `config.json` and `reference.safetensors` as one folder, atomically."""
     names = ("name", "class_names", "key", "net_hash", "flips", "copy_distance")
     tensors = {"features": reference.features_NF, "pixels": reference.pixels_ND}
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, REFERENCE) as temporary:
         config = {"kind": _KIND, **{name: getattr(reference, name) for name in names}}
         write_json(temporary / "config.json", config | {"tensors": _tensor_hash(**tensors)})
         save_file(tensors, temporary / "reference.safetensors")

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from varkd.files import write_text
+from varkd.folders import Own
 from varkd.report import sections
 from varkd.report.images import Picture, pictures_of
 from varkd.report.protocol import differences, statement
 from varkd.report.runs import RunFolder, read_runs
 from varkd.report.tables import COLUMNS, Row, comparison_table
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-"  # of base.html.j2
+REPORT = Own("a report", ("index.html",), lambda text: _POLICY in text)
 
 
 def write_report(runs: Sequence[Path], out: Path, *, title: str = "varkd report") -> Path:
@@ -26,8 +30,9 @@ def write_report(runs: Sequence[Path], out: Path, *, title: str = "varkd report"
         The path of the page.
 
     Raises:
-        VarkdError: no run, a folder that is not a run, a damaged file, or `out` cannot be written.
+        VarkdError: no run, a folder that is not a run, a damaged file, or `out` is not a report's or cannot be written.
     """
+    REPORT.check(out)
     page = render(read_runs(runs), title)
     path = out / "index.html"
     write_text(path, page)

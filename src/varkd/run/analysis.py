@@ -18,10 +18,10 @@ from torch import Tensor
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import weights_hash
 from varkd.data.images import Split
-from varkd.errors import VarkdError
 from varkd.evaluate import diagnostics
 from varkd.evaluate.diagnostics import CodeSpace, Sequences, Values, by_rank, measure
 from varkd.files import write_json
+from varkd.folders import Own, json_with
 from varkd.report.diagnostics import write_page
 from varkd.run import audits, curves
 from varkd.run.curves import Table, write_tables
@@ -29,7 +29,8 @@ from varkd.run.environment import versions
 from varkd.run.panels import CODEBOOK, CONTINUATIONS, codebook_panel, continuations_panel
 from varkd.run.subject import Subject, open_subject, sequences_of
 
-OURS = frozenset({"analysis.json", "index.html", CODEBOOK, CONTINUATIONS})
+ANALYSIS = Own("an analysis", ("analysis.json",), json_with("teacher_hash", "split"),
+               ("index.html", CODEBOOK, CONTINUATIONS, *(f"{name}.csv" for name in curves.TABLES)))  # fmt: skip
 SECOND_QUANTITIES = ("jsd", "forward_kl", "acceptance", "top1")
 
 
@@ -69,8 +70,8 @@ def analyze_run(
     out.mkdir(parents=True, exist_ok=True)
     found["codebook"] = codebook_panel(subject, contexts["data"], split, num, out)
     found["continuations"] = continuations_panel(subject, contexts["data"], out)
+    write_json(out / "analysis.json", {**_about(subject, contexts, split, num), **found})  # first: it marks the folder
     write_tables(out, tables)
-    write_json(out / "analysis.json", {**_about(subject, contexts, split, num), **found})
     return write_page(out)
 
 
@@ -110,10 +111,7 @@ def _size(model: Backbone) -> int:
 
 
 def _check_out(out: Path) -> None:
-    """Raise `VarkdError` where the folder holds anything that no analysis wrote."""
-    if out.is_dir():
-        foreign = [path.name for path in out.iterdir() if path.name not in OURS and path.suffix != ".csv"]
-        if foreign:
-            raise VarkdError(f"{out} holds {foreign[0]}, which is no part of an analysis: choose another --out")
-    elif out.exists():
-        raise VarkdError(f"{out} is a file: choose another --out")
+    """Raise `VarkdError` where the folder holds anything that no analysis wrote; a language pair may be unfinished."""
+    unfinished = out.is_dir() and [path.name for path in out.iterdir()] == ["language"]
+    if not (unfinished and (out / "language" / "settings.json").is_file()):
+        ANALYSIS.check(out)

@@ -18,6 +18,8 @@ from varkd.evaluate.intervals import Curve, mean_curve
 from varkd.files import write_text
 
 Cell = str | int | float | None
+TABLES = ("positions", "maps", "accumulated", "calibration", "prefix_swap", "risks", "cost", "selection",
+          "selection_training")  # fmt: skip
 PAIRS = (("student", "data"), ("student", "teacher"), ("teacher", "data"))
 
 
@@ -30,16 +32,15 @@ class Table:
 
 
 def write_tables(out: Path, tables: Mapping[str, Table]) -> None:
-    """`out`/<name>.csv for each table; numbers in six digits, None is empty. Old CSV files of `out` go."""
+    """`out`/<name>.csv for each table; numbers in six digits, None is empty. Former tables (`TABLES`) of `out` go."""
     for name, table in tables.items():
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(table.columns)
         writer.writerows([_text(cell) for cell in row] for row in table.rows)
         write_text(out / f"{name}.csv", buffer.getvalue())
-    for path in out.glob("*.csv"):
-        if path.stem not in tables:
-            path.unlink()
+    for name in set(TABLES) - set(tables):
+        (out / f"{name}.csv").unlink(missing_ok=True)
 
 
 def _text(cell: Cell) -> str:

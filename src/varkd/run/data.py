@@ -12,14 +12,16 @@ import torch
 
 from varkd.backbones.protocol import Layout
 from varkd.config import RunConfig
-from varkd.data.codes import CodeDataset, check_tokenizer, open_tokenizer, read_manifest
+from varkd.data.classes import read_class_map
+from varkd.data.codes import CodeDataset, check_tokenizer, codes_hash, open_tokenizer, read_manifest
 from varkd.data.images import ImageSet, Split, open_images
+from varkd.data.sources import locate_source
 from varkd.data.views import ten_crop_names, view_names
 from varkd.errors import VarkdError
 from varkd.tokenizers.multiscale import MultiScaleConfig
 from varkd.tokenizers.pixels import Pixels, PixelsConfig
 from varkd.tokenizers.protocol import Tokenizer
-from varkd.tokenizers.store import load_official, load_tokenizer, save_tokenizer
+from varkd.tokenizers.store import TOKENIZER, load_official, load_tokenizer, save_tokenizer
 from varkd.tokenizers.vq import VQConfig
 from varkd.train.encode import encode_images
 from varkd.train.fit_tokenizer import FitConfig, fit_tokenizer
@@ -35,6 +37,11 @@ class Codes:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         return read_manifest(self.folder)
+
+    @cached_property
+    def hash(self) -> str:
+        """Names the codes (`codes_hash`)."""
+        return codes_hash(self.manifest)
 
     @cached_property
     def layout(self) -> Layout:
@@ -57,10 +64,19 @@ class Codes:
         return CodeDataset(self.folder, split)
 
     def images(self, split: Split) -> ImageSet:
-        """The images that were encoded."""
+        """The images that were encoded.
+
+        Raises:
+            VarkdError: they cannot be read, or are not the ones that were encoded.
+        """
         source = self.manifest["source"]
-        return open_images(source["name"], split, image_size=source["image_size"],
-                           validation=source["validation"], seed=source["seed"])  # fmt: skip
+        name = locate_source(source.get("path", source["name"]), self.folder, source["name"])
+        images = open_images(name, split, image_size=source["image_size"], validation=source["validation"],
+                             seed=source["seed"])  # fmt: skip
+        if images.fingerprint != source["fingerprints"][split]:
+            raise VarkdError(f"{name} no longer holds the images that were encoded into {self.folder}: put them back, "
+                             "or encode what is there now into another folder")  # fmt: skip
+        return images
 
 
 def pick_device(name: str) -> torch.device:
@@ -77,9 +93,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_tokenizer(name: str, images: ImageSet) -> tuple[Tokenizer, str | None]:
-    """A tokenizer folder, or `pixels` (17 gray levels at the images' size), and its path to record."""
+    """A tokenizer folder, or `pixels` (17 gray levels at the images' size), and its path."""
     if name != "pixels":
-        return load_tokenizer(name), str(Path(name).resolve())
+        return load_tokenizer(name), name
     channels, height, width = images.image_shape
     if channels != 1:
         raise VarkdError(f"the pixels tokenizer takes gray images, these have {channels} channels: use "
@@ -90,9 +106,12 @@ def pick_tokenizer(name: str, images: ImageSet) -> tuple[Tokenizer, str | None]:
 def encode(
     data: str, tokenizer: str, out: Path, *, image_size: int | None = None, validation: float = 0.1, seed: int = 0,
     flip: bool = False, shifts: int = 0, ten_crop: float | None = None, device: str = "auto", batch_size: int = 256,
-    shard_size: int = 4096, quiet: bool = False,
+    shard_size: int = 4096, class_map: Path | None = None, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """`varkd encode`: images -> code shards and a reconstruction check. Returns the manifest."""
+    """`varkd encode`: images -> code shards and a reconstruction check. Returns the manifest.
+
+    `class_map` is a file that gives each class its number in a model of more classes (`data.classes`).
+    """
     world = World.from_environment()
     if ten_crop is not None and (flip or shifts or image_size is None):
         raise VarkdError("--ten-crop needs --image-size and goes without --flip and --shifts: it has mirror images")
@@ -110,6 +129,7 @@ def encode(
         views=views,
         batch_size=batch_size,
         shard_size=shard_size,
+        class_map=read_class_map(class_map, images.class_names) if class_map else None,
         device=pick_device(device),
         world=world,
         quiet=quiet,
@@ -182,3 +202,4 @@ def import_official(
 def _check_free(out: Path, overwrite: bool) -> None:
     if (out / "config.json").exists() and not overwrite:
         raise VarkdError(f"{out} already holds a tokenizer: choose another --out, or --overwrite")
+    TOKENIZER.check_replaceable(out)

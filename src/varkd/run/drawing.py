@@ -25,6 +25,7 @@ from varkd.backbones.store import weights_hash
 from varkd.errors import VarkdError
 from varkd.evaluate.inception_score import CHUNK
 from varkd.files import atomic_file, atomic_folder, read_json, sha256_of, write_json
+from varkd.folders import Own, json_with
 from varkd.progress import bar
 from varkd.rollout import Sampler
 from varkd.sampling import generate_with_codes
@@ -32,6 +33,8 @@ from varkd.tokenizers.protocol import Tokenizer
 from varkd.world import Rng, World
 
 Layout = Literal["npz", "png"]
+SAMPLES = Own("samples", ("samples.json",), json_with("num", "seed", "sampler"),
+              ("samples.npz", "grid.png", "images", "labels.npy"))  # fmt: skip
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
@@ -124,7 +127,7 @@ def _open(partial: Path, request: dict[str, Any]) -> None:
         found = read_json(partial / "request.json")
         if different := [name for name in request if found.get(name) != request[name]]:
             raise VarkdError(f"{partial} holds unfinished samples of other settings ({', '.join(different)}): finish "
-                             f"those, or delete that folder")  # fmt: skip
+                             f"those with the same command, or choose another --out")  # fmt: skip
         return
     write_json(partial / "request.json", request)
 
@@ -173,7 +176,7 @@ def _finish(drawing: Drawing, partial: Path, out: Path, layout: Layout, about: d
     label_N = drawing.label_N.numpy()
     columns = min(drawing.model.num_classes, 10) if drawing.model.num_classes > 1 else 10
     shown = [np.asarray(part[: columns * 10]) for part in parts[: -(-columns * 10 // drawing.batch_size)]]
-    with atomic_folder(out) as temporary:
+    with atomic_folder(out, SAMPLES) as temporary:
         if layout == "npz":
             _write_npz(temporary / "samples.npz", parts, drawing, label_N, codes_NL)
         else:

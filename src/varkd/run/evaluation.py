@@ -11,14 +11,23 @@ from torch import Tensor
 
 from varkd import pictures
 from varkd.backbones.protocol import Backbone
-from varkd.backbones.store import load_backbone
+from varkd.backbones.store import weights_hash
 from varkd.config import EvaluationConfig, RunConfig
 from varkd.data.loader import ordered_batches
 from varkd.data.views import has_flips
 from varkd.distill.method import Method
 from varkd.distill.spaces import Clusters
+from varkd.errors import VarkdError
 from varkd.evaluate.agreement import agreement, cross_entropy, student_batches
-from varkd.evaluate.features import FeatureNet, FitFeatures, features_of, fit_features, load_features, save_features
+from varkd.evaluate.features import (
+    FEATURES,
+    FeatureNet,
+    FitFeatures,
+    features_of,
+    fit_features,
+    load_features,
+    save_features,
+)
 from varkd.evaluate.fid import frechet_distance, gaussian
 from varkd.evaluate.samples import ReferenceSet, floors, reference_set, sample_metrics
 from varkd.evaluate.speed import samples_per_second
@@ -27,8 +36,8 @@ from varkd.progress import console
 from varkd.rollout import Sampler
 from varkd.run.data import Codes, pick_device
 from varkd.run.environment import versions
-from varkd.run.models import load_trained
-from varkd.run.sampling import balanced_labels
+from varkd.run.models import load_trained, open_model, recorded_model
+from varkd.run.sampling import balanced_labels, labels_in_words
 from varkd.sampling import generate_with_codes
 from varkd.types import Batch
 
@@ -50,13 +59,16 @@ def evaluate_run(
     """
     run, codes, model = load_trained(folder, device)
     settings = settings or run.evaluation
+    teacher_path = teacher or recorded_model(folder, "teacher", run.teacher)
+    loaded = open_model(teacher_path, codes, model, str(pick_device(device))) if teacher_path else None
+    teacher_hash = weights_hash(loaded) if loaded else None
+    if teacher is None and teacher_hash != read_json(folder / "environment.json").get("teacher_hash"):
+        raise VarkdError(f"{teacher_path} is not the teacher that {folder} was trained with: give that by --teacher")
     judge = Judge.of(codes, device, features, quiet)
-    teacher_path = teacher or (Path(run.teacher) if run.teacher else None)
-    loaded = load_backbone(teacher_path, str(pick_device(device)))[0] if teacher_path else None
     seen = judge.see(model, settings, f"sample {folder.name}", quiet)
     seen.save_grid(folder / "evaluation" / "samples.png")
     means, curves = judge.agreement(model, loaded, run.method, settings.seed) if loaded else (None, None)
-    status, info = read_json(folder / "status.json"), read_json(folder / "environment.json")
+    status = read_json(folder / "status.json")
     metrics = {
         "name": run.name or folder.name, "method": run.preset, "updates": status["step"], "seconds": status["seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -64,7 +76,7 @@ def evaluate_run(
         "num_samples": settings.num_samples, "metrics": seen.metrics, "floors": judge.floors(),
         "validation_ce": judge.cross_entropy(model),
         "agreement": means, "agreement_by_position": curves, "grid": codes.manifest["grid"],
-        "protocol": _protocol(run, codes, settings, judge, teacher_path, info, folder),
+        "protocol": _protocol(run, codes, settings, judge, teacher_path, teacher_hash, folder),
         "samples": "evaluation/samples.png",
     }  # fmt: skip
     write_json(folder / "metrics.json", metrics)
@@ -158,10 +170,12 @@ def feature_network(codes: Codes, folder: Path, device: str, quiet: bool = False
     if (folder / "config.json").is_file():
         net, record = load_features(folder)
     else:
+        FEATURES.check_replaceable(folder, "--features")
+        images = codes.images("train"), codes.images("validation")
         if not quiet:
             console.print(f"fitting the feature network on {codes.manifest['source']['name']} (once; kept in {folder})")
         flip = has_flips(codes.manifest["views"])
-        net, record = fit_features(codes.images("train"), codes.images("validation"), FitFeatures(flip=flip),
+        net, record = fit_features(*images, FitFeatures(flip=flip),
                                    device=pick_device(device), quiet=quiet)  # fmt: skip
         save_features(net, record, folder)
     return net.to(pick_device(device)), record
@@ -175,26 +189,21 @@ def reference_for(codes: Codes, net: FeatureNet, quiet: bool = False) -> Referen
 
 
 def _data_batches(codes: Codes) -> list[Batch]:
-    batches, seen = [], 0
-    for batch in ordered_batches(codes.split("validation"), 128):
-        batches.append(batch)
-        seen += len(batch)
-        if seen >= _AGREEMENT_SEQUENCES:
-            break
-    return batches
+    return list(ordered_batches(codes.split("validation"), 128, most=_AGREEMENT_SEQUENCES))
 
 
 def _protocol(
-    run: RunConfig, codes: Codes, settings: EvaluationConfig, judge: Judge, teacher: Path | None, info: dict[str, Any],
-    folder: Path,
+    run: RunConfig, codes: Codes, settings: EvaluationConfig, judge: Judge, teacher: Path | None,
+    teacher_hash: str | None, folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     selected = read_json(folder / "checkpoints" / "selected.json")
+    labels = labels_in_words(settings.num_samples, len(codes.manifest["class_names"]))
     return {
         "reference": judge.reference.describe(), "features": judge.record,
         "tokenizer": codes.manifest["tokenizer"]["hash"],
         "data": codes.manifest["source"]["name"], "sampler": vars(settings.sampler), "seed": settings.seed,
-        "training_seed": run.seed, "labels": "balanced", "versions": versions(),
+        "training_seed": run.seed, "labels": labels, "versions": versions(),
         "weights": selected["weights"], "checkpoint": selected["checkpoint"],
-        "teacher": str(teacher) if teacher else None, "teacher_hash": info.get("teacher_hash"),
+        "teacher": str(teacher) if teacher else None, "teacher_hash": teacher_hash,
         "init": run.init,
     }  # fmt: skip

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from varkd.backbones.protocol import Backbone
-from varkd.backbones.store import build, check_state, family_class, load_backbone, weights_hash
+from varkd.backbones.store import build, check_state, family_class, load_backbone, weights_hash, with_classes
 from varkd.config import RunConfig, read_run
+from varkd.data.classes import match_classes
 from varkd.data.codes import sequence_length
 from varkd.distill.target import Guided
 from varkd.errors import VarkdError
 from varkd.files import read_json
+from varkd.folders import locate
 from varkd.run.data import Codes, pick_device
 from varkd.run.official import load_official
 from varkd.train.distiller import Distiller
@@ -38,8 +41,7 @@ def build_objects(run: RunConfig, codes: Codes, world: World, device: torch.devi
     student = new_student(run, codes)
     teacher = None
     if run.teacher:
-        teacher, info = load_backbone(run.teacher)
-        check_pair(student, teacher, info.get("tokenizer_hash"), codes)
+        teacher = open_model(run.teacher, codes, student)
         for sampler in run.method.contexts.samplers:
             teacher.check(sampler.plan(student, Rng(0), torch.zeros(1, dtype=torch.long)))
     elif run.method.needs_teacher:
@@ -73,16 +75,16 @@ def new_student(run: RunConfig, codes: Codes) -> Backbone:
         sizes = {**family_class(run.model.family).sizes_for(codes.layout), **chosen}
         student = build(run.model.family, sizes, _dropout(run), run.seed, quantizer=codes.tokenizer.quantizer)
     student.tokenizer_hash = codes.manifest["tokenizer"]["hash"]
+    student.class_names = tuple(codes.manifest["class_names"])
     return student
 
 
 def _from_start(run: RunConfig, init: str, codes: Codes) -> Backbone:
     """The weights of `init`, where `model.guidance_conditioned` asks for it with a new embedding of zeros."""
-    model, info = load_backbone(init)
-    check_pair(model, model, info.get("tokenizer_hash"), codes)
+    model = open_model(init, codes)
     if run.model.guidance_conditioned is False and model.guidance_conditioned:
         raise VarkdError(f"init={init} reads the guidance scale: leave model.guidance_conditioned=false out")
-    sizes = {name: value for name, value in info.items() if name not in ("family", "tokenizer_hash")}
+    sizes = {field.name: getattr(model.config, field.name) for field in fields(model.config)}
     if run.model.guidance_conditioned:
         sizes["guidance_conditioned"] = True
     student = build(model.family, sizes, _dropout(run))
@@ -107,32 +109,64 @@ def check_scale(run: RunConfig, student: Backbone) -> None:
                          f"method.target.highest ({target.scale:g} or more)")  # fmt: skip
 
 
-def check_pair(student: Backbone, model: Backbone, tokenizer_hash: str | None, codes: Codes) -> None:
-    """Raise `VarkdError` unless `model` (teacher or initialization) speaks of the same codes and classes."""
+def open_model(path: str | Path, codes: Codes, student: Backbone | None = None, device: str = "cpu") -> Backbone:
+    """A teacher or an initialization, of the data's classes (a model of more, or in another order, is cut to them).
+
+    Args:
+        student: whose plans the model must follow; by default its own.
+
+    Raises:
+        VarkdError: no model there, or one of other codes or classes, or that cannot follow the plans.
+    """
+    model, _ = load_backbone(path, device)
+    _check_codes(model, codes)
+    names = codes.manifest["class_names"]
+    index = match_classes(model.class_names, model.num_classes, names, codes.manifest.get("class_map"))
+    if index is not None:
+        model = with_classes(model, index, names)
+    model.check((student or model).plan(1, Rng(0), torch.zeros(1, dtype=torch.long)))
+    return model
+
+
+def _check_codes(model: Backbone, codes: Codes) -> None:
+    """Raise `VarkdError` unless `model` speaks of the same codes."""
     recorded = codes.manifest["tokenizer"]["hash"]
-    if tokenizer_hash is not None and tokenizer_hash != recorded:
+    if model.tokenizer_hash is not None and model.tokenizer_hash != recorded:
         raise VarkdError(
-            f"this {model.family} model was trained on codes of tokenizer {tokenizer_hash[:12]}, the data are of "
+            f"this {model.family} model was trained on codes of tokenizer {model.tokenizer_hash[:12]}, the data are of "
             f"{recorded[:12]}: encode the data with the model's tokenizer"
         )
-    wanted = (codes.manifest["tokenizer"]["vocab_size"], len(codes.manifest["class_names"]))
-    if (model.vocab_size, model.num_classes) != wanted:
-        raise VarkdError(f"this model has {model.vocab_size} codes and {model.num_classes} classes, the data "
-                         f"{wanted[0]} and {wanted[1]}: use codes with the same tokenizer and classes")  # fmt: skip
+    wanted = codes.manifest["tokenizer"]["vocab_size"]
+    if model.vocab_size != wanted:
+        raise VarkdError(f"this model has {model.vocab_size} codes, the data {wanted}: use codes of the same tokenizer")
     length = sequence_length(codes.manifest)
     if model.sequence_length != length:
         raise VarkdError(f"this model has {model.sequence_length} codes an image, the data {length} "
                          f"({codes.layout}): use codes with the same grid")  # fmt: skip
-    model.check(student.plan(1, Rng(0), torch.zeros(1, dtype=torch.long)))
 
 
 def load_trained(folder: str | Path, device: str = "auto") -> tuple[RunConfig, Codes, Backbone]:
-    """A run folder's settings, its codes and its model with the selected weights."""
-    run = read_run(folder)
-    environment_path = Path(folder) / "environment.json"
-    codes = Codes(Path(read_json(environment_path)["codes"]))
+    """A run folder's settings, its codes and its model with the selected weights.
+
+    Raises:
+        VarkdError: no run there, or other codes than it was trained on.
+    """
+    run, folder = read_run(folder), Path(folder)
+    recorded = read_json(folder / "environment.json")
+    codes = Codes(locate(recorded["codes"], folder, run.data))
+    for name, found in (("tokenizer_hash", codes.manifest["tokenizer"]["hash"]), ("codes_hash", codes.hash)):
+        if recorded.get(name, found) != found:
+            raise VarkdError(f"{folder} was trained on other codes than {codes.folder} holds now ({name[:-5]} "
+                             f"{recorded[name][:12]}, now {found[:12]}): put them back")  # fmt: skip
     model, _ = load_backbone(folder, str(pick_device(device)))
     return run, codes, model
+
+
+def recorded_model(folder: Path, name: Literal["teacher", "init"], given: str | None) -> Path | None:
+    """Where the model lies that a run was trained with; `given` is what its settings say."""
+    if given is None:
+        return None
+    return locate(read_json(folder / "environment.json").get(name) or given, folder, given)
 
 
 def load(path: str | Path, device: str = "auto") -> Backbone:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from varkd.backbones.official import KeyReport, convert
-from varkd.backbones.protocol import Backbone
+from varkd.backbones.protocol import MODEL, Backbone
 from varkd.backbones.store import load_backbone, save_backbone
 from varkd.containers import Weights, read_state
 from varkd.errors import VarkdError
@@ -108,6 +108,7 @@ def check_new(out: Path) -> None:
         raise VarkdError(f"{out} is not empty: choose a new folder")
     if out.is_file():
         raise VarkdError(f"{out} exists: choose a new name")
+    MODEL.check_replaceable(out)
 
 
 def _load(

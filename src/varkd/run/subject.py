@@ -17,11 +17,10 @@ from varkd.data.images import Split
 from varkd.distill.spaces import Clusters
 from varkd.errors import VarkdError
 from varkd.evaluate.diagnostics import CodeSpace, Sequences, sampled
-from varkd.files import read_json
 from varkd.progress import console
 from varkd.rollout import Sampler
 from varkd.run.data import Codes, pick_device
-from varkd.run.models import check_pair, load_trained
+from varkd.run.models import load_trained, open_model, recorded_model
 from varkd.types import Condition
 from varkd.world import Rng
 
@@ -65,15 +64,15 @@ def open_subject(
     """Load the models and check that they speak of the same codes."""
     chosen = pick_device(device)
     if (folder / "run.yaml").is_file():
-        run, codes, student = load_trained(folder, device)
+        run, codes, _ = load_trained(folder, device)
         codes = codes if data is None else Codes(data)
-        teacher = teacher or (Path(run.teacher) if run.teacher else None)
+        teacher = teacher or recorded_model(folder, "teacher", run.teacher)
     else:
-        run, (student, _) = None, load_backbone(folder, str(chosen))
         if data is None:
+            load_backbone(folder)  # which may have more to say of the folder
             raise VarkdError(f"{folder} is a model folder, not a run: give its codes with --data")
-        codes = Codes(data)
-    _check("the student", student, student, folder, codes)
+        run, codes = None, Codes(data)
+    student = _open("the student", folder, codes, None, str(chosen))
     if teacher is None:
         raise VarkdError(f"{folder} has no teacher of its own: give --teacher MODEL")
     sampler = run.evaluation.sampler if run else Sampler()
@@ -81,24 +80,22 @@ def open_subject(
     for option, path in (("--teacher", teacher), ("--second", second)):
         models[option] = None
         if path is not None:
-            models[option] = load_backbone(path, str(chosen))[0].requires_grad_(False)
-            _check(option, student, models[option], path, codes)
+            models[option] = _open(option, path, codes, student, str(chosen)).requires_grad_(False)
             models[option].check(sampler.plan(student, Rng(0), torch.zeros(1, dtype=torch.long)))
     return Subject(folder, run, codes, student.requires_grad_(False), models["--teacher"], models["--second"], teacher,
                    second, sampler, seed, chosen, quiet)  # fmt: skip
 
 
-def _check(what: str, student: Backbone, model: Backbone, path: Path, codes: Codes) -> None:
+def _open(what: str, path: Path, codes: Codes, student: Backbone | None, device: str) -> Backbone:
     try:
-        check_pair(student, model, read_json(path / "config.json").get("tokenizer_hash"), codes)
+        return open_model(path, codes, student, device)
     except VarkdError as error:
         raise VarkdError(f"{what} ({path}): {error}") from None
 
 
 def chosen_images(subject: Subject, length: int, num: int) -> NDArray[np.int64]:
     """Ascending indices of a random share of a split, so that ordered data do not show their first classes only."""
-    generator = Rng(subject.seed).generator("analyze/images")
-    return torch.randperm(length, generator=generator)[:num].sort().values.numpy()
+    return Rng(subject.seed).subset("analyze/images", length, num).numpy()
 
 
 def sequences_of(subject: Subject, split: Split, num: int) -> dict[str, Sequences]:

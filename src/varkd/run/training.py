@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,28 +14,33 @@ from varkd import pictures
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import load_backbone, weights_hash
 from varkd.config import RunConfig, differences, dump, read_run
-from varkd.data.codes import CodeDataset
 from varkd.data.loader import DataLoader, ordered_batches
 from varkd.distill.clustering import cluster_statistics
 from varkd.distill.filtering import DifferenceSampling, difference_scores
 from varkd.errors import VarkdError
 from varkd.evaluate.agreement import cross_entropy
 from varkd.files import atomic_file, read_json, write_errors, write_json, write_text
+from varkd.folders import Own, relative
 from varkd.progress import console, track
 from varkd.run.data import Codes, open_codes, pick_device
 from varkd.run.environment import environment
 from varkd.run.models import Objects, build_objects, new_student
+from varkd.run.sampling import balanced_labels
 from varkd.sampling import generate_with_codes
 from varkd.train.checkpoint import Progress
 from varkd.train.loop import Job, train
 from varkd.train.parallel import gathered
-from varkd.types import Batch, state_hash
+from varkd.types import state_hash
 from varkd.world import World
 
-_VALIDATION_CODES = 512  # validation images that the loop looks at; `varkd evaluate` looks at all
+_VALIDATION_CODES = 512  # a random share of the validation images; `varkd evaluate` looks at all
 _GRID_ROWS = 4
-_OURS = ("run.yaml", "environment.json", "config.json", "log.jsonl", "status.json", "metrics.json",
-         "checkpoints", "samples", "evaluation", "tensorboard", "images.npy")  # fmt: skip
+RUN = Own("a run", ("run.yaml",), lambda text: "\npreset:" in text and "\ntrain:" in text)
+_OURS = (
+    "run.yaml", "environment.json", "config.json", "log.jsonl", "status.json", "metrics.json", "images.npy",
+    "checkpoints/step-*", "checkpoints/.step-*", "checkpoints/selected.json", "samples/step-*.png",
+    "evaluation/samples.png", "tensorboard/events.out.tfevents.*",
+)  # fmt: skip
 
 
 def train_run(run: RunConfig, *, overwrite: bool = False, quiet: bool = False) -> Progress:
@@ -55,8 +60,11 @@ def train_run(run: RunConfig, *, overwrite: bool = False, quiet: bool = False) -
     codes = open_codes(run)
     objects = build_objects(run, codes, world, device)
     job = _job(run, codes, folder, objects, world, device, quiet)
+    made_of = identity(run, codes, objects)
+    if not overwrite:
+        check_same(folder, made_of)
     claim_folder(run, folder, overwrite, world)  # only now: bad input leaves no trace, and deletes nothing
-    _record(run, codes, folder, objects, world)
+    _record(run, codes, folder, objects, made_of, world)
     if objects.distiller.reference is not None:
         _note_start(run, "best_of", world, quiet)
     images = chosen_images(run, codes, objects.distiller.teacher, folder, world, device, quiet)
@@ -102,17 +110,32 @@ def check_folder(run: RunConfig, folder: Path, overwrite: bool, world: World) ->
     """Whether the run folder is ours to use: new, or the same run to resume, or (with `overwrite`) any former run.
 
     Raises:
-        VarkdError: it holds another run or foreign files.
+        VarkdError: it holds another run or foreign files, or what the run reads stands there, above or below.
     """
     if world.is_main:
-        if (folder / "run.yaml").is_file() and not overwrite:
-            changed = differences(read_run(folder), run)
+        _check_apart(run, folder)
+        if (folder / "run.yaml").is_file():
+            RUN.check(folder, "out=")
+            changed = [] if overwrite else differences(read_run(folder), run)
             if changed:
                 raise VarkdError(f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): choose another "
                                  "out=, or --overwrite to start it anew")  # fmt: skip
-        elif not (folder / "run.yaml").is_file() and _foreign(folder):
+        elif _foreign(folder):
             raise VarkdError(f"{folder} is not empty and not a run folder: choose another out=")
     world.barrier()
+
+
+def _check_apart(run: RunConfig, folder: Path) -> None:
+    """A run may not write where it reads: its inputs would be replaced, or taken for its own files."""
+    out = folder.resolve()
+    for name in ("teacher", "init", "data", "tokenizer"):
+        given = getattr(run, name)
+        if given in (None, "") or not Path(given).exists():
+            continue
+        path = Path(given).resolve()
+        if path != out / "codes" and (path == out or path in out.parents or out in path.parents):
+            where = "is" if path == out else "lies inside" if path in out.parents else "contains"
+            raise VarkdError(f"out={run.out} {where} {name}={given}, which the run reads: choose another out=")
 
 
 def _foreign(folder: Path) -> bool:
@@ -137,37 +160,53 @@ def claim_folder(run: RunConfig, folder: Path, overwrite: bool, world: World) ->
 
 def _empty(folder: Path) -> None:
     """Remove what varkd writes into a run folder, and nothing else."""
-    for name in _OURS:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for pattern in _OURS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        with suppress(OSError):  # it is not empty: somebody else's files stand there
+            (folder / pattern).parent.rmdir()
 
 
-def _record(run: RunConfig, codes: Codes, folder: Path, objects: Objects, world: World) -> None:
-    """Write `config.json` and `environment.json`; refuse to resume on another teacher or other codes."""
+def identity(run: RunConfig, codes: Codes, objects: Objects) -> dict[str, str | None]:
+    """What the run is made of, by hash: the same paths may hold other things tomorrow."""
+    tokenizer_hash = codes.manifest["tokenizer"]["hash"]
+    return {
+        "teacher_hash": objects.teacher_hash,
+        "init_hash": weights_hash(load_backbone(run.init)[0]) if run.init else None,
+        "tokenizer_hash": tokenizer_hash,
+        "codes_hash": codes.hash,
+        "codebook_tables_hash": state_hash(tokenizer_hash, objects.distiller.codebook_tables),
+    }
+
+
+def check_same(folder: Path, made_of: dict[str, str | None]) -> None:
+    """Refuse to go on with a run on another teacher or other codes; what an older record lacks is not asked."""
+    before = read_json(folder / "environment.json") if (folder / "environment.json").is_file() else {}
+    for name, now in made_of.items():
+        if before.get(name, now) != now:
+            old, new = (str(value)[:12] for value in (before[name], now))
+            what = name.removesuffix("_hash").replace("_", " ")
+            raise VarkdError(f"{folder} was begun with another {what} ({old}, now {new}): give "
+                             "the same one again, or choose another out= (--overwrite starts anew)")  # fmt: skip
+
+
+def _record(
+    run: RunConfig, codes: Codes, folder: Path, objects: Objects, made_of: dict[str, str | None], world: World
+) -> None:
+    """Write `config.json` and `environment.json`."""
     if not world.is_main:
         return
-    recorded = {
-        "teacher_hash": objects.teacher_hash,
-        "tokenizer_hash": codes.manifest["tokenizer"]["hash"],
-        "codes": str(codes.folder.resolve()),
-        "codebook_tables_hash": state_hash(codes.manifest["tokenizer"]["hash"], objects.distiller.codebook_tables),
-        "init_hash": weights_hash(load_backbone(run.init)[0]) if run.init else None,
-    }
-    path = folder / "environment.json"
-    if path.is_file():
-        before = read_json(path)
-        for name in ("teacher_hash", "tokenizer_hash", "init_hash", "codebook_tables_hash"):
-            if before.get(name) != recorded[name]:
-                old, new = (str(values.get(name))[:12] for values in (before, recorded))
-                what = name.removesuffix("_hash")
-                raise VarkdError(f"{folder} was begun with another {what} ({old}, now {new}): --overwrite starts anew")
     plain = objects.distiller.student if world.size == 1 else new_student(run, codes)
     write_json(folder / "config.json", plain.describe())
     codebook_VE = codes.tokenizer.codebook_VE
     clusters = {
         key: cluster_statistics(codebook_VE, objects.distiller.codebook_tables[key]) for key in run.method.cluster_keys
     }
-    write_json(path, {**recorded, **({"clusters": clusters} if clusters else {}), **environment(world)})
+    paths = {"codes": codes.folder, "teacher": run.teacher, "init": run.init}
+    write_json(folder / "environment.json", {
+        **made_of, **{name: relative(path, folder) if path else None for name, path in paths.items()},
+        **({"clusters": clusters} if clusters else {}), **environment(world),
+    })  # fmt: skip
 
 
 def _job(
@@ -176,12 +215,12 @@ def _job(
     validation = codes.split("validation")
 
     def validate(model: Backbone) -> dict[str, float]:
-        batches = _first(validation, _VALIDATION_CODES, run.train.batch_size)
+        batches = ordered_batches(validation, run.train.batch_size, most=_VALIDATION_CODES)
         return {"ce": cross_entropy(model, batches, device)}
 
     def draw_grid(model: Backbone, path: Path) -> None:
         columns = min(model.num_classes, 10)
-        label_B = torch.arange(columns).repeat(_GRID_ROWS)
+        label_B = balanced_labels(columns, model.num_classes).repeat(_GRID_ROWS)
         images, _ = generate_with_codes(
             model, codes.tokenizer, label_B, run.evaluation.sampler, run.evaluation.seed, quiet=True
         )
@@ -194,12 +233,3 @@ def _job(
         objects.distiller, DataLoader(codes.split("train"), run.train.batch_size, run.seed, world), run.train, folder,
         plain_copy, validate, draw_grid, label=run.name or folder.name, quiet=quiet,
     )  # fmt: skip
-
-
-def _first(codes: CodeDataset, num: int, batch_size: int) -> Iterator[Batch]:
-    seen = 0
-    for batch in ordered_batches(codes, batch_size):
-        if seen >= num:
-            return
-        seen += len(batch)
-        yield batch

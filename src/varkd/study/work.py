@@ -22,7 +22,7 @@ from varkd.errors import VarkdError
 from varkd.files import read_json, write_json
 from varkd.run.data import Codes, encode, pick_device
 from varkd.run.evaluation import Judge
-from varkd.run.models import check_pair
+from varkd.run.models import open_model
 from varkd.run.training import train_run
 from varkd.study.spec import Pair, Setting, Study, recipe_run, second_stage_run, student_run
 from varkd.train.loop import Diverged
@@ -70,8 +70,7 @@ def model(study: Study, pair: str, name: str, seed: int) -> None:
     if folder == home:
         _train_model(study, pair, name, seed, folder)
     judge = Judge.of(Codes(codes_folder(study, pair)), study.device, quiet=True)
-    loaded, info = load_backbone(folder, str(pick_device(study.device)))
-    check_pair(loaded, loaded, info.get("tokenizer_hash"), judge.codes)
+    loaded = open_model(folder, judge.codes, device=str(pick_device(study.device)))
     tried, best = search(study, judge, loaded)
     seen = judge.see(loaded, settings_of(study, best), quiet=True)
     seen.save_grid(home / "samples.png")

@@ -18,6 +18,7 @@ from torch import Tensor
 from varkd.containers import read_state
 from varkd.errors import VarkdError, did_you_mean
 from varkd.files import atomic_folder, read_json, write_json
+from varkd.folders import Own, json_with
 from varkd.tokenizers.maskgit import MaskGIT, MaskGITConfig
 from varkd.tokenizers.multiscale import MultiScale, MultiScaleConfig
 from varkd.tokenizers.pixels import Pixels, PixelsConfig
@@ -31,6 +32,7 @@ KINDS: dict[str, tuple[type[Tokenizer], type]] = {
     "maskgit": (MaskGIT, MaskGITConfig),
 }
 _CONFIG, _WEIGHTS, _FIT = "config.json", "model.safetensors", "fit.json"
+TOKENIZER = Own("a tokenizer", (_CONFIG,), json_with("hash", kind=tuple(KINDS)), (_WEIGHTS, _FIT))
 T = TypeVar("T", bound=Tokenizer)
 _SIGNATURE_KEYS = {
     "vq": ("encoder.conv_blocks.0.res.0.conv1.weight",),
@@ -47,10 +49,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, fit: dict[str, Any]
         VarkdError: `folder` holds something else than a tokenizer, or cannot be written.
     """
     folder = Path(folder)
-    own = {_CONFIG, _WEIGHTS, _FIT}
-    if folder.exists() and (not folder.is_dir() or {file.name for file in folder.iterdir()} - own):
-        raise VarkdError(f"{folder} holds other files than a tokenizer's: choose a new folder")
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, TOKENIZER) as temporary:
         settings = {"kind": tokenizer.kind, **asdict(tokenizer.config), "hash": tokenizer.hash}
         write_json(temporary / _CONFIG, settings)
         if state := tokenizer.state_dict():

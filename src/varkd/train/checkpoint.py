@@ -24,6 +24,7 @@ from varkd.backbones.store import checkpoint_path
 from varkd.distill.inputs import State
 from varkd.errors import VarkdError
 from varkd.files import atomic_folder, read_json, write_json
+from varkd.folders import Own, json_with
 from varkd.train.optim import Ema
 from varkd.train.parallel import (
     frozen_tensors,
@@ -35,6 +36,8 @@ from varkd.train.parallel import (
     optimizer_state,
 )
 from varkd.world import World
+
+CHECKPOINT = Own("a checkpoint", ("state.json",), json_with("step"), ("*.safetensors",))
 
 
 @dataclass
@@ -80,7 +83,7 @@ class Checkpoints:
     def _write(self, tensors: dict[str, dict[str, Tensor]], progress: Progress) -> None:
         for unfinished in self.folder.glob(".step-*"):  # of a process that was killed while it wrote
             shutil.rmtree(unfinished, ignore_errors=True)
-        with atomic_folder(self.path(progress.step)) as temporary:
+        with atomic_folder(self.path(progress.step), CHECKPOINT) as temporary:
             for name, values in tensors.items():
                 _save_tensors(values, temporary / f"{name}.safetensors")
             write_json(temporary / "state.json", vars(progress))

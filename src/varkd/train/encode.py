@@ -17,11 +17,13 @@ from torch import Tensor
 from varkd import pictures, progress
 from varkd.data.codes import CodeDataset, read_manifest
 from varkd.data.images import ImageSet, Split, open_images
+from varkd.data.sources import relative_source
 from varkd.data.views import apply_view, check_views, load_size
 from varkd.data.writer import CodeWriter, Manifest, plan_manifest
 from varkd.errors import VarkdError
+from varkd.folders import relative
 from varkd.tokenizers.protocol import Tokenizer, to_unit
-from varkd.world import World
+from varkd.world import Rng, World
 
 PSNR_CAP = 99.0  # dB; stands for an image that comes back without any error
 _SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -32,7 +34,8 @@ _SHOWN_IMAGES = 16
 def encode_images(
     source: str, tokenizer: Tokenizer, tokenizer_path: str | None, out: Path, *, image_size: int | None = None,
     validation: float = 0.1, seed: int = 0, views: tuple[str, ...] = ("identity",), batch_size: int = 256,
-    shard_size: int = 4096, device: str | torch.device = "cpu", world: World | None = None, quiet: bool = False,
+    shard_size: int = 4096, class_map: list[int] | None = None, device: str | torch.device = "cpu",
+    world: World | None = None, quiet: bool = False,
 ) -> Manifest:  # fmt: skip
     """Encode both splits of `source` into `out` and return the manifest; a stopped job goes on where it stopped.
 
@@ -53,7 +56,8 @@ def encode_images(
     train = sets["train"]
     planned = plan_manifest(
         tokenizer={
-            "path": tokenizer_path or "tokenizer",
+            "path": relative(tokenizer_path, out) if tokenizer_path else "tokenizer",
+            "given": tokenizer_path,
             "hash": tokenizer.hash,
             "kind": tokenizer.kind,
             "vocab_size": tokenizer.vocab_size,
@@ -65,6 +69,7 @@ def encode_images(
         views=views,
         source={
             "name": source,
+            "path": relative_source(source, out),
             "image_size": image_size,
             "seed": seed,
             "validation": validation,
@@ -72,6 +77,7 @@ def encode_images(
         },
         nums={split: len(images) for split, images in sets.items()},
         shard_size=shard_size,
+        class_map=class_map,
     )
     writer = CodeWriter(out, planned, world)
     was_finished = writer.is_finished
@@ -84,6 +90,8 @@ def encode_images(
     world.barrier()
     if world.is_main and not was_finished:
         writer.finish(_reconstruction(out, planned, sets["validation"], tokenizer, batch_size, device))
+    elif world.is_main and class_map is not None:
+        writer.note(class_map=class_map)
     world.barrier()
     return read_manifest(out)
 
@@ -149,19 +157,18 @@ def _reconstruction(
 ) -> dict[str, Any]:
     """Decode validation codes, write reconstruction.png, return {"psnr": mean dB, "num": images}."""
     codes = CodeDataset(out, "validation", manifest=planned)
-    num = min(len(codes), _CHECKED_IMAGES)
-    psnrs: list[Tensor] = []
-    for start in range(0, num, batch_size):
-        index_B = np.arange(start, min(start + batch_size, num))
-        originals_BCHW = images.batch(index_B)
+    index_N = Rng(0).subset("reconstruction", len(codes), _CHECKED_IMAGES).numpy()
+
+    def pair(index_B: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         codes_BL = codes.codes(index_B, np.zeros_like(index_B)).to(device)
-        decoded_BCHW = tokenizer.to_uint8(tokenizer.decode(codes_BL)).cpu()
-        psnrs.append(psnr(originals_BCHW, decoded_BCHW))
-        if start == 0:
-            rows = torch.cat([originals_BCHW[:_SHOWN_IMAGES], decoded_BCHW[:_SHOWN_IMAGES]])
-            shown = min(_SHOWN_IMAGES, len(originals_BCHW))
-            pictures.save_png(out / "reconstruction.png", pictures.grid(rows.permute(0, 2, 3, 1).numpy(), shown))
-    return {"psnr": float(torch.cat(psnrs).mean()), "num": num}
+        return images.batch(index_B), tokenizer.to_uint8(tokenizer.decode(codes_BL)).cpu()
+
+    batches = [index_N[start : start + batch_size] for start in range(0, len(index_N), batch_size)]
+    psnrs = [psnr(*pair(index_B)) for index_B in batches]
+    shown_B = index_N[np.unique(np.linspace(0, len(index_N) - 1, _SHOWN_IMAGES).astype(int))]  # of all classes
+    rows = torch.cat(pair(shown_B)).permute(0, 2, 3, 1).numpy()
+    pictures.save_png(out / "reconstruction.png", pictures.grid(rows, len(shown_B)))
+    return {"psnr": float(torch.cat(psnrs).mean()), "num": len(index_N)}
 
 
 def psnr(images_BCHW: Tensor, others_BCHW: Tensor) -> Tensor:

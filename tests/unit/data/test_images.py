@@ -66,10 +66,29 @@ def test_folder_of_classes(tmp_path: Path, image_file: ImageFile) -> None:
     (tmp_path / ".hidden").mkdir()
     train = open_images(str(tmp_path), "train", validation=0.2)
     assert train.class_names == ("a", "b") and train.image_shape == (3, 6, 8)
-    assert np.bincount(train.labels).tolist() == [8, 8]
+    assert len(train) + len(open_images(str(tmp_path), "validation", validation=0.2)) == 20
     first_b = int(np.flatnonzero(train.labels == 1)[0])
     sources = [np.asarray(Image.open(tmp_path / "b" / f"test_{n}.png")).transpose(2, 0, 1) for n in range(10)]
     assert any((train.batch([first_b])[0].numpy() == pixels).all() for pixels in sources)
+
+
+def test_images_that_come_or_go_move_no_others(tmp_path: Path, image_file: ImageFile) -> None:
+    def held_out() -> set[bytes]:
+        images = open_images(str(tmp_path), "validation", validation=0.3)
+        return {images.batch([index]).numpy().tobytes() for index in range(len(images))}
+
+    for number in range(40):
+        image_file(tmp_path / "b" / f"{number}.png", seed=number)
+    before = held_out()
+    assert 5 <= len(before) <= 20
+    for number in range(10):
+        image_file(tmp_path / "a" / f"{number}.png", seed=100 + number)
+        image_file(tmp_path / "b" / f"new-{number}.png", seed=200 + number)
+    assert before < held_out()
+    lost = tmp_path / "b" / "7.png"
+    pixels_HWC = np.asarray(Image.open(lost))
+    lost.unlink()
+    assert before - {pixels_HWC.transpose(2, 0, 1).tobytes()} <= held_out()
 
 
 @pytest.mark.parametrize("own", ["val", "validation", "test"])
@@ -88,16 +107,16 @@ def test_flat_folder_is_one_class_and_grey_stays_gray(tmp_path: Path, image_file
     for number in range(4):
         image_file(tmp_path / "flat" / f"{number}.png", mode="L", seed=number)
     train = open_images(str(tmp_path / "flat"), "train", validation=0.25)
-    assert train.class_names == ("flat",) and train.image_shape == (1, 6, 8) and len(train) == 3
+    assert train.class_names == ("flat",) and train.image_shape == (1, 6, 8) and 1 <= len(train) <= 3
 
 
 def test_grey_images_among_color_become_rgb(tmp_path: Path, image_file: ImageFile) -> None:
     image_file(tmp_path / "0.png", mode="L")
     image_file(tmp_path / "1.png", mode="RGBA", seed=1)
     image_file(tmp_path / "2.png", mode="P", seed=2)
-    train = open_images(str(tmp_path), "train", validation=0.34)
-    assert train.image_shape[0] == 3
-    assert train.batch(range(2)).shape == (2, 3, 6, 8)
+    train, validation = (open_images(str(tmp_path), split, validation=0.34) for split in ("train", "validation"))
+    assert train.image_shape == validation.image_shape == (3, 6, 8)
+    assert len(train.batch(range(len(train)))) + len(validation.batch(range(len(validation)))) == 3
 
 
 def test_parquet_pixels_names_and_labels(tmp_path: Path, parquet_file: ParquetFile) -> None:
@@ -148,8 +167,8 @@ def test_image_size_makes_mixed_sizes_one(tmp_path: Path, image_file: ImageFile)
     image_file(tmp_path / "0.png", size=(20, 11))
     image_file(tmp_path / "1.png", size=(9, 30), seed=1)
     image_file(tmp_path / "2.png", size=(10, 10), seed=2)
-    train = open_images(str(tmp_path), "train", image_size=8, validation=0.34)
-    assert train.batch([0, 1]).shape == (2, 3, 8, 8)
+    train, validation = (open_images(str(tmp_path), split, image_size=8) for split in ("train", "validation"))
+    assert [len(train.batch(range(len(train)))), *validation.batch([0]).shape] == [2, 1, 3, 8, 8]
 
 
 # -- bad input: one line each ------------------------------------------------------------------------------------

@@ -160,14 +160,15 @@ def test_a_model_folder_with_its_codes(student: Path, teacher: Path, codes: Path
     """Into a folder where more was asked for before: no old table stays behind."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / "former.csv").write_text("context\n")
+    (out / "selection.csv").write_text("context\n")
+    (out / "analysis.json").write_text('{"teacher_hash": "", "split": "train"}')
     assert main(["export", str(student), "--out", str(tmp_path / "model")]) == 0
     options = ["--teacher", str(teacher), "--data", str(codes), "--num", "8", "--device", "cpu", "--split", "train"]
     assert main(["analyze", str(tmp_path / "model"), "--out", str(out), *options]) == 0
     page = Page((out / "index.html").read_text()).text
     assert "a model folder has no method" in page and "training data" in page
     assert "Give --second" in page and "N = 8" in page
-    assert not (out / "former.csv").exists()
+    assert not (out / "selection.csv").exists()
 
 
 @pytest.mark.parametrize("family", ["var", "randar"])

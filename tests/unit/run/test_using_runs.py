@@ -67,6 +67,8 @@ def test_labels_can_be_asked_for(tmp_path: Path, student: Path):
 
 
 def test_balanced_labels():
+    assert balanced_labels(5, 1000).tolist() == [0, 200, 400, 600, 800]
+    assert balanced_labels(7, 10).tolist() == sorted(set(balanced_labels(7, 10).tolist()))
     counts = torch.bincount(balanced_labels(47, 10))
     assert counts.tolist() == [5] * 7 + [4] * 3
 

@@ -1,0 +1,111 @@
+"""Whose folder is it, and where is it? What every verb must know of the folders that a user names.
+
+One guard stands before everything that writes into a folder, or replaces one.
+
+A folder may be written into where it is new, empty, or known as the verb's own by its marker file; it may be replaced
+where it holds nothing besides what this very verb writes. Anything else is somebody's work.
+
+A file records a path as seen from its own folder, so that a moved project still finds its parts; whether what stands
+there is what was meant is for a hash to decide, never for a path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from varkd.errors import VarkdError
+
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\.old)?")
+"""What a process that was killed while it wrote (`files.atomic_*`) may have left behind."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a verb writes into a folder of its own.
+
+    Args:
+        what: in words, for messages ("samples").
+        markers: files of which one stands in every such folder.
+        knows: whether a marker's text is this verb's.
+        names: patterns of everything else that may stand in such a folder.
+    """
+
+    what: str
+    markers: tuple[str, ...]
+    knows: Callable[[str], bool]
+    names: tuple[str, ...] = ("*",)
+
+    def check(self, folder: Path, option: str = "--out") -> None:
+        """Refuse a folder that is neither new nor empty nor this verb's own.
+
+        Raises:
+            VarkdError: a file, a folder of something else, the working directory, or one that cannot be listed.
+        """
+        try:
+            self._check(folder, option)
+        except OSError as error:
+            raise VarkdError(f"cannot look into {folder} ({error.strerror}): choose another {option}") from error
+
+    def check_replaceable(self, folder: Path, option: str = "--out") -> None:
+        """`check`, for a folder that will be replaced as a whole: a place where somebody stands cannot be."""
+        self.check(folder, option)
+        found = folder.resolve()
+        if found == Path.cwd() or found.is_mount():
+            raise VarkdError(f"{folder} is the working directory or a mounted disk: choose a folder below it")
+
+    def _check(self, folder: Path, option: str) -> None:
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise VarkdError(f"{folder} is a file: choose another {option}")
+        found = sorted(path.name for path in folder.iterdir() if not _UNFINISHED.fullmatch(path.name))
+        if found and not self._is_own(folder):
+            raise VarkdError(f"{folder} holds other things than {self.what} ({found[0]}): choose another {option}")
+        for name in found:
+            if name not in self.markers and not any(fnmatch(name, pattern) for pattern in self.names):
+                raise VarkdError(f"{folder} holds {name}, which is no part of {self.what}: choose another {option}")
+
+    def _is_own(self, folder: Path) -> bool:
+        for path in (folder / marker for marker in self.markers):
+            try:
+                if path.is_file() and self.knows(path.read_text(encoding="utf-8")):
+                    return True
+            except UnicodeDecodeError:
+                continue
+        return False
+
+
+def relative(path: str | Path, folder: Path) -> str:
+    """How a file in `folder` records `path`."""
+    return Path(os.path.relpath(Path(path).resolve(), folder.resolve())).as_posix()
+
+
+def locate(recorded: str | Path, folder: Path, *given: str | Path | None) -> Path:
+    """Where a path leads that a file in `folder` records.
+
+    Seen from there (the project was moved), else as it was `given` (the folder was moved alone), else as it stands.
+    """
+    seen_from_there = Path(os.path.normpath(folder.resolve() / recorded))
+    places = (seen_from_there, *(Path(place) for place in given if place), Path(recorded))
+    return next((place for place in places if place.exists()), seen_from_there)
+
+
+def json_with(*keys: str, **values: Any) -> Callable[[str], bool]:
+    """Whether a text is a JSON object with these keys, and with one of these values each."""
+
+    def knows(text: str) -> bool:
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError:
+            return False
+        return (isinstance(found, dict) and all(key in found for key in keys)
+                and all(found.get(key) in allowed for key, allowed in values.items()))  # fmt: skip
+
+    return knows
