@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from varkd.errors import VarkdError, did_you_mean
+from varkd.errors import VarkdError, did_you_mean, missing_extra
 from varkd.run.options import adm_options, sampler_of, sampler_options
 from varkd.version import VERSION
 
@@ -26,6 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return parsed.run(parsed) or 0
     except VarkdError as error:
         print(f"varkd: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        advice = missing_extra(error)
+        if advice is None:
+            raise
+        print(f"varkd: error: {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("varkd: interrupted", file=sys.stderr)

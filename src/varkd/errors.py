@@ -15,6 +15,17 @@ class VarkdError(ValueError):
     """Something the caller can put right. `str(error)` is one line."""
 
 
+_EXTRA_OF = {"datasets": "data", "matplotlib": "report", "jinja2": "report", "sklearn": "demo",
+             "tensorboard": "tensorboard", "ray": "ray"}  # fmt: skip
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """What to install where an optional library is missing; None where it is none of ours."""
+    library = (error.name or "").split(".")[0]
+    extra = _EXTRA_OF.get(library)
+    return extra and f"this needs {library}, which is not installed: pip install 'varkd[{extra}]'"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown `name`: the closest of `known`, else all of them."""
     known = sorted(known)

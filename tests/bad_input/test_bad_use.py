@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,35 @@ def test_a_run_that_is_not_finished(tmp_path: Path, codes: Path, refused: Refuse
     run = train(tmp_path / "run", codes, "train.updates=1")
     shutil.rmtree(run / "checkpoints")
     refused(["sample", run, "--out", tmp_path / "out"], "train it first", untouched=tmp_path)
+
+
+_BARE = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError("No module named " + name, name=name)
+sys.meta_path.insert(0, Blocked())
+from varkd.cli import main
+sys.exit(main({arguments!r}))
+"""
+
+
+@pytest.mark.parametrize(("library", "extra", "arguments"), [
+    ("sklearn", "demo", ["encode", "digits", "--tokenizer", "pixels", "--out", "codes"]),
+    ("datasets", "data", ["encode", "x.parquet", "--tokenizer", "pixels", "--out", "codes"]),
+    ("matplotlib", "report", ["report", "run", "--out", "report"]),
+])  # fmt: skip
+def test_a_bare_install_says_which_extra_is_missing(
+    library: str, extra: str, arguments: list[str], tmp_path: Path, codes: Path
+):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    code = _BARE.format(blocked={library}, arguments=arguments)
+    if library == "matplotlib":
+        train(tmp_path / "run", codes)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().endswith(
+        f"varkd: error: this needs {library}, which is not installed: pip install 'varkd[{extra}]'"
+    )
+    assert "Traceback" not in done.stderr and not (tmp_path / "codes").exists()

@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from varkd.files import write_errors
+from varkd.progress import console
 from varkd.world import World
+
+
+def _tensorboard(folder: Path, resume_step: int) -> Any:
+    """A writer, or None (and a word about it) where TensorBoard is not installed: log.jsonl holds the same numbers."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        console.print("TensorBoard is not installed (pip install 'varkd[tensorboard]'): log.jsonl has the same numbers")
+        return None
+    return SummaryWriter(str(folder), purge_step=resume_step)
 
 
 class Log:
@@ -26,9 +37,7 @@ class Log:
         if self.enabled:
             self._cut(resume_step)
             if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
+                self.writer = _tensorboard(folder / "tensorboard", resume_step)
 
     def write(self, split: str, step: int, values: Mapping[str, float]) -> None:
         """Append one line; numbers that are not finite are written as null."""
