@@ -11,7 +11,6 @@ from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import build, check_state, family_class, load_backbone, weights_hash
 from varkd.config import RunConfig, read_run
 from varkd.data.codes import sequence_length
-from varkd.distill.target import Guided
 from varkd.errors import VarkdError
 from varkd.files import read_json
 from varkd.run.data import Codes, pick_device
@@ -102,7 +101,7 @@ def _dropout(run: RunConfig) -> float:
 def check_scale(run: RunConfig, student: Backbone) -> None:
     """Raise `VarkdError` where a student reads the guidance scale but would be taught a guided teacher as scale 1."""
     target = run.method.target
-    if student.guidance_conditioned and isinstance(target, Guided) and target.highest is None:
+    if student.guidance_conditioned and target.guided and not target.per_row_guidance:
         raise VarkdError(f"this student reads the guidance scale, and one scale for all is not told: set "
                          f"method.target.highest ({target.scale:g} or more)")  # fmt: skip
 
