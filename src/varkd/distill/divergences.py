@@ -160,12 +160,11 @@ class JSD(DivergenceRule):
 class _Skewed(DivergenceRule):
     """Divergences from a mixture of both models; `alpha` is a number, or differs between sequences."""
 
-    kind: str
     alpha: Schedule | SequenceSkew
 
-    def __post_init__(self) -> None:
+    def _check_alpha(self, owner: str) -> None:
         if not isinstance(self.alpha, SequenceSkew):
-            check_range(self.kind, "alpha", self.alpha, 0, 1)
+            check_range(owner, "alpha", self.alpha, 0, 1)
 
     @property
     def skew(self) -> SequenceSkew | None:
@@ -191,6 +190,9 @@ class SkewKL(_Skewed):
     alpha: Schedule | SequenceSkew = 0.1
     kind: Literal["skew_kl"] = "skew_kl"
 
+    def __post_init__(self) -> None:
+        self._check_alpha("skew_kl")
+
     @property
     def summary(self) -> str:
         return f"skewed forward KL, KL(p || a p + (1 - a) q), a = {self._alpha_words}"
@@ -212,6 +214,9 @@ class SkewReverseKL(_Skewed):
     alpha: Schedule | SequenceSkew = 0.1
     detached: bool = False
     kind: Literal["skew_reverse_kl"] = "skew_reverse_kl"
+
+    def __post_init__(self) -> None:
+        self._check_alpha("skew_reverse_kl")
 
     @property
     def needs_support(self) -> bool:

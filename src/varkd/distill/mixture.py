@@ -22,7 +22,7 @@ from varkd.distill.prefixes import (
     SpeculativeSampling,
 )
 from varkd.distill.replay import Replay
-from varkd.distill.schedule import Schedule, check_range, value_of, words
+from varkd.distill.schedule import Schedule, bounds, check_range, value_of, words
 from varkd.distill.spaces import CodebookTables
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
@@ -59,6 +59,14 @@ class Share:
         """The fraction in words."""
         return "the rest" if self.fraction == "rest" else words(self.fraction)
 
+    @property
+    def rows(self) -> str:
+        """Which rows they are, in words."""
+        if self.fraction == "rest":
+            return "all other rows"
+        first, last = bounds(self.fraction)
+        return f"{100 * first:.4g} % of the rows" if first == last else f"a share of the rows, {self.size}"
+
 
 @dataclass(frozen=True)
 class Mixture(Prefixes):
@@ -91,7 +99,7 @@ class Mixture(Prefixes):
 
     @property
     def summaries(self) -> list[str]:
-        return [f"{share.size} of the rows: {share.contexts.summary}" for share in self.shares]
+        return [f"{share.rows}: {share.contexts.summary}" for share in self.shares]
 
     @property
     def splices(self) -> bool:

@@ -120,11 +120,11 @@ class Confidence(SelectionRule):
 
     @property
     def summary(self) -> str:
-        where = "at and above" if self.side == "high" else "at and below"
-        of = "of its position" if self.per_position else "of all positions"
+        where = "at or above" if self.side == "high" else "at or below"
+        pooled = "taken at each position apart" if self.per_position else "taken over all positions"
         return (
-            f"weight 1 where the teacher's {self.score} is {where} its quantile {words(self.quantile)} {of} in former "
-            f"steps (a moving average that decays by {words(self.decay)}), {words(self.floor)} elsewhere"
+            f"weight 1 where the teacher's {self.score} is {where} its quantile {words(self.quantile)}, {pooled} and "
+            f"averaged over former steps (decay {words(self.decay)}), {words(self.floor)} elsewhere"
         )
 
     def reads(self, space: Space) -> tuple[Score, ...]:
@@ -191,7 +191,7 @@ class EntropyWeight(SelectionRule):
             else (f"; nothing counts after the first generated position with a_t < {words(self.threshold)}")
         )
         control = "; the weights permuted at random over the positions of a sequence" if self.permuted else ""
-        return f"each counts a_t = 1 - H(p) / log V, the teacher's confidence{cut}{control}"
+        return f"each position counts a_t = 1 - H(p) / log V, the teacher's confidence{cut}{control}"
 
     def reads(self, space: Space) -> tuple[Score, ...]:
         del space
@@ -255,7 +255,8 @@ class Random(SelectionRule):
 
     @property
     def summary(self) -> str:
-        return f"a share {words(self.quantile)} of them, drawn by chance, counts {words(self.floor)}, the others 1"
+        share = f"a share {words(self.quantile)} of the positions, drawn by chance,"
+        return f"{share} counts {words(self.floor)}, the others 1"
 
     def __call__(self, scores: Scores, part: Part, space: Space, memory: Tensor | None, rng: Rng) -> Tensor:
         del scores, space, memory

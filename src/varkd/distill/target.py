@@ -39,6 +39,11 @@ class TargetRule(ABC):
         """Whether every sequence has a guidance scale of its own, which the student must be told."""
         return False
 
+    @property
+    def one_scale(self) -> float | None:
+        """The guidance scale of all sequences, where a guided target has one for all."""
+        return None
+
     def guidance_B(self, row_B: Tensor, rng: Rng) -> Tensor | None:
         """This step's scale for each global row, float32 (B,); None where one scale serves all."""
         del row_B, rng
@@ -148,6 +153,10 @@ class Guided(TargetRule):
     @property
     def per_row_guidance(self) -> bool:
         return self.highest is not None
+
+    @property
+    def one_scale(self) -> float | None:
+        return self.scale if self.highest is None else None
 
     def guidance_B(self, row_B: Tensor, rng: Rng) -> Tensor | None:
         if self.highest is None:

@@ -101,9 +101,9 @@ def _dropout(run: RunConfig) -> float:
 def check_scale(run: RunConfig, student: Backbone) -> None:
     """Raise `VarkdError` where a student reads the guidance scale but would be taught a guided teacher as scale 1."""
     target = run.method.target
-    if student.guidance_conditioned and target.guided and not target.per_row_guidance:
+    if student.guidance_conditioned and target.one_scale is not None:
         raise VarkdError(f"this student reads the guidance scale, and one scale for all is not told: set "
-                         f"method.target.highest ({target.scale:g} or more)")  # fmt: skip
+                         f"method.target.highest ({target.one_scale:g} or more)")  # fmt: skip
 
 
 def check_pair(student: Backbone, model: Backbone, tokenizer_hash: str | None, codes: Codes) -> None:
