@@ -136,11 +136,11 @@ def test_scores_of_codes_and_of_both_models(chunk_rows: int):
         expected[StudentLogp()].append(np.log(q[row, code]))
         expected[CodeProb()].append(p[row, code])
         for name in names[3:]:
-            first = np.argsort(-p[row])[: int(name.split(":")[1])]
+            first = np.argsort(-p[row])[: name.top_k]
             expected[name].append(float(q[row].argmax() in first))
     for name in names:
         assert scores[name].dtype == torch.float32 and not scores[name].requires_grad
-        np.testing.assert_allclose(scores[name].numpy(), expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(scores[name].numpy(), expected[name], rtol=1e-5, atol=1e-6, err_msg=str(name))
     agree = [scores[name].mean() for name in names[3:]]
     assert agree[0] < agree[1] < agree[2] == 1
 
