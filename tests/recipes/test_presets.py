@@ -115,7 +115,7 @@ REMEMBERS = {
     "distillm2": {"skew"},
     "atkd": {"threshold"},
     "eopd": {"threshold"},
-    **{name: {"rows"} for name in METHODS if name.startswith("varkd") and name != "kd_reverse"},
+    **{name: {"rows"} for name in METHODS if name.startswith("best_of")},
 }  # fmt: skip
 """What a preset carries from one update to the next, by the first word of the state's keys."""
 FORGETFUL = sorted(set(METHODS) - set(REMEMBERS))
