@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from varkd.distill.divergences import ForwardKL, TargetRows
+from varkd.distill.logspace import log_softmax
 from varkd.distill.loss import chunked_head_loss
-from varkd.distill.spaces import log_softmax
 
 
 def chunked(hidden_ND: Tensor, teacher_ND: Tensor, head: nn.Linear, teacher_head: nn.Linear, chunk_rows: int) -> Tensor:

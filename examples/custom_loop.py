@@ -24,6 +24,7 @@ def main() -> None:
     codes = varkd.CodeDataset(args.demo / "codes")
     distiller = varkd.Distiller("varkd", student, teacher, codes.tokenizer, updates=args.updates)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    stats = {}
     for batch in varkd.DataLoader(codes, batch_size=args.batch_size, updates=args.updates, device=student.device):
         loss, stats = distiller(batch)
         loss.backward()

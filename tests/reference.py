@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class FirstHalf(SelectionRule):
     """Weight 1 on the first three positions, `floor` on the others: a selection of one's own that is known by hand."""
 
     floor: float = 0.0
+    summary: ClassVar[str] = "the first three positions"  # type: ignore[misc]
 
     def __call__(self, scores: Any, part: Part, space: Any, threshold_L: Any, rng: Any) -> Tensor:
         return torch.where(torch.arange(part.codes_BL.shape[1]) < 3, 1.0, self.floor).expand(part.codes_BL.shape)
@@ -45,6 +46,8 @@ class FirstHalf(SelectionRule):
 @dataclass(frozen=True)
 class Weighed(Prefixes):
     """Student samples with sequence weights, which belong to their global rows: contexts of one's own."""
+
+    summary: ClassVar[str] = "student samples that count differently"  # type: ignore[misc]
 
     def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
         (part,) = Rollout()(batch, inputs).parts

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from varkd.distill import divergences as kinds
 from varkd.distill.divergences import Divergence, TargetRows
-from varkd.distill.spaces import log_softmax
+from varkd.distill.logspace import log_softmax
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

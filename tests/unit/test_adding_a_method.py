@@ -71,9 +71,7 @@ def test_the_new_divergence_is_one(page: dict[str, Any]):
     torch.testing.assert_close(gradient, 0.5 * (q * root.sum(1, keepdim=True) - root))
     assert float(divergence(q.log(), q.log(), rows).abs().max()) < 1e-12
     assert TypeAdapter(Divergence | page["Hellinger"]).validate_python({"kind": "hellinger"}) == divergence
-    assert "  compares: 1 - sum sqrt(p q), in [0, 1]: half the squared distance of the square roots" in explain(
-        page["hellinger"]
-    )
+    assert "  compares: squared Hellinger distance, 1 - sum sqrt(p q)" in explain(page["hellinger"])
 
 
 def test_the_house_tree_names_every_file_of_distill():

@@ -135,7 +135,7 @@ def test_a_run_is_shown_in_words_that_follow_its_overrides(capsys: pytest.Captur
     assert [line.startswith("#") for line in lines] == [index < len(words) for index in range(len(lines))]
     assert "changed from the preset: method.terms.kd.divergence.kind: forward_kl -> reverse_kl" in words
     assert "changed from the preset: method.terms.ce.weight: 0.5 -> 0.25" in words
-    assert "  compares: KL(q || p) = sum q (log q - log p)" in words
+    assert "  compares: reverse KL, KL(q || p) = sum q (log q - log p)" in words
     assert "  weight 1/4, mean on data rows over all their positions" in words
     assert {"prefixes:", "target:", "term kd:", "term ce:", "adapts:", "cost:", "families:"} <= set(words)
 

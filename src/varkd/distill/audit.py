@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varkd.distill.method import Term
-from varkd.distill.scores import ScoreInputs, position_scores
+from varkd.distill.scores import Entropy, ScoreInputs, TeacherLogp, position_scores
 from varkd.types import Part
 from varkd.world import World
 
@@ -25,7 +25,7 @@ LEAST_KEPT = 0.1
 class Stats:
     """Sums over micro-batches: `sums[name]` is (numerator, denominator); `observed[key]` holds numbers per sequence.
 
-    Keys of `observed` are those of the method's state (`Term.observed`).
+    Keys of `observed` are those of the method's state (`Term.memories`).
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -43,8 +43,8 @@ class Stats:
         for term in terms:
             for name in ("kept", "reward", "skew", *term.selection.statistic_names, *(("kept_kl",) if audit else ())):
                 self.add(f"{name}/{term.name}", 0.0, 0.0)
-            for key, width in term.observed(part.codes_BL.shape[1]).items():
-                self.observe(key, torch.zeros(0, width, device=part.codes_BL.device))
+            for key, each in term.memories.items():
+                self.observe(key, torch.zeros(0, each.width(part.codes_BL.shape[1]), device=part.codes_BL.device))
 
     def observe(self, key: str, value_BX: Tensor) -> None:
         self.observed.setdefault(key, []).append(value_BX)
@@ -102,11 +102,10 @@ def teacher_drift(part: Part, logits: Callable[[slice], Tensor], chunk_rows: int
     """How likely the teacher finds the codes of student rows, and how much less than it expects of its own samples."""
     if part.source != "student" or not len(part):
         return
-    names = ("teacher_logp", "entropy")
-    scores = position_scores(names, ScoreInputs(part.codes_BL.flatten(), logits), {}, chunk_rows)
-    nll_N = -scores["teacher_logp"].double()
+    scores = position_scores((TeacherLogp(), Entropy()), ScoreInputs(part.codes_BL.flatten(), logits), {}, chunk_rows)
+    nll_N = -scores[TeacherLogp()].double()
     vocab_size = logits(slice(0, 1)).shape[-1]
-    entropy_N = -scores["entropy"].double() * math.log(vocab_size)
+    entropy_N = -scores[Entropy()].double() * math.log(vocab_size)
     stats.add("teacher_nll/student", nll_N.sum(), len(nll_N))
     stats.add("teacher_surprise/student", (nll_N - entropy_N).sum(), len(nll_N))
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from varkd.distill.inputs import Prefixes, StepInputs
+from varkd.distill.inputs import Cost, Prefixes, StepInputs
 from varkd.distill.prefixes import MixedRollout, MixtureSampling, Rollout, SpeculativeSampling
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
@@ -38,6 +38,17 @@ class BestOf(Prefixes):
     def __post_init__(self) -> None:
         if self.count < 1:
             raise VarkdError(f"best_of: count must be at least 1, got {self.count}")
+
+    @property
+    def summary(self) -> str:
+        best = "log p - log r, r the student at its start" if self.score == "difference" else "log p"
+        dealt = ", the scores dealt out by chance" if self.shuffle else ""
+        return f"{self.rollout.summary}; of {self.count} for each label, the one with the largest {best}{dealt}"
+
+    @property
+    def cost(self) -> Cost:
+        reads = Cost(teacher_read=1.0, student_read=float(self.needs_reference))
+        return (self.rollout.cost + reads).times(self.count)
 
     @property
     def needs_teacher(self) -> bool:

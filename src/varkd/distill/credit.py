@@ -15,8 +15,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from varkd.distill.schedule import Schedule, check_range, value_of
-from varkd.distill.scores import Scores
+from varkd.distill.schedule import Schedule, check_range, value_of, words
+from varkd.distill.scores import Score, Scores, StudentLogp, TeacherLogp
 from varkd.errors import VarkdError
 from varkd.types import Part
 
@@ -26,8 +26,12 @@ class NoCredit:
     """Every position speaks for itself."""
 
     kind: Literal["no_credit"] = "no_credit"
-    score_names: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[Score, ...]] = ()
     sampled: ClassVar[bool] = False
+
+    @property
+    def summary(self) -> str:
+        return "1"
 
     def __call__(self, scores: Scores, part: Part) -> Tensor:
         del scores
@@ -40,12 +44,16 @@ class Importance:
 
     largest: float = 10.0
     kind: Literal["importance"] = "importance"
-    score_names: ClassVar[tuple[str, ...]] = ("student_logp",)
+    reads: ClassVar[tuple[Score, ...]] = (StudentLogp(),)
     sampled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.largest > 0:
             raise VarkdError(f"importance: largest must be above 0, got {self.largest}")
+
+    @property
+    def summary(self) -> str:
+        return f"q(x) / b(x), at most {words(self.largest)}; b is the probability that the code was drawn with"
 
     def __call__(self, scores: Scores, part: Part) -> Tensor:
         return _ratio(scores, part).clamp_max(self.largest)
@@ -61,11 +69,15 @@ class Reward:
 
     clip: float | None = 0.2
     kind: Literal["reward"] = "reward"
-    score_names: ClassVar[tuple[str, ...]] = ("teacher_logp", "student_logp")
+    reads: ClassVar[tuple[Score, ...]] = (TeacherLogp(), StudentLogp())
     sampled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_clip("reward", self.clip)
+
+    @property
+    def summary(self) -> str:
+        return f"the reward r = log p - log q of the sampled code, times q / b{_told(self.clip)}"
 
     def __call__(self, scores: Scores, part: Part) -> Tensor:
         return _clipped(_ratio(scores, part), _reward(scores), self.clip)
@@ -84,13 +96,19 @@ class FutureReturn:
     scale: float = 1.0
     clip: float | None = 0.2
     kind: Literal["future_return"] = "future_return"
-    score_names: ClassVar[tuple[str, ...]] = ("teacher_logp", "student_logp")
+    reads: ClassVar[tuple[Score, ...]] = (TeacherLogp(), StudentLogp())
     sampled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_clip("future_return", self.clip)
         if not self.scale > 0:
             raise VarkdError(f"future_return: scale must be above 0, got {self.scale}")
+
+    @property
+    def summary(self) -> str:
+        what = "mean" if self.mean else "sum"
+        scale = "" if self.scale == 1 else f", divided by {words(self.scale)}"
+        return f"the {what} of the rewards r = log p - log q of later steps{scale}, times q / b{_told(self.clip)}"
 
     def __call__(self, scores: Scores, part: Part) -> Tensor:
         reward_BL = _reward(scores)
@@ -110,12 +128,19 @@ class PrefixDiscrepancy:
     gamma: Schedule = 0.5
     clip: float | None = 0.2
     kind: Literal["prefix_discrepancy"] = "prefix_discrepancy"
-    score_names: ClassVar[tuple[str, ...]] = ("teacher_logp", "student_logp")
+    reads: ClassVar[tuple[Score, ...]] = (TeacherLogp(), StudentLogp())
     sampled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_range("prefix_discrepancy", "gamma", self.gamma, -1, 10)
         _check_clip("prefix_discrepancy", self.clip)
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"the reward r = log p - log q of the sampled code, times q / b{_told(self.clip)}; early "
+            f"codes count more, by 1 + {words(self.gamma)} (1 - S_before / S), S the sum of |r|"
+        )
 
     def __call__(self, scores: Scores, part: Part) -> Tensor:
         reward_BL = _reward(scores)
@@ -133,14 +158,14 @@ def _decayed(gap_BL: Tensor, part: Part, gamma: float) -> Tensor:
 
 
 def _reward(scores: Scores) -> Tensor:
-    return scores["teacher_logp"] - scores["student_logp"]
+    return scores[TeacherLogp()] - scores[StudentLogp()]
 
 
 def _ratio(scores: Scores, part: Part) -> Tensor:
     """q(x) / b(x) per code."""
     if part.behavior_logp_BL is None:
         raise VarkdError("sampled rewards need codes with stored log-probabilities: use them on fresh student samples")
-    return (scores["student_logp"] - part.behavior_logp_BL).exp()
+    return (scores[StudentLogp()] - part.behavior_logp_BL).exp()
 
 
 def _clipped(ratio_BL: Tensor, reward_BL: Tensor, clip: float | None) -> Tensor:
@@ -150,6 +175,10 @@ def _clipped(ratio_BL: Tensor, reward_BL: Tensor, clip: float | None) -> Tensor:
         return value_BL
     flat_BL = ((reward_BL > 0) & (ratio_BL > 1 + clip)) | ((reward_BL < 0) & (ratio_BL < 1 - clip))
     return torch.where(flat_BL, 0.0, value_BL)
+
+
+def _told(clip: float | None) -> str:
+    return "" if clip is None else f", clipped as in PPO beyond 1 +- {words(clip)}"
 
 
 def _check_clip(owner: str, clip: float | None) -> None:

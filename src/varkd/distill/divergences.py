@@ -12,13 +12,16 @@ ToDi (2025, 2505.16297); TAID (Shing et al. 2025, 2501.16937); TIE-KD (2023, 230
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from varkd.distill.schedule import Schedule, TaidTime, bounds, check_range, value_of
+from varkd.distill.logspace import log_mass, log_mixture, renormalized
+from varkd.distill.schedule import Schedule, TaidTime, bounds, check_range, value_of, words
+from varkd.distill.skew import SequenceSkew
 from varkd.errors import VarkdError
 
 
@@ -43,17 +46,28 @@ class TargetRows:
         return self.code_N
 
 
-class _Flags:
-    """What most divergences have in common; subclasses change what differs."""
+class DivergenceRule(ABC):
+    """Base of all divergences: what most of them have in common; subclasses change what differs."""
 
     needs_teacher: ClassVar[bool] = True
 
     @property
+    @abstractmethod
+    def summary(self) -> str:
+        """What it is, in words and with its settings."""
+
+    @property
     def needs_support(self) -> bool:
+        """Whether it is infinite where the teacher excludes a code."""
         return False
 
+    @property
+    def skew(self) -> SequenceSkew | None:
+        """Its skew, where that differs between sequences."""
+        return None
 
-class _Reverse(_Flags):
+
+class _Reverse(DivergenceRule):
     """Divergences with q log(q / p) in them."""
 
     @property
@@ -62,46 +76,15 @@ class _Reverse(_Flags):
 
 
 @dataclass(frozen=True)
-class SequenceSkew:
-    """DistiLLM-2's skew: larger where the teacher likes a sequence much better than the student does.
-
-    alpha = clip(1 - (1 - largest) m / (p - q + 1e-5), smallest, largest), p and q being exp of the mean log-probability
-    of the codes and m a moving average of p - q over sequences; before the first step `largest`.
-    """
-
-    largest: float = 0.1
-    smallest: float = 0.01
-    decay: float = 0.9
-    kind: Literal["sequence_skew"] = "sequence_skew"
-    score_names: ClassVar[tuple[str, ...]] = ("teacher_logp", "student_logp")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.smallest <= self.largest < 1:
-            raise VarkdError(f"sequence_skew: need 0 < smallest <= largest < 1, got {self.smallest}, {self.largest}")
-        check_range("sequence_skew", "exponential", self.decay, 0, 1)
-
-    def gap(self, teacher_logp_BL: Tensor, student_logp_BL: Tensor) -> Tensor:
-        """p - q of every sequence, (B, 1)."""
-        return (teacher_logp_BL.mean(1).exp() - student_logp_BL.mean(1).exp()).unsqueeze(1)
-
-    def alpha(self, gap_B1: Tensor, mean_gap: Tensor | None) -> Tensor:
-        """The skew of every sequence, (B, 1)."""
-        if mean_gap is None:
-            return torch.full_like(gap_B1, self.largest)
-        return (1 - (1 - self.largest) * mean_gap / (gap_B1 + 1e-5)).clamp(self.smallest, self.largest)
-
-    def updated(self, mean_gap: Tensor | None, gap_B1: Tensor) -> Tensor:
-        """The moving average, (1,), after a step with these gaps (of all ranks)."""
-        fresh = gap_B1.mean(0)
-        return fresh if mean_gap is None else self.decay * mean_gap + (1 - self.decay) * fresh
-
-
-@dataclass(frozen=True)
-class CrossEntropy(_Flags):
+class CrossEntropy(DivergenceRule):
     """-log q(code): learning from the data (or from a teacher sample) alone."""
 
     kind: Literal["cross_entropy"] = "cross_entropy"
     needs_teacher: ClassVar[bool] = False
+
+    @property
+    def summary(self) -> str:
+        return "cross-entropy with the codes themselves, -log q(x_t)"
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor | None, rows: TargetRows) -> Tensor:
         del teacher_NK
@@ -109,10 +92,14 @@ class CrossEntropy(_Flags):
 
 
 @dataclass(frozen=True)
-class ForwardKL(_Flags):
+class ForwardKL(DivergenceRule):
     """KL(p || q) = sum p (log p - log q). Gradient with respect to the student's logits: q - p."""
 
     kind: Literal["forward_kl"] = "forward_kl"
+
+    @property
+    def summary(self) -> str:
+        return "forward KL, KL(p || q) = sum p (log p - log q)"
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
@@ -125,13 +112,17 @@ class ReverseKL(_Reverse):
 
     kind: Literal["reverse_kl"] = "reverse_kl"
 
+    @property
+    def summary(self) -> str:
+        return "reverse KL, KL(q || p) = sum q (log q - log p)"
+
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
         return _kl(student_NK, teacher_NK)
 
 
 @dataclass(frozen=True)
-class JSD(_Flags):
+class JSD(DivergenceRule):
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, eq. 1: beta weighs the teacher).
 
     It tends to 0 at both ends; `normalize="ends"` divides by beta (1 - beta), which is continuous with forward KL at
@@ -149,6 +140,11 @@ class JSD(_Flags):
     def needs_support(self) -> bool:
         return self.normalize == "ends" and bounds(self.beta)[1] == 1  # the reverse KL
 
+    @property
+    def summary(self) -> str:
+        ends = ", divided by b (1 - b)" if self.normalize == "ends" else ""
+        return f"Jensen-Shannon, b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q, b = {words(self.beta)}{ends}"
+
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
         beta = value_of(self.beta)
@@ -161,25 +157,55 @@ class JSD(_Flags):
         return value / (beta * (1 - beta)) if self.normalize == "ends" else value
 
 
+class _Skewed(DivergenceRule):
+    """Divergences from a mixture of both models; `alpha` is a number, or differs between sequences."""
+
+    alpha: Schedule | SequenceSkew
+
+    def _check_alpha(self, owner: str) -> None:
+        if not isinstance(self.alpha, SequenceSkew):
+            check_range(owner, "alpha", self.alpha, 0, 1)
+
+    @property
+    def skew(self) -> SequenceSkew | None:
+        return self.alpha if isinstance(self.alpha, SequenceSkew) else None
+
+    @property
+    def _alpha_words(self) -> str:
+        return self.alpha.summary if isinstance(self.alpha, SequenceSkew) else words(self.alpha)
+
+    def _share(self, rows: TargetRows) -> float | Tensor:
+        """The skew as one number, or as one per row (N, 1)."""
+        if not isinstance(self.alpha, SequenceSkew):
+            return float(value_of(self.alpha))
+        if rows.alpha_N is None:
+            raise ValueError("a sequence skew needs the skew of every row (Rows.alpha_N)")
+        return rows.alpha_N.unsqueeze(1)
+
+
 @dataclass(frozen=True)
-class SkewKL(_Flags):
+class SkewKL(_Skewed):
     """KL(p || alpha p + (1 - alpha) q), at most -log alpha (DistiLLM, eq. 4)."""
 
     alpha: Schedule | SequenceSkew = 0.1
     kind: Literal["skew_kl"] = "skew_kl"
 
     def __post_init__(self) -> None:
-        _check_alpha("skew_kl", self.alpha)
+        self._check_alpha("skew_kl")
+
+    @property
+    def summary(self) -> str:
+        return f"skewed forward KL, KL(p || a p + (1 - a) q), a = {self._alpha_words}"
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
-        alpha = _alpha(self.alpha, rows)
+        alpha = self._share(rows)
         if isinstance(alpha, float) and alpha == 1:
             return (student_NK.exp() * 0).sum(1)  # the limit itself, with a graph
         return _kl(teacher_NK, log_mixture(teacher_NK, student_NK, alpha))
 
 
 @dataclass(frozen=True)
-class SkewReverseKL(_Flags):
+class SkewReverseKL(_Skewed):
     """KL(q || (1 - alpha) p + alpha q), at most -log alpha (DistiLLM, eq. 6).
 
     `detached` treats the mixture as a constant of the gradient (DistiLLM-2).
@@ -190,22 +216,31 @@ class SkewReverseKL(_Flags):
     kind: Literal["skew_reverse_kl"] = "skew_reverse_kl"
 
     def __post_init__(self) -> None:
-        _check_alpha("skew_reverse_kl", self.alpha)
+        self._check_alpha("skew_reverse_kl")
 
     @property
     def needs_support(self) -> bool:
         return not isinstance(self.alpha, SequenceSkew) and bounds(self.alpha)[0] == 0
 
+    @property
+    def summary(self) -> str:
+        held = "; the mixture is a constant of the gradient" if self.detached else ""
+        return f"skewed reverse KL, KL(q || (1 - a) p + a q), a = {self._alpha_words}{held}"
+
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
-        mixture = log_mixture(student_NK, teacher_NK, _alpha(self.alpha, rows))
+        mixture = log_mixture(student_NK, teacher_NK, self._share(rows))
         return _kl(student_NK, mixture.detach() if self.detached else mixture)
 
 
 @dataclass(frozen=True)
-class TotalVariation(_Flags):
+class TotalVariation(DivergenceRule):
     """1/2 sum |p - q|, in [0, 1]; 1 - TV is the acceptance rate of speculative decoding. Subgradient 0 at ties."""
 
     kind: Literal["total_variation"] = "total_variation"
+
+    @property
+    def summary(self) -> str:
+        return "total variation, 1/2 sum |p - q|"
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
@@ -213,10 +248,14 @@ class TotalVariation(_Flags):
 
 
 @dataclass(frozen=True)
-class TeacherArgmax(_Flags):
+class TeacherArgmax(DivergenceRule):
     """-log q(argmax p): the teacher's likeliest code as if it were data (ImitKD's label)."""
 
     kind: Literal["teacher_argmax"] = "teacher_argmax"
+
+    @property
+    def summary(self) -> str:
+        return "cross-entropy with the teacher's likeliest code, -log q(argmax p)"
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
@@ -236,6 +275,13 @@ class AdaptiveKL(_Reverse):
 
     def __post_init__(self) -> None:
         check_range("adaptive_kl", "head", self.head, 0, 1)
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"forward KL as far as p and q differ in the teacher's head (its first codes, of mass "
+            f"{words(self.head)}), reverse KL as far as they differ in its tail"
+        )
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
@@ -264,6 +310,13 @@ class ToDi(_Reverse):
         if not self.sharpness >= 0:
             raise VarkdError(f"todi: sharpness must be at least 0, got {self.sharpness}")
 
+    @property
+    def summary(self) -> str:
+        return (
+            "forward KL for the codes that the student underrates, reverse KL for those that it overrates: "
+            f"the share of the first is sigmoid({words(self.sharpness)} log(p / q)) for each code"
+        )
+
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
         excluded = torch.isneginf(student_NK) & torch.isneginf(teacher_NK)
@@ -273,7 +326,7 @@ class ToDi(_Reverse):
 
 
 @dataclass(frozen=True)
-class TAID(_Flags):
+class TAID(DivergenceRule):
     """KL(p_t || q), p_t = softmax((1 - t) log q + t log p) with q held fixed: a target on the way to the teacher.
 
     The interpolation is geometric (of logits). At t = 1 it is the forward KL, at t = 0 it has no gradient.
@@ -285,6 +338,13 @@ class TAID(_Flags):
     def __post_init__(self) -> None:
         check_range("taid", "time", self.time, 0, 1)
 
+    @property
+    def summary(self) -> str:
+        return (
+            "forward KL to a target on the way from student to teacher, softmax((1 - t) log q + t log p), "
+            f"t = {words(self.time)}"
+        )
+
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
         time = value_of(self.time)
@@ -295,7 +355,7 @@ class TAID(_Flags):
 
 
 @dataclass(frozen=True)
-class Ranking(_Flags):
+class Ranking(DivergenceRule):
     """TIE-KD's ranking loss: the student must put the teacher's likeliest code first, and keep its order (2305.08096).
 
     With T_1.. and S_1.. the `top_k` likeliest codes of teacher and student: sum_j max(0, q(T_j) - q(T_1)) +
@@ -308,6 +368,13 @@ class Ranking(_Flags):
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise VarkdError(f"ranking: top_k must be at least 1, got {self.top_k}")
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"a ranking loss: the student must put the teacher's likeliest code first and keep the order of its "
+            f"first {self.top_k}"
+        )
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
@@ -322,7 +389,7 @@ class Ranking(_Flags):
 
 
 @dataclass(frozen=True)
-class Decoupled(_Flags):
+class Decoupled(DivergenceRule):
     """One half of KL(p || q) = KL_b(p(g) || q(g)) + (1 - p(g)) KL(p without g || q without g) (ATKD; Zhao et al. 2022).
 
     `part="target"` is the binary KL of "g or not", `"rest"` the KL among the other codes, without its factor. g is the
@@ -332,6 +399,14 @@ class Decoupled(_Flags):
     part: Literal["target", "rest"] = "rest"
     of: Literal["code", "argmax"] = "code"
     kind: Literal["decoupled"] = "decoupled"
+    shown: ClassVar[tuple[str, ...]] = ("part", "of")
+
+    @property
+    def summary(self) -> str:
+        g = "the code x_t" if self.of == "code" else "the teacher's likeliest code"
+        if self.part == "target":
+            return f"the half of KL(p || q) that asks for g or not g, g = {g}"
+        return f"the half of KL(p || q) among the codes other than g, without its factor 1 - p(g), g = {g}"
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         g_N1 = teacher_NK.argmax(1, keepdim=True) if self.of == "argmax" else rows.target_N.unsqueeze(1)
@@ -350,47 +425,9 @@ Divergence = (
 )  # fmt: skip
 
 
-def _check_alpha(owner: str, alpha: Schedule | SequenceSkew) -> None:
-    if not isinstance(alpha, SequenceSkew):
-        check_range(owner, "alpha", alpha, 0, 1)
-
-
-def _alpha(alpha: Schedule | SequenceSkew, rows: TargetRows) -> float | Tensor:
-    """The skew as one number, or as one per row (N, 1)."""
-    if not isinstance(alpha, SequenceSkew):
-        return float(value_of(alpha))
-    if rows.alpha_N is None:
-        raise ValueError("a sequence skew needs the skew of every row (Rows.alpha_N)")
-    return rows.alpha_N.unsqueeze(1)
-
-
 def _kl(first_NK: Tensor, second_NK: Tensor) -> Tensor:
     """KL(first || second) row by row; outcomes that `first` excludes count 0."""
     excluded = torch.isneginf(first_NK)
     # Masked before the product: 0 * inf would already be NaN, and NaN gradients survive a `where` after it.
     gap = torch.where(excluded, 0.0, first_NK) - torch.where(excluded, 0.0, second_NK)
     return (first_NK.exp() * gap).sum(1)
-
-
-def log_mixture(first_NK: Tensor, second_NK: Tensor, share: float | Tensor) -> Tensor:
-    """log(share first + (1 - share) second); a share per row is (N, 1), strictly between 0 and 1."""
-    if isinstance(share, float | int) and share in (0, 1):
-        return first_NK if share else second_NK
-    share = torch.as_tensor(share, dtype=first_NK.dtype, device=first_NK.device)
-    excluded = torch.isneginf(first_NK) & torch.isneginf(second_NK)
-    first_NK, second_NK = (torch.where(excluded, 0.0, logp) for logp in (first_NK, second_NK))
-    mixture = torch.logaddexp(first_NK + share.log(), second_NK + torch.log1p(-share))
-    return torch.where(excluded, -torch.inf, mixture)
-
-
-def log_mass(logp: Tensor) -> Tensor:
-    """logsumexp over the last axis, which stays with length 1: -inf, and no NaN gradient, where all is excluded."""
-    empty = torch.isneginf(logp).all(-1, keepdim=True)
-    mass = torch.where(empty, 0.0, logp).logsumexp(-1, keepdim=True)
-    return torch.where(empty, -torch.inf, mass)
-
-
-def renormalized(logp_NK: Tensor) -> Tensor:
-    """Log-probabilities that sum to 1 over the outcomes that are left; -inf throughout where none is."""
-    mass_N1 = log_mass(logp_NK)
-    return logp_NK - torch.where(torch.isneginf(mass_N1), 0.0, mass_N1)

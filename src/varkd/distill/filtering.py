@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
-from varkd.distill.schedule import check_range
+from varkd.distill.schedule import check_range, words
 from varkd.distill.scores import code_logp
 from varkd.rollout import evaluating
 from varkd.types import Batch
@@ -28,8 +28,17 @@ class AllImages:
     kind: Literal["all_images"] = "all_images"
 
     @property
+    def summary(self) -> str:
+        return "every training image"
+
+    @property
     def needs_teacher(self) -> bool:
         return False
+
+    def kept(self, score_M: Tensor, label_M: Tensor) -> Tensor:
+        """All of them."""
+        del label_M
+        return torch.arange(len(score_M))
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,13 @@ class DifferenceSampling:
 
     def __post_init__(self) -> None:
         check_range("difference_sampling", "keep", self.keep, 0.01, 1)
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"a share {words(self.keep)} of every class, chosen once: the images that the teacher finds likelier than "
+            "the student at its start does"
+        )
 
     @property
     def needs_teacher(self) -> bool:

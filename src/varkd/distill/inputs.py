@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -77,12 +77,68 @@ class StepInputs:
         return code_logp(model.head, hidden_BLD, part.codes_BL, self.chunk_rows)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What it takes to make the prefixes of one row of the batch: passes without gradient, and sequences decoded.
+
+    `rows` come of it. A guided decode counts twice; a reference is read like a student, for it has the student's size.
+    """
+
+    student_read: float = 0.0
+    student_decode: float = 0.0
+    teacher_read: float = 0.0
+    teacher_decode: float = 0.0
+    rows: float = 1.0
+
+    @classmethod
+    def decode(cls, by: Literal["student", "teacher"], sampler: Sampler, share: float = 1.0) -> Cost:
+        """A share of a sequence, decoded by one model."""
+        times = share * (2.0 if sampler.guidance != 1 else 1.0)
+        return cls(student_decode=times) if by == "student" else cls(teacher_decode=times)
+
+    def __add__(self, other: Cost) -> Cost:
+        """Both for the same rows."""
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in _MADE})
+
+    def times(self, factor: float) -> Cost:
+        """So often for the same rows."""
+        return replace(self, **{name: factor * getattr(self, name) for name in _MADE})
+
+
+_MADE = ("student_read", "student_decode", "teacher_read", "teacher_decode")
+
+
 class Prefixes(ABC):
     """Base of all contexts; subclasses are frozen dataclasses, and most of them only differ in `__call__`."""
 
     @abstractmethod
     def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
         """The prefixes of this rank's rows."""
+
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """Which sequences they are, in words and with its settings."""
+
+    @property
+    def summaries(self) -> list[str]:
+        """One line for each source inside."""
+        return [self.summary]
+
+    @property
+    def cost(self) -> Cost:
+        """What it takes to make them; schedules must be numbers (`Method.at`)."""
+        return Cost()
+
+    @property
+    def runs_models(self) -> bool:
+        """Whether a model is asked for anything while they are made: sharded ones are gathered for it."""
+        return True
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether it remembers sequences by their row."""
+        return False
 
     @property
     def needs_teacher(self) -> bool:
@@ -122,6 +178,15 @@ class Prefixes(ABC):
         """The state after the optimizer step that used `context`."""
         del context, rng
         return state
+
+
+def told(sampler: Sampler) -> str:
+    """The settings of a sampler that are not the usual ones, in brackets; nothing where there are none."""
+    usual = Sampler()
+    changed = {item.name: getattr(sampler, item.name) for item in fields(sampler)}
+    found = [f"{name} {value:g}" if type(value) is float else f"{name} {value}"
+             for name, value in changed.items() if value != getattr(usual, name)]  # fmt: skip
+    return f" ({', '.join(found)})" if found else ""
 
 
 def filtered(sampler: Sampler) -> str | None:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from varkd.distill.audit import Stats, kept_divergence, sequence_stats, teacher_drift
 from varkd.distill.divergences import TargetRows
 from varkd.distill.inputs import StepInputs, merge
-from varkd.distill.method import Term, skew_key, threshold_key
+from varkd.distill.method import Term
 from varkd.distill.schedule import value_of
-from varkd.distill.scores import ScoreInputs, Scores, chunks, of_student, position_scores
-from varkd.distill.selection import All, Confidence, kept_share
+from varkd.distill.scores import Score, ScoreInputs, Scores, StudentLogp, TeacherLogp, chunks, position_scores
+from varkd.distill.skew import SequenceSkew
 from varkd.distill.spaces import CodebookTables
-from varkd.distill.target import Guided, Target
+from varkd.distill.target import Target
 from varkd.errors import VarkdError
 from varkd.rollout import evaluating, with_null_branch
 from varkd.types import Context, Part
@@ -94,7 +94,7 @@ def _selected_mass(inputs: StepInputs, context: Context, term: Term) -> float:
     mass = 0.0
     for group in Group.all_of(context):
         student_hidden_ND = None
-        if any(map(of_student, term.score_names)):
+        if term.reads_student:
             with evaluating(inputs.student):
                 part = group.stacked
                 student_hidden_ND = inputs.student(part.codes_BL, part.condition, part.plan).flatten(0, 1)
@@ -132,7 +132,7 @@ def _teacher_rows(inputs: StepInputs, part: Part) -> TeacherRows | None:
     if teacher is None or not any(term.needs_teacher for term in inputs.method.terms):
         return None
     with evaluating(teacher):
-        if not isinstance(target, Guided):
+        if not target.guided:
             hidden_BLD = teacher(part.codes_BL, part.condition, part.plan)
             return TeacherRows(teacher.head, target, hidden_BLD.flatten(0, 1))
         condition, plan = with_null_branch(teacher, part.condition, part.plan)
@@ -145,7 +145,7 @@ def _teacher_rows(inputs: StepInputs, part: Part) -> TeacherRows | None:
 @dataclass(frozen=True)
 class TermRows:
     """What a term makes of every row of a group: its weight (source, sequence, selection, credit; not normalized), the
-    skew of its sequence where there is one, and for an audit its `kept_share` (-1 on rows of other sources)."""
+    skew of its sequence where there is one, and for an audit its kept share (-1 on rows of other sources)."""
 
     weight_N: Tensor
     alpha_N: Tensor | None = None
@@ -170,17 +170,17 @@ def _term_rows(
     for term in terms:
         weight_BL = torch.zeros(shape, device=group.stacked.codes_BL.device)
         alpha_BL = torch.ones_like(weight_BL) if term.skew else None
-        audited = inputs.audit and not isinstance(term.selection, All)
+        audited = inputs.audit and not term.selection.keeps_all
         kept_BL = torch.full_like(weight_BL, -1.0) if audited else None
         for part, (begin, end) in zip(group.parts, group.bounds, strict=True):
             if part.source in term.on:
-                mine = {name: score_BL[begin:end] for name, score_BL in scores.items()}
+                mine = {score: value_BL[begin:end] for score, value_BL in scores.items()}
                 selected_BL = _part_selection(inputs, term, part, mine, stats) * term.positions_BL(part)
                 weight_BL[begin:end] = selected_BL * part.weight_B.unsqueeze(1) * term.credit(mine, part)
-                if alpha_BL is not None:
-                    alpha_BL[begin:end] = _part_skew(inputs, term, mine, stats)
+                if alpha_BL is not None and term.skew:
+                    alpha_BL[begin:end] = _part_skew(inputs, term, term.skew, part, mine, stats)
                 if kept_BL is not None:
-                    kept_BL[begin:end] = kept_share(term.selection, selected_BL)
+                    kept_BL[begin:end] = term.selection.kept_share(selected_BL)
         others = (None if value_BL is None else value_BL.flatten() for value_BL in (alpha_BL, kept_BL))
         found[term.name] = TermRows(weight_BL.flatten(), *others)
     return found
@@ -188,13 +188,13 @@ def _term_rows(
 
 def _scores(
     inputs: StepInputs, part: Part, teacher: TeacherRows | None, student_hidden_ND: Tensor | None
-) -> dict[str, Tensor]:
+) -> dict[Score, Tensor]:
     """Every score that some term reads, (B, L) each."""
-    names = {name for term in inputs.method.terms for name in term.score_names}
-    if not names:
+    wanted = list(dict.fromkeys(score for term in inputs.method.terms for score in term.reads))
+    if not wanted:
         return {}
     shape, uniform_N2 = part.codes_BL.shape, None
-    if "accepted" in names:
+    if any(score.draws for score in wanted):
         uniform_N2 = inputs.rng.uniform("verify", part.row_B, 2 * shape[1]).view(-1, 2)
     student = None
     if student_hidden_ND is not None:
@@ -202,32 +202,30 @@ def _scores(
         student = lambda rows: head(hidden_ND[rows])
     codes = part.supervision_BL.flatten(), part.codes_BL.flatten()
     sides = ScoreInputs(codes[0], teacher.logits if teacher else None, student, uniform_N2, seen_N=codes[1])
-    found = position_scores(names, sides, inputs.codebook_tables, inputs.chunk_rows)
-    return {name: score_N.view(shape) for name, score_N in found.items()}
+    found = position_scores(wanted, sides, inputs.codebook_tables, inputs.chunk_rows)
+    return {score: value_N.view(shape) for score, value_N in found.items()}
 
 
 def _part_selection(inputs: StepInputs, term: Term, part: Part, scores: Scores, stats: Stats) -> Tensor:
-    key = threshold_key(term)
-    selected_BL = term.selection(scores, part, term.space, inputs.state.get(key), inputs.rng)
-    if isinstance(term.selection, Confidence):
-        score_BL = scores[term.selection.score_name(term.space)]
-        stats.observe(key, score_BL.gather(1, part.plan.order_BL))
+    memory = inputs.state.get(term.key(term.selection))
+    selected_BL = term.selection(scores, part, term.space, memory, inputs.rng)
+    if term.selection.memory:
+        stats.observe(term.key(term.selection), term.selection.observed(scores, part, term.space))
     stats.add(f"kept/{term.name}", (selected_BL == 1).double().sum(), selected_BL.numel())
     for name, (numerator, denominator) in term.selection.statistics(selected_BL, part).items():
         stats.add(f"{name}/{term.name}", numerator, denominator)
-    if term.credit.sampled and "teacher_logp" in term.credit.score_names:
-        reward_BL = scores["teacher_logp"] - scores["student_logp"]
+    if term.rewarded:
+        reward_BL = scores[TeacherLogp()] - scores[StudentLogp()]
         stats.add(f"reward/{term.name}", reward_BL.double().sum(), reward_BL.numel())
     return selected_BL
 
 
-def _part_skew(inputs: StepInputs, term: Term, scores: Scores, stats: Stats) -> Tensor:
-    assert term.skew is not None
-    gap_B1 = term.skew.gap(scores["teacher_logp"], scores["student_logp"])
-    alpha_B1 = term.skew.alpha(gap_B1, inputs.state.get(skew_key(term)))
-    stats.observe(skew_key(term), gap_B1)
+def _part_skew(inputs: StepInputs, term: Term, skew: SequenceSkew, part: Part, scores: Scores, stats: Stats) -> Tensor:
+    gap_B1 = skew.observed(scores, part, term.space)
+    alpha_B1 = skew.alpha(gap_B1, inputs.state.get(term.key(skew)))
+    stats.observe(term.key(skew), gap_B1)
     stats.add(f"skew/{term.name}", alpha_B1.double().sum(), len(alpha_B1))
-    return alpha_B1.expand_as(scores["teacher_logp"])
+    return alpha_B1.expand(part.codes_BL.shape)
 
 
 def _group_loss(

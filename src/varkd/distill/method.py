@@ -11,19 +11,23 @@ from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
 from varkd.distill.credit import Credit, NoCredit
-from varkd.distill.divergences import Divergence, SequenceSkew
+from varkd.distill.divergences import Divergence
 from varkd.distill.filtering import AllImages, DifferenceSampling
 from varkd.distill.inputs import State
 from varkd.distill.mixture import Contexts
 from varkd.distill.prefixes import Data
 from varkd.distill.schedule import Schedule, adaptives, check_range, resolve
-from varkd.distill.scores import of_teacher
-from varkd.distill.selection import All, Confidence, Selection
+from varkd.distill.scores import Remembers, Score
+from varkd.distill.selection import All, Selection
+from varkd.distill.skew import SequenceSkew
 from varkd.distill.spaces import Clusters, CodebookTables, Full, Space
-from varkd.distill.target import Guided, Plain, Target, Truncated
+from varkd.distill.target import Plain, Target
 from varkd.errors import VarkdError
 from varkd.types import Context, Part, Source
 from varkd.world import Rng
+
+COSTS = ("student_train", "student_read", "student_decode", "teacher_read", "teacher_decode")
+"""What an update asks for, in units of the batch: passes with and without gradient, and sequences decoded."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Term:
 
     def __post_init__(self) -> None:
         check_range(f"term '{self.name}'", "weight", self.weight, 0, float("inf"))
-        self.selection.score_names(self.space)  # refuses a score that this space does not have
+        self.selection.reads(self.space)  # refuses a score that this space does not have
 
     def positions_BL(self, part: Part) -> Tensor:
         """Bool (B, L): where the term may count on `part`."""
@@ -58,25 +62,38 @@ class Term:
         return everywhere
 
     @property
-    def score_names(self) -> tuple[str, ...]:
+    def reads(self) -> tuple[Score, ...]:
         """Every score that the term reads at its positions."""
-        skew = self.skew.score_names if self.skew else ()
-        return (*self.selection.score_names(self.space), *self.credit.score_names, *skew)
+        skew = self.skew.reads if self.skew else ()
+        return (*self.selection.reads(self.space), *self.credit.reads, *skew)
+
+    @property
+    def reads_student(self) -> bool:
+        return any(score.reads_student for score in self.reads)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.divergence.needs_teacher or any(score.reads_teacher for score in self.reads)
 
     @property
     def skew(self) -> SequenceSkew | None:
         """The skew that differs between sequences, where the divergence has one."""
-        alpha = getattr(self.divergence, "alpha", None)
-        return alpha if isinstance(alpha, SequenceSkew) else None
+        return self.divergence.skew
 
     @property
-    def needs_teacher(self) -> bool:
-        return self.divergence.needs_teacher or any(map(of_teacher, self.score_names))
+    def rewarded(self) -> bool:
+        """Whether its credit is a reward by the teacher."""
+        return self.credit.sampled and any(score.reads_teacher for score in self.credit.reads)
 
-    def observed(self, length: int) -> dict[str, int]:
-        """What the state learns of this term in every step: its keys, and how many numbers a sequence gives."""
-        keys = {threshold_key(self): length} if isinstance(self.selection, Confidence) else {}
-        return {**keys, skew_key(self): 1} if self.skew else keys
+    @property
+    def memories(self) -> dict[str, Remembers]:
+        """The parts that remember something between steps, by the key of their entry in the state."""
+        parts: tuple[Remembers | None, ...] = (self.selection, self.skew)
+        return {self.key(part): part for part in parts if part is not None and part.memory}
+
+    def key(self, part: Remembers) -> str:
+        """Where the state keeps what a part of this term remembers."""
+        return f"{part.memory}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -108,9 +125,8 @@ class Method:
                                  f"sequences here: {reason}")  # fmt: skip
 
     def _check_support(self, term: Term) -> None:
-        rewarded = term.credit.sampled and "teacher_logp" in term.credit.score_names
-        if isinstance(self.target, Truncated) and (term.divergence.needs_support or rewarded):
-            what = "sampled rewards are" if rewarded else f"{term.divergence.kind} is"
+        if self.target.excludes and (term.divergence.needs_support or term.rewarded):
+            what = "sampled rewards are" if term.rewarded else f"{term.divergence.kind} is"
             raise VarkdError(f"term '{term.name}': {what} infinite wherever a truncated target excludes a code that "
                              "the student does not: use forward_kl, jsd or total_variation, or plain")  # fmt: skip
 
@@ -128,7 +144,28 @@ class Method:
     @property
     def cluster_keys(self) -> tuple[str, ...]:
         """Where the products keep the cluster map of every space that has one."""
-        return tuple(dict.fromkeys(term.space.key for term in self.terms if isinstance(term.space, Clusters)))
+        return tuple(dict.fromkeys(term.space.clusters.key for term in self.terms if term.space.clusters))
+
+    @property
+    def clusters(self) -> Clusters:
+        """The clusters of its first term that has some, else the default ones."""
+        return next((term.space.clusters for term in self.terms if term.space.clusters), Clusters())
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """By the names of `COSTS`, one update of a method whose schedules are numbers. A guided row counts twice."""
+        made = self.contexts.cost
+        passes = made.rows * (2 if self.target.guided else 1)
+        whole_step_first = [term for term in self.terms if term.normalizer == "selected"]
+        teacher = any(term.needs_teacher for term in self.terms) + sum(t.needs_teacher for t in whole_step_first)
+        student = sum(term.reads_student for term in whole_step_first)
+        return {
+            "student_train": made.rows,
+            "student_read": made.student_read + student * made.rows,
+            "student_decode": made.student_decode,
+            "teacher_read": made.teacher_read + teacher * passes,
+            "teacher_decode": made.teacher_decode,
+        }
 
     def check(self, student: Backbone, teacher: Backbone | None) -> None:
         """Raise `VarkdError` with the reason when these models cannot be trained by this method."""
@@ -138,10 +175,9 @@ class Method:
                 "image encode what the earlier ones left over, so they would have to be quantized again: use a method "
                 "with data, rollout or replay contexts"
             )
-        if isinstance(self.target, Guided) and teacher is not None and teacher.guidance_conditioned:
+        if self.target.guided and teacher is not None and teacher.guidance_conditioned:
             raise VarkdError("this teacher already takes the guidance scale as an input: use target plain")
-        wants_scale = isinstance(self.target, Guided) and self.target.highest is not None
-        if wants_scale and not student.guidance_conditioned:
+        if self.target.per_row_guidance and not student.guidance_conditioned:
             raise VarkdError("a range of guidance scales needs a student that is told the scale: "
                              "set model.guidance_conditioned=true, or target.highest=null")  # fmt: skip
 
@@ -162,17 +198,13 @@ class Method:
 
         Args:
             context: this rank's context of the step (fresh rollouts enter the replay buffer).
-            observed: by key of the state, this step's numbers of all ranks: scores by generation rank, (rows, L), and
-                skew gaps (rows, 1). See `Term.observed`.
+            observed: by key of the state, what the parts observed in this step on all ranks (`Remembers.observed`).
         """
         state = dict(self.contexts.update(context, state, rng))
         for term in self.terms:
-            scores, gaps = observed.get(threshold_key(term), ()), observed.get(skew_key(term), ())
-            if isinstance(term.selection, Confidence) and isinstance(scores, Tensor) and len(scores):
-                key = threshold_key(term)
-                state[key] = term.selection.updated_threshold(state.get(key), scores)
-            if term.skew is not None and isinstance(gaps, Tensor) and len(gaps):
-                state[skew_key(term)] = term.skew.updated(state.get(skew_key(term)), gaps)
+            for key, part in term.memories.items():
+                if key in observed and len(observed[key]):
+                    state[key] = part.updated(state.get(key), observed[key])
         return state
 
     def adapt(self, state: State, progress: float, loss: float) -> State:
@@ -184,13 +216,3 @@ class Method:
         """Move the adaptive numbers after a validation (nats per code). `self` is the method before `at`."""
         moved = {key: value.after_validation(state.get(key), cross_entropy) for key, value in adaptives(self)}
         return {**state, **{key: memory for key, memory in moved.items() if memory is not None}}
-
-
-def threshold_key(term: Term) -> str:
-    """Where the state keeps the per-position threshold of a term."""
-    return f"threshold/{term.name}"
-
-
-def skew_key(term: Term) -> str:
-    """Where the state keeps the running gap of a term whose skew differs between sequences."""
-    return f"skew/{term.name}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varkd.distill.bestof import BestOf
-from varkd.distill.inputs import Prefixes, State, StepInputs
+from varkd.distill.inputs import Cost, Prefixes, State, StepInputs
 from varkd.distill.prefixes import (
     Completions,
     Data,
@@ -22,7 +22,7 @@ from varkd.distill.prefixes import (
     SpeculativeSampling,
 )
 from varkd.distill.replay import Replay
-from varkd.distill.schedule import Schedule, check_range, value_of
+from varkd.distill.schedule import Schedule, bounds, check_range, value_of, words
 from varkd.distill.spaces import CodebookTables
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
@@ -54,6 +54,19 @@ class Share:
         if self.fraction != "rest":
             check_range("share", "fraction", self.fraction, 0, 1)
 
+    @property
+    def size(self) -> str:
+        """The fraction in words."""
+        return "the rest" if self.fraction == "rest" else words(self.fraction)
+
+    @property
+    def rows(self) -> str:
+        """Which rows they are, in words."""
+        if self.fraction == "rest":
+            return "all other rows"
+        first, last = bounds(self.fraction)
+        return f"{100 * first:.4g} % of the rows" if first == last else f"a share of the rows, {self.size}"
+
 
 @dataclass(frozen=True)
 class Mixture(Prefixes):
@@ -67,10 +80,26 @@ class Mixture(Prefixes):
     kind: Literal["mixture"] = "mixture"
 
     def __post_init__(self) -> None:
-        if sum(isinstance(share.contexts, Replay) for share in self.shares) > 1:
+        if sum(share.contexts.keeps_rows for share in self.shares) > 1:
             raise VarkdError("mixture: one replay at most, for its rings are kept by row")
         if sum(share.fraction == "rest" for share in self.shares) > 1:
             raise VarkdError("mixture: the rest can go to one share only")
+
+    @property
+    def summary(self) -> str:
+        return "; ".join(self.summaries)
+
+    @property
+    def cost(self) -> Cost:
+        shares, total = self.fractions(), sum(self.fractions())
+        parts = [(share / total, each.contexts.cost) for share, each in zip(shares, self.shares, strict=True)]
+        return Cost(
+            **{item.name: sum(share * getattr(cost, item.name) for share, cost in parts) for item in fields(Cost)}
+        )
+
+    @property
+    def summaries(self) -> list[str]:
+        return [f"{share.rows}: {share.contexts.summary}" for share in self.shares]
 
     @property
     def splices(self) -> bool:

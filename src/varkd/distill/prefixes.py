@@ -16,16 +16,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from varkd.distill.divergences import log_mixture
-from varkd.distill.inputs import Prefixes, StepInputs, filtered
-from varkd.distill.schedule import Schedule, check_range, value_of
+from varkd.distill.inputs import Cost, Prefixes, StepInputs, filtered, told
+from varkd.distill.logspace import log_mixture, log_softmax
+from varkd.distill.schedule import Schedule, check_range, value_of, words
 from varkd.distill.scores import chunks
-from varkd.distill.spaces import CODEBOOK, CodebookTables, log_softmax
+from varkd.distill.spaces import CODEBOOK, CodebookTables
 from varkd.errors import VarkdError
 from varkd.rollout import JointDecoding, Sampler, evaluating, filter_logits, rollout, sample_inverse_cdf
 from varkd.types import Batch, Condition, Context, Part, Plan, Source
@@ -36,6 +36,14 @@ class Data(Prefixes):
     """The images' own codes: teacher forcing."""
 
     kind: Literal["data"] = "data"
+
+    @property
+    def summary(self) -> str:
+        return "the images' own codes"
+
+    @property
+    def runs_models(self) -> bool:
+        return False
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -53,6 +61,14 @@ class Rollout(Prefixes):
     by: Literal["student", "teacher"] = "student"
     sampler: Sampler = Sampler()
     kind: Literal["rollout"] = "rollout"
+
+    @property
+    def summary(self) -> str:
+        return f"sequences that the {self.by} samples now, for the labels of the batch{told(self.sampler)}"
+
+    @property
+    def cost(self) -> Cost:
+        return Cost.decode(self.by, self.sampler)
 
     @property
     def needs_teacher(self) -> bool:
@@ -83,6 +99,10 @@ class _TwoModels(Prefixes):
     """Student and teacher decode the same sequences in lock-step; subclasses say whose code is taken."""
 
     sampler: Sampler = Sampler()
+
+    @property
+    def cost(self) -> Cost:
+        return Cost.decode("student", self.sampler) + Cost.decode("teacher", self.sampler)
 
     @property
     def needs_teacher(self) -> bool:
@@ -126,6 +146,13 @@ class MixtureSampling(_TwoModels):
     def __post_init__(self) -> None:
         check_range("mixture_sampling", "alpha", self.alpha, 0, 1)
 
+    @property
+    def summary(self) -> str:
+        return (
+            f"sequences in which each code is drawn from the teacher with probability {words(self.alpha)}, else from "
+            f"the student{told(self.sampler)}"
+        )
+
     def choose(
         self, student_BnV: Tensor, teacher_BnV: Tensor, uniform_Bn: Tensor, spare_Bn: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -151,6 +178,15 @@ class SpeculativeSampling(_TwoModels):
                 "speculative_sampling: need top_k > 0 or top_p in (0, 1), "
                 f"got top_k {self.top_k} and top_p {self.top_p}"
             )
+
+    @property
+    def summary(self) -> str:
+        sets = [f"first {self.top_k} codes"] if self.top_k else []
+        sets += [f"nucleus of mass {words(self.top_p)}"] if self.top_p < 1 else []
+        return (
+            f"sequences that the student proposes code by code, and whose codes outside the teacher's "
+            f"{' and '.join(sets)} are drawn again from the teacher{told(self.sampler)}"
+        )
 
     def choose(
         self, student_BnV: Tensor, teacher_BnV: Tensor, uniform_Bn: Tensor, spare_Bn: Tensor
@@ -179,10 +215,23 @@ class MixedRollout(Prefixes):
     sampler: Sampler = Sampler()
     by: Literal["student", "teacher"] = "student"
     kind: Literal["mixed_rollout"] = "mixed_rollout"
+    shown: ClassVar[tuple[str, ...]] = ("low", "high", "by")
 
     def __post_init__(self) -> None:
         check_range("mixed_rollout", "low", self.low, 0, 1)
         check_range("mixed_rollout", "high", self.high, 0, 1)
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"mixed rollouts: the first part of a data sequence, between {words(self.low)} and {words(self.high)} of "
+            f"it, continued by the {self.by}{told(self.sampler)}"
+        )
+
+    @property
+    def cost(self) -> Cost:
+        # What every row keeps is read in one pass.
+        return Cost.decode(self.by, self.sampler, 1 - value_of(self.low))
 
     @property
     def needs_teacher(self) -> bool:
@@ -225,6 +274,17 @@ class ScheduledSampling(Prefixes):
     kind: Literal["scheduled_sampling"] = "scheduled_sampling"
 
     @property
+    def summary(self) -> str:
+        return (
+            f"data sequences in which each code is, with probability {words(self.share)}, one that the student sampled "
+            f"in its place, one after the other{told(self.sampler)}; the data's codes stay the targets everywhere"
+        )
+
+    @property
+    def cost(self) -> Cost:
+        return Cost.decode("student", self.sampler)
+
+    @property
     def splices(self) -> bool:
         return True
 
@@ -260,6 +320,20 @@ class ParallelSampling(Prefixes):
     greedy: bool = False
     with_data: bool = False
     kind: Literal["parallel_sampling"] = "parallel_sampling"
+
+    @property
+    def summary(self) -> str:
+        what = "likeliest code" if self.greedy else "sample"
+        often = f", {self.rounds} times over" if self.rounds > 1 else ""
+        beside = "; data and all rounds are trained on" if self.with_data else ""
+        return (
+            f"data sequences in which each code is, with probability {words(self.share)}, the student's {what}, "
+            f"predicted for all positions at once{often}{beside}; the data's codes stay the targets everywhere"
+        )
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(student_read=float(self.rounds), rows=self.rounds + 1.0 if self.with_data else 1.0)
 
     @property
     def splices(self) -> bool:
@@ -311,11 +385,23 @@ class Completions(Prefixes):
     prefix: Schedule = 0.5
     sampler: Sampler = Sampler()
     kind: Literal["completions"] = "completions"
+    shown: ClassVar[tuple[str, ...]] = ("count", "prefix")
 
     def __post_init__(self) -> None:
         check_range("completions", "prefix", self.prefix, 0, 1)
         if self.count < 1:
             raise VarkdError(f"completions: count must be at least 1, got {self.count}")
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"of {self.count} continuations by the teacher of the first {words(self.prefix)} of a data sequence, the "
+            f"one nearest to the image's own{told(self.sampler)}"
+        )
+
+    @property
+    def cost(self) -> Cost:
+        return Cost.decode("teacher", self.sampler, self.count * (1 - value_of(self.prefix)))
 
     @property
     def needs_teacher(self) -> bool:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from varkd.distill.bestof import BestOf
-from varkd.distill.inputs import Prefixes, State, StepInputs, in_row_order, merge
+from varkd.distill.inputs import Cost, Prefixes, State, StepInputs, in_row_order, merge
 from varkd.distill.prefixes import MixedRollout, MixtureSampling, Rollout, SpeculativeSampling
-from varkd.distill.schedule import Schedule, check_range, value_of
+from varkd.distill.schedule import Schedule, check_range, value_of, words
 from varkd.errors import VarkdError
 from varkd.rollout import Sampler
 from varkd.types import Batch, Condition, Context, Part, Source
@@ -34,12 +34,29 @@ class Replay(Prefixes):
     capacity: int = 4
     max_age: int = 20
     kind: Literal["replay"] = "replay"
+    shown: ClassVar[tuple[str, ...]] = ("every", "fresh", "max_age")
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.capacity < 1 or self.max_age < 0:
             raise VarkdError("replay: need every >= 1, capacity >= 1 and max_age >= 0")
         if self.fresh is not None:
             check_range("replay", "fresh", self.fresh, 0, 1)
+
+    @property
+    def summary(self) -> str:
+        often = f"every {self.every} steps" if self.fresh is None else f"at a rate of {words(self.fresh)}"
+        return (
+            f"{self.rollout.summary}; each row keeps its last {self.capacity} and draws one at most {self.max_age} "
+            f"steps old, or samples anew {often}"
+        )
+
+    @property
+    def cost(self) -> Cost:
+        return self.rollout.cost.times(1 / self.every if self.fresh is None else value_of(self.fresh))
+
+    @property
+    def keeps_rows(self) -> bool:
+        return True
 
     @property
     def needs_teacher(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from fractions import Fraction
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -33,6 +34,11 @@ class LinearSchedule:
         if not 0 <= self.begin <= self.until <= 1:
             raise VarkdError(f"linear: need 0 <= begin <= until <= 1, got {self.begin} and {self.until}")
 
+    @property
+    def summary(self) -> str:
+        when = "" if (self.begin, self.until) == (0, 1) else f"{self.begin:.0%}-{self.until:.0%} of "
+        return f"{words(self.start)} -> {words(self.end)} over {when}training"
+
     def at(self, progress: float) -> float:
         if progress >= self.until:
             return self.end
@@ -55,6 +61,10 @@ class ExponentialSchedule:
         if not self.base > 1:
             raise VarkdError(f"exponential: base must be above 1, got {self.base}")
 
+    @property
+    def summary(self) -> str:
+        return f"{words(self.start)} -> {words(self.end)} by {self.base:g}^-progress"
+
     def at(self, progress: float) -> float:
         return self.end + (self.start - self.end) * self.base**-progress
 
@@ -64,6 +74,16 @@ class Adaptive:
 
     start: float
     end: float
+
+    @property
+    def summary(self) -> str:
+        """From where to where, and by what."""
+        raise NotImplementedError
+
+    @property
+    def rule(self) -> str:
+        """How training moves it, as a sentence."""
+        raise NotImplementedError
 
     def at(self, memory: Tensor | None) -> float:
         return self.start if memory is None else float(memory[0])
@@ -93,6 +113,17 @@ class TaidTime(Adaptive):
     momentum: float = 0.99
     kind: Literal["taid_time"] = "taid_time"
 
+    @property
+    def summary(self) -> str:
+        return f"{words(self.start)} -> {words(self.end)}, adaptive: TAID time (alpha {words(self.alpha)})"
+
+    @property
+    def rule(self) -> str:
+        return (
+            f"TAID's t: it only grows, at least linearly, and faster while the loss falls "
+            f"(alpha {words(self.alpha)}, momentum {words(self.momentum)})"
+        )
+
     def after_update(self, memory: Tensor | None, progress: float, loss: float) -> Tensor:
         time, average, former = (self.start, 0.0, loss) if memory is None else memory.tolist()
         average = self.momentum * average + (1 - self.momentum) * (former - loss) / (former + 1e-15)
@@ -115,6 +146,18 @@ class Plateau(Adaptive):
     tolerance: float = 0.1
     kind: Literal["plateau"] = "plateau"
 
+    @property
+    def summary(self) -> str:
+        moves = f"step {words(self.step)}, tolerance {words(self.tolerance)}"
+        return f"{words(self.start)} -> {words(self.end)}, adaptive: plateau ({moves})"
+
+    @property
+    def rule(self) -> str:
+        return (
+            f"DistiLLM's phi: it grows by {words(self.step)} whenever validation is worse than its reference by a "
+            f"tolerance {words(self.tolerance)} (nats per code) or more"
+        )
+
     def after_validation(self, memory: Tensor | None, cross_entropy: float) -> Tensor:
         if memory is None:
             return torch.tensor([self.start, cross_entropy], dtype=torch.float64)
@@ -126,6 +169,14 @@ class Plateau(Adaptive):
 
 SCHEDULES = (LinearSchedule, ExponentialSchedule, Adaptive)
 Schedule = float | LinearSchedule | ExponentialSchedule | TaidTime | Plateau
+
+
+def words(value: Schedule) -> str:
+    """A number (halves to sixteenths as fractions, below 1) or the course of a schedule."""
+    if isinstance(value, SCHEDULES):
+        return value.summary
+    part = Fraction(value).limit_denominator(10**6)
+    return str(part) if 0 < value < 1 and part.denominator in (2, 4, 8, 16) else f"{value:g}"
 
 
 def value_of(value: Schedule) -> float:
@@ -158,13 +209,18 @@ def resolve(value: V, progress: float, state: Mapping[str, Tensor] | None = None
     return cast(V, _resolve(value, progress, state or {}, ""))
 
 
-def adaptives(value: Any, where: str = "") -> Iterator[tuple[str, Adaptive]]:
-    """The adaptive numbers inside `value`, each with the key of its memory in the method's state."""
-    if isinstance(value, Adaptive):
-        yield f"adaptive{where}", value
+def schedules(value: Any, where: str = "") -> Iterator[tuple[str, LinearSchedule | ExponentialSchedule | Adaptive]]:
+    """Every number inside `value` that changes over training, with its path (which begins with a dot)."""
+    if isinstance(value, SCHEDULES):
+        yield where, value
     else:
         for name, item in _inner(value):
-            yield from adaptives(item, f"{where}.{name}")
+            yield from schedules(item, f"{where}.{name}")
+
+
+def adaptives(value: Any) -> Iterator[tuple[str, Adaptive]]:
+    """The adaptive numbers inside `value`, each with the key of its memory in the method's state."""
+    return ((f"adaptive{where}", found) for where, found in schedules(value) if isinstance(found, Adaptive))
 
 
 def _resolve(value: Any, progress: float, state: Mapping[str, Tensor], where: str) -> Any:

@@ -1,34 +1,235 @@
-"""Scalars per position that selections, credits and skews read, from one no-grad pass over chunks of rows."""
+"""Scalars per position that selections, credits and skews read, from one no-grad pass over chunks of rows.
+
+A score is a value, `(rows) -> float (N,)`, that says which models it reads. Confidence is higher where the teacher is
+surer. A part that remembers something between steps is a `Remembers`.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from varkd.distill.divergences import log_mass
-from varkd.distill.spaces import Clusters, cluster_logp, log_softmax
+from varkd.distill.logspace import cluster_logp, log_mass, log_softmax
 from varkd.rollout import filter_logits, sample_inverse_cdf
+from varkd.types import Part
 
-Scores = dict[str, Tensor]
+if TYPE_CHECKING:
+    from varkd.distill.spaces import Space
+
+_LEAST_SPREAD = 1e-3  # nats: below it a standard deviation of log p is rounding
 
 
-def chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
-    """Slices of at most `chunk_rows` rows."""
-    for begin in range(0, num_rows, chunk_rows):
-        yield slice(begin, min(begin + chunk_rows, num_rows))
+@dataclass(frozen=True)
+class ScoreRows:
+    """What the scores of some rows are made of: log-probabilities of both models, the codes, chance, the codebook.
+
+    `code_N` are the targets, `seen_N` the codes that stand in the sequence (the same unless data were spliced).
+    """
+
+    code_N: Tensor
+    seen_N: Tensor
+    teacher: Tensor | None = None
+    student: Tensor | None = None
+    uniform_N2: Tensor | None = None
+    codebook_tables: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def teacher_NV(self) -> Tensor:
+        assert self.teacher is not None
+        return self.teacher
+
+    @property
+    def student_NV(self) -> Tensor:
+        assert self.student is not None
+        return self.student
+
+    @property
+    def teacher_seen_N(self) -> Tensor:
+        """log p of the codes that stand in the sequence."""
+        return _of_code(self.teacher_NV, self.seen_N)
+
+    @property
+    def student_seen_N(self) -> Tensor:
+        """log q of the codes that stand in the sequence."""
+        return _of_code(self.student_NV, self.seen_N)
+
+
+class Score(ABC):
+    """Base of all scores; frozen dataclasses, so that equal ones are computed once."""
+
+    reads_teacher: ClassVar[bool] = True
+    reads_student: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
+    """Whether it needs two random numbers for each row."""
+
+    @abstractmethod
+    def __call__(self, rows: ScoreRows) -> Tensor: ...
+
+
+Scores = Mapping[Score, Tensor]
+
+
+class Remembers:
+    """A part that keeps a number or a few between steps: what it observed on all ranks moves them afterwards."""
+
+    memory: ClassVar[str] = ""
+    """What its entry of the state is called; "" where it keeps none."""
+
+    def width(self, length: int) -> int:
+        """How many numbers it observes of a sequence of `length` codes."""
+        del length
+        return 1
+
+    def observed(self, scores: Scores, part: Part, space: Space) -> Tensor:
+        """What it observes of the rows of a part, (B, width)."""
+        raise NotImplementedError
+
+    def updated(self, memory: Tensor | None, observed_BX: Tensor) -> Tensor:
+        """The memory after a step in which all rows of all ranks were observed."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MaxProb(Score):
+    """max p."""
+
+    def __call__(self, rows: ScoreRows) -> Tensor:
+        return rows.teacher_NV.max(-1).values.exp()
+
+
+@dataclass(frozen=True)
+class Entropy(Score):
+    """-H(p) / ln V, in [-1, 0]."""
+
+    def __call__(self, rows: ScoreRows) -> Tensor:
+        return -_entropy(rows.teacher_NV) / math.log(rows.teacher_NV.shape[-1])
+
+
+@dataclass(frozen=True)
+class Margin(Score):
+    """p_(1) - p_(2)."""
+
+    def __call__(self, rows: ScoreRows) -> Tensor:
+        return -rows.teacher_NV.exp().topk(2).values.diff(dim=-1).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class ClusterMass(Score):
+    """The mass of the likeliest cluster, which is robust to mass split among near-duplicates; `key` names the map."""
+
+    key: str
+
+    def __call__(self, rows: ScoreRows) -> Tensor:
+        return cluster_logp(rows.teacher_NV, rows.codebook_tables[f"{self.key}/members"]).max(-1).values.exp()
+
+
+@dataclass(frozen=True)
+class TeacherLogp(Score):
+    """log p of the target code, in nats."""
+
+    def __call__(self, rows: ScoreRows) -> Tensor:
+        return _of_code(rows.teacher_NV, rows.code_N)
+
+
+@dataclass(frozen=True)
+class CodeProb(Score):
+    """p of the target code."""
+
+    def __call__(self, rows: ScoreRows) -> Tensor:
+        return _of_code(rows.teacher_NV, rows.code_N).exp()
+
+
+@dataclass(frozen=True)
+class StudentLogp(Score):
+    """log q of the target code, in nats."""
+
+    reads_teacher: ClassVar[bool] = False
+    reads_student: ClassVar[bool] = True
+
+    def __call__(self, rows: ScoreRows) -> Tensor:
+        return _of_code(rows.student_NV, rows.code_N)
+
+
+@dataclass(frozen=True)
+class Surprise(Score):
+    """(-log p - H(p)) / sd_p(log p) of the code in the sequence: it has mean 0 and variance 1 under p itself."""
+
+    def __call__(self, rows: ScoreRows) -> Tensor:
+        entropy_N1 = _entropy(rows.teacher_NV).unsqueeze(1)
+        finite_NV = torch.where(torch.isneginf(rows.teacher_NV), 0.0, rows.teacher_NV)
+        variance_N = (rows.teacher_NV.exp() * (finite_NV + entropy_N1).square()).sum(1)
+        return (-rows.teacher_seen_N - entropy_N1.squeeze(1)) / variance_N.sqrt().clamp_min(_LEAST_SPREAD)
+
+
+@dataclass(frozen=True)
+class InNucleus(Score):
+    """1 where the code in the sequence lies in the teacher's nucleus of this mass."""
+
+    mass: float
+
+    def __call__(self, rows: ScoreRows) -> Tensor:
+        allowed_NV = ~torch.isneginf(filter_logits(rows.teacher_NV, top_p=self.mass))
+        return _of_code(allowed_NV, rows.seen_N).float()
+
+
+class _OfBoth(Score):
+    reads_student: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class TopKAgrees(_OfBoth):
+    """1 where the student's likeliest code is among the teacher's `top_k` likeliest."""
+
+    top_k: int
+
+    def __call__(self, rows: ScoreRows) -> Tensor:
+        best_N1 = _of_code(rows.teacher_NV, rows.student_NV.argmax(1)).unsqueeze(1)
+        return ((rows.teacher_NV > best_N1).sum(1) < self.top_k).float()
+
+
+@dataclass(frozen=True)
+class ProposalAccepted(_OfBoth):
+    """1 where a proposal y ~ q passes with probability min(1, p(y) / q(y))."""
+
+    draws: ClassVar[bool] = True
+
+    def __call__(self, rows: ScoreRows) -> Tensor:
+        if rows.uniform_N2 is None:
+            raise ValueError(f"the score {self} needs random numbers")
+        propose_N, verify_N = rows.uniform_N2.unbind(1)
+        proposed_N = sample_inverse_cdf(rows.student_NV.unsqueeze(1), propose_N.unsqueeze(1))[0].squeeze(1)
+        ratio_N = (_of_code(rows.teacher_NV, proposed_N) - _of_code(rows.student_NV, proposed_N)).exp()
+        return (verify_N < ratio_N).float()
+
+
+@dataclass(frozen=True)
+class CodeRatio(_OfBoth):
+    """min(1, p / q) of the code in the sequence."""
+
+    def __call__(self, rows: ScoreRows) -> Tensor:
+        return (rows.teacher_seen_N - rows.student_seen_N).exp().clamp_max(1)
+
+
+@dataclass(frozen=True)
+class NearRatio(_OfBoth):
+    """`CodeRatio` with the teacher's mass over the codes nearest to it; `key` names their table."""
+
+    key: str
+
+    def __call__(self, rows: ScoreRows) -> Tensor:
+        near_N = log_mass(rows.teacher_NV.gather(1, rows.codebook_tables[self.key][rows.seen_N])).squeeze(1)
+        return (near_N - rows.student_seen_N).exp().clamp_max(1)
 
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """What scores are made of: the logits of both models chunk by chunk, the codes, and chance.
-
-    `code_N` are the targets, `seen_N` the codes that stand in the sequence (the same unless data were spliced).
-    `uniform_N2` holds two numbers per row, for the score that proposes and verifies.
-    """
+    """What scores are made of: the logits of both models chunk by chunk, the codes, and chance (see `ScoreRows`)."""
 
     code_N: Tensor
     teacher: Callable[[slice], Tensor] | None = None
@@ -37,138 +238,31 @@ class ScoreInputs:
     seen_N: Tensor | None = None
 
 
-_OF_BOTH = ("top_k_agrees", "accepted", "code_ratio", "near_ratio")
-_LEAST_SPREAD = 1e-3  # nats: below it a standard deviation of log p is rounding
-
-
-def of_student(name: str) -> bool:
-    """Whether a score looks at the student."""
-    return name.split(":")[0] in ("student_logp", *_OF_BOTH)
-
-
-def of_teacher(name: str) -> bool:
-    """Whether a score looks at the teacher."""
-    return name != "student_logp"
-
-
 @torch.no_grad()
 def position_scores(
-    names: Iterable[str], sides: ScoreInputs, codebook_tables: Mapping[str, Tensor], chunk_rows: int
-) -> Scores:
-    """Scores of every row, float32 (N,) each, without gradient.
-
-    The teacher's confidence, higher = surer: `max_prob`: max p; `entropy`: -H(p) / ln V, in [-1, 0]; `margin`:
-    p_(1) - p_(2); `cluster_mass:<key>`: the mass of the likeliest cluster, which is robust to mass split among
-    near-duplicates. What it thinks of the target code: `code_prob`, and `teacher_logp` (nats); of the code that stands
-    in the sequence: `surprise`, (-log p - H(p)) / sd_p(log p), which has mean 0 and variance 1 under p itself, and
-    `in_nucleus:<mass>`, 1 where it lies in the nucleus of that mass. The student: `student_logp` of the target code.
-    Of both: `top_k_agrees:<k>`, 1 where the student's likeliest code is among the teacher's k likeliest; `accepted`, 1
-    where a proposal y ~ q passes with probability min(1, p(y) / q(y)); of the code in the sequence `code_ratio`,
-    min(1, p / q), and `near_ratio:<key>`, the same with the teacher's mass over its nearest codes.
-    """
-    names = sorted(set(names))
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
-    for rows in chunks(len(sides.code_N), chunk_rows) if names else ():
-        teacher = log_softmax(sides.teacher(rows)) if sides.teacher and any(map(of_teacher, names)) else None
-        student = log_softmax(sides.student(rows)) if sides.student and any(map(of_student, names)) else None
-        uniform_N2 = None if sides.uniform_N2 is None else sides.uniform_N2[rows]
-        seen_N = sides.code_N if sides.seen_N is None else sides.seen_N
-        chunk = _Chunk(teacher, student, sides.code_N[rows], seen_N[rows], uniform_N2)
-        for name in names:
-            found[name].append(_score(name, chunk, codebook_tables).float())
+    scores: Iterable[Score], sides: ScoreInputs, codebook_tables: Mapping[str, Tensor], chunk_rows: int
+) -> dict[Score, Tensor]:
+    """Each score of every row, float32 (N,), without gradient."""
+    found: dict[Score, list[Tensor]] = {score: [] for score in scores}
+    for score in found:
+        if (score.reads_teacher and not sides.teacher) or (score.reads_student and not sides.student):
+            raise ValueError(f"the score {score} needs a model that is not there")
+    teacher = sides.teacher if any(score.reads_teacher for score in found) else None
+    student = sides.student if any(score.reads_student for score in found) else None
+    seen_N = sides.code_N if sides.seen_N is None else sides.seen_N
+    for chunk in chunks(len(sides.code_N), chunk_rows) if found else ():
+        rows = ScoreRows(
+            sides.code_N[chunk],
+            seen_N[chunk],
+            None if teacher is None else log_softmax(teacher(chunk)),
+            None if student is None else log_softmax(student(chunk)),
+            None if sides.uniform_N2 is None else sides.uniform_N2[chunk],
+            codebook_tables,
+        )
+        for score, parts in found.items():
+            parts.append(score(rows).float())
     empty = torch.zeros(0, device=sides.code_N.device)
-    return {name: torch.cat(parts) if parts else empty for name, parts in found.items()}
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """`Sides` of some rows, as log-probabilities."""
-
-    teacher_NV: Tensor | None
-    student_NV: Tensor | None
-    code_N: Tensor
-    seen_N: Tensor
-    uniform_N2: Tensor | None
-
-
-def _score(name: str, rows: _Chunk, codebook_tables: Mapping[str, Tensor]) -> Tensor:
-    kind, _, setting = name.partition(":")
-    if kind == "student_logp":
-        return _of_code(_given(rows.student_NV, name), rows.code_N)
-    teacher = _given(rows.teacher_NV, name)
-    match kind:
-        case "teacher_logp":
-            return _of_code(teacher, rows.code_N)
-        case "code_prob":
-            return _of_code(teacher, rows.code_N).exp()
-        case "surprise":
-            return _surprise(teacher, rows.seen_N)
-        case "in_nucleus":
-            allowed = ~torch.isneginf(filter_logits(teacher, top_p=float(setting)))
-            return _of_code(allowed, rows.seen_N).float()
-    return (
-        _of_both(name, teacher, rows, codebook_tables)
-        if kind in _OF_BOTH
-        else _confidence(name, codebook_tables)(teacher)
-    )
-
-
-def _of_both(name: str, teacher: Tensor, rows: _Chunk, codebook_tables: Mapping[str, Tensor]) -> Tensor:
-    kind, _, setting = name.partition(":")
-    student = _given(rows.student_NV, name)
-    match kind:
-        case "top_k_agrees":
-            return top_k_agrees(teacher, student, int(setting))
-        case "accepted":
-            return _accepted(teacher, student, _given(rows.uniform_N2, name))
-        case "code_ratio":
-            return (_of_code(teacher, rows.seen_N) - _of_code(student, rows.seen_N)).exp().clamp_max(1)
-        case "near_ratio":
-            near_N = log_mass(teacher.gather(1, codebook_tables[setting][rows.seen_N])).squeeze(1)
-            return (near_N - _of_code(student, rows.seen_N)).exp().clamp_max(1)
-    raise ValueError(f"unknown score '{name}'")
-
-
-def _given(value: Tensor | None, name: str) -> Tensor:
-    if value is None:
-        raise ValueError(f"the score '{name}' needs a model that is not there")
-    return value
-
-
-def _of_code(logp_NV: Tensor, code_N: Tensor) -> Tensor:
-    return logp_NV.gather(1, code_N.unsqueeze(1)).squeeze(1)
-
-
-def top_k_agrees(teacher: Tensor, student: Tensor, top_k: int) -> Tensor:
-    """1 where the student's likeliest code is among the teacher's `top_k` likeliest."""
-    above_N = (teacher > _of_code(teacher, student.argmax(1)).unsqueeze(1)).sum(1)
-    return (above_N < top_k).float()
-
-
-def _entropy(logp_NV: Tensor) -> Tensor:
-    """H of every row, in nats."""
-    return torch.special.entr(logp_NV.exp()).sum(-1)
-
-
-def _surprise(teacher: Tensor, code_N: Tensor) -> Tensor:
-    """How many standard deviations the code is less likely than the teacher expects of its own samples."""
-    entropy_N1 = _entropy(teacher).unsqueeze(1)
-    finite_NV = torch.where(torch.isneginf(teacher), 0.0, teacher)
-    variance_N = (teacher.exp() * (finite_NV + entropy_N1).square()).sum(1)
-    spread_N = variance_N.sqrt().clamp_min(_LEAST_SPREAD)
-    return (-_of_code(teacher, code_N) - entropy_N1.squeeze(1)) / spread_N
-
-
-def _accepted(teacher: Tensor, student: Tensor, uniform_N2: Tensor) -> Tensor:
-    propose_N, verify_N = uniform_N2.unbind(1)
-    proposed_N = sample_inverse_cdf(student.unsqueeze(1), propose_N.unsqueeze(1))[0].squeeze(1)
-    ratio_N = (_of_code(teacher, proposed_N) - _of_code(student, proposed_N)).exp()
-    return (verify_N < ratio_N).float()
-
-
-def cluster_mass_name(space: Clusters) -> str:
-    """The name of the score that measures confidence in the clusters of `space`."""
-    return f"cluster_mass:{space.key}"
+    return {score: torch.cat(parts) if parts else empty for score, parts in found.items()}
 
 
 @torch.no_grad()
@@ -182,14 +276,16 @@ def code_logp(head: nn.Linear, hidden_BLD: Tensor, codes_BL: Tensor, chunk_rows:
     return torch.cat(parts).view(codes_BL.shape)
 
 
-def _confidence(name: str, codebook_tables: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    if name == "max_prob":
-        return lambda logp: logp.max(-1).values.exp()
-    if name == "entropy":
-        return lambda logp: -_entropy(logp) / math.log(logp.shape[-1])
-    if name == "margin":
-        return lambda logp: -logp.exp().topk(2).values.diff(dim=-1).squeeze(-1)
-    if name.startswith("cluster_mass:"):
-        members = codebook_tables[name.removeprefix("cluster_mass:") + "/members"]
-        return lambda logp: cluster_logp(logp, members).max(-1).values.exp()
-    raise ValueError(f"unknown score '{name}'")
+def chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
+    """Slices of at most `chunk_rows` rows."""
+    for begin in range(0, num_rows, chunk_rows):
+        yield slice(begin, min(begin + chunk_rows, num_rows))
+
+
+def _of_code(value_NV: Tensor, code_N: Tensor) -> Tensor:
+    return value_NV.gather(1, code_N.unsqueeze(1)).squeeze(1)
+
+
+def _entropy(logp_NV: Tensor) -> Tensor:
+    """H of every row, in nats."""
+    return torch.special.entr(logp_NV.exp()).sum(-1)

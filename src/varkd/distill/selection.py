@@ -1,11 +1,12 @@
-"""Which positions count, and how much: `(scores, part, space, state, rng) -> weight_BL` in [0, 1], detached.
+"""Which positions count, and how much: `(scores, part, space, memory, rng) -> weight_BL` in [0, 1], detached.
 
 A selection reads scores and thresholds that were fixed before the step, never the step's own batch: so the loss does
-not depend on how the batch is split. Thresholds adapt in `update`, once per optimizer step, from all ranks.
+not depend on how the batch is split. Thresholds adapt once per optimizer step, from all ranks (`Remembers`).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,20 +14,37 @@ import torch
 from torch import Tensor
 
 from varkd.distill.neighbors import nearest_codes
-from varkd.distill.schedule import Schedule, check_range, value_of
-from varkd.distill.scores import Scores, cluster_mass_name
-from varkd.distill.spaces import Clusters, CodebookTables, Space
+from varkd.distill.schedule import Schedule, check_range, value_of, words
+from varkd.distill.scores import (
+    ClusterMass,
+    CodeProb,
+    CodeRatio,
+    Entropy,
+    InNucleus,
+    Margin,
+    MaxProb,
+    NearRatio,
+    ProposalAccepted,
+    Remembers,
+    Score,
+    Scores,
+    TopKAgrees,
+)
+from varkd.distill.spaces import CodebookTables, Space
 from varkd.errors import VarkdError
 from varkd.types import Part
 from varkd.world import Rng
 
 ScoreName = Literal["max_prob", "entropy", "margin", "cluster_mass", "code_prob"]
+_SCORES = {"max_prob": MaxProb(), "entropy": Entropy(), "margin": Margin(), "code_prob": CodeProb()}
 
 
-class SelectionRule:
+class SelectionRule(Remembers, ABC):
     """Base of all selections. Most read no score, need nothing of the codebook, and keep `floor` of what they drop."""
 
     floor: float = 0.0
+    keeps_all: ClassVar[bool] = False
+    """Whether every position counts fully, so that there is nothing to audit."""
     statistic_names: ClassVar[tuple[str, ...]] = ()
     """What `statistics` reports beside the share of positions of weight 1."""
 
@@ -35,10 +53,23 @@ class SelectionRule:
         del weight_BL, part
         return {}
 
-    def score_names(self, space: Space) -> tuple[str, ...]:
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """Which positions count, and how much, in words and with its settings."""
+
+    @abstractmethod
+    def __call__(self, scores: Scores, part: Part, space: Space, memory: Tensor | None, rng: Rng) -> Tensor:
+        """The weight of every position, (B, L); `memory` is what it remembers from former steps."""
+
+    def reads(self, space: Space) -> tuple[Score, ...]:
         """The scores that it reads; raises `VarkdError` where `space` does not have one of them."""
         del space
         return ()
+
+    def kept_share(self, weight_BL: Tensor) -> Tensor:
+        """How far each weight stands above the floor: 1 where a position counts fully, 0 where it has the floor."""
+        return torch.where(weight_BL == 1, 1.0, (weight_BL - self.floor) / max(1 - self.floor, 1e-12))
 
     def prepare(self, codebook_VE: Tensor) -> CodebookTables:
         """What it needs of the tokenizer, made once before training."""
@@ -51,9 +82,14 @@ class All(SelectionRule):
     """Every position, fully."""
 
     kind: Literal["all"] = "all"
+    keeps_all: ClassVar[bool] = True
 
-    def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
-        del scores, space, threshold_L, rng
+    @property
+    def summary(self) -> str:
+        return "every position"
+
+    def __call__(self, scores: Scores, part: Part, space: Space, memory: Tensor | None, rng: Rng) -> Tensor:
+        del scores, space, memory, rng
         return torch.ones(part.codes_BL.shape, device=part.codes_BL.device)
 
 
@@ -74,33 +110,55 @@ class Confidence(SelectionRule):
     side: Literal["high", "low"] = "high"
     per_position: bool = True
     kind: Literal["confidence"] = "confidence"
+    shown: ClassVar[tuple[str, ...]] = ("quantile", "score", "floor")
+    memory: ClassVar[str] = "threshold"
 
     def __post_init__(self) -> None:
         check_range("confidence", "quantile", self.quantile, 0, 1)
         check_range("confidence", "floor", self.floor, 0, 1)
         check_range("confidence", "exponential", self.decay, 0, 1)
 
-    def score_names(self, space: Space) -> tuple[str, ...]:
-        return (self.score_name(space),)
+    @property
+    def summary(self) -> str:
+        where = "at or above" if self.side == "high" else "at or below"
+        pooled = "taken at each position apart" if self.per_position else "taken over all positions"
+        return (
+            f"weight 1 where the teacher's {self.score} is {where} its quantile {words(self.quantile)}, {pooled} and "
+            f"averaged over former steps (decay {words(self.decay)}), {words(self.floor)} elsewhere"
+        )
 
-    def score_name(self, space: Space) -> str:
+    def reads(self, space: Space) -> tuple[Score, ...]:
+        return (self._score(space),)
+
+    def _score(self, space: Space) -> Score:
         """The score that is compared with its quantile."""
-        return _full_name("confidence", self.score, space)
+        if self.score != "cluster_mass":
+            return _SCORES[self.score]
+        if space.clusters is None:
+            raise VarkdError("confidence: score 'cluster_mass' needs a term whose space is 'clusters'")
+        return ClusterMass(space.clusters.key)
 
-    def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
+    def __call__(self, scores: Scores, part: Part, space: Space, memory: Tensor | None, rng: Rng) -> Tensor:
         del rng
-        score_BL = scores[self.score_name(space)]
-        if threshold_L is None:
+        score_BL = scores[self._score(space)]
+        if memory is None:
             return torch.ones_like(score_BL)
-        threshold = threshold_L[part.plan.rank_BL] if self.per_position else threshold_L
+        threshold = memory[part.plan.rank_BL] if self.per_position else memory
         kept = score_BL >= threshold if self.side == "high" else score_BL <= threshold
         return torch.where(kept, 1.0, self.floor)
 
-    def updated_threshold(self, threshold_L: Tensor | None, score_by_rank_BL: Tensor) -> Tensor:
-        """Move the threshold, (L,) or (1,), towards the quantile of this step's scores (all rows of all ranks)."""
-        scores = score_by_rank_BL if self.per_position else score_by_rank_BL.reshape(-1, 1)
+    def width(self, length: int) -> int:
+        return length
+
+    def observed(self, scores: Scores, part: Part, space: Space) -> Tensor:
+        """The score by generation rank, (B, L)."""
+        return scores[self._score(space)].gather(1, part.plan.order_BL)
+
+    def updated(self, memory: Tensor | None, observed_BX: Tensor) -> Tensor:
+        """The threshold, (L,) or (1,), moved towards the quantile of this step's scores (all rows of all ranks)."""
+        scores = observed_BX if self.per_position else observed_BX.reshape(-1, 1)
         fresh_L = scores.quantile(value_of(self.quantile), dim=0)
-        return fresh_L if threshold_L is None else self.decay * threshold_L + (1 - self.decay) * fresh_L
+        return fresh_L if memory is None else self.decay * memory + (1 - self.decay) * fresh_L
 
 
 @dataclass(frozen=True)
@@ -125,13 +183,23 @@ class EntropyWeight(SelectionRule):
         if self.threshold is not None:
             check_range("entropy_weight", "threshold", self.threshold, 0, 1)
 
-    def score_names(self, space: Space) -> tuple[str, ...]:
-        del space
-        return ("entropy",)
+    @property
+    def summary(self) -> str:
+        cut = (
+            ""
+            if self.threshold is None
+            else (f"; nothing counts after the first generated position with a_t < {words(self.threshold)}")
+        )
+        control = "; the weights permuted at random over the positions of a sequence" if self.permuted else ""
+        return f"each position counts a_t = 1 - H(p) / log V, the teacher's confidence{cut}{control}"
 
-    def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
-        del space, threshold_L
-        weight_BL = (1 + scores["entropy"]).clamp(0, 1)  # the score is -H / log V
+    def reads(self, space: Space) -> tuple[Score, ...]:
+        del space
+        return (Entropy(),)
+
+    def __call__(self, scores: Scores, part: Part, space: Space, memory: Tensor | None, rng: Rng) -> Tensor:
+        del space, memory
+        weight_BL = (1 + scores[Entropy()]).clamp(0, 1)  # the score is -H / log V
         weight_BL = weight_BL.masked_fill(self._lost_BL(weight_BL, part), 0.0)
         return _permuted(weight_BL, part, rng) if self.permuted else weight_BL
 
@@ -179,13 +247,19 @@ class Random(SelectionRule):
     quantile: Schedule = 0.5
     floor: float = 0.1
     kind: Literal["random"] = "random"
+    shown: ClassVar[tuple[str, ...]] = ("quantile", "floor")
 
     def __post_init__(self) -> None:
         check_range("random", "quantile", self.quantile, 0, 1)
         check_range("random", "floor", self.floor, 0, 1)
 
-    def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
-        del scores, space, threshold_L
+    @property
+    def summary(self) -> str:
+        share = f"a share {words(self.quantile)} of the positions, drawn by chance,"
+        return f"{share} counts {words(self.floor)}, the others 1"
+
+    def __call__(self, scores: Scores, part: Part, space: Space, memory: Tensor | None, rng: Rng) -> Tensor:
+        del scores, space, memory
         uniform_BL = rng.uniform("select", part.row_B, part.codes_BL.shape[1])
         return torch.where(uniform_BL >= value_of(self.quantile), 1.0, self.floor)
 
@@ -207,6 +281,7 @@ class Accepted(SelectionRule):
     top_p: float = 0.9
     neighbors: int = 8
     kind: Literal["accepted"] = "accepted"
+    shown: ClassVar[tuple[str, ...]] = ("rule", "floor")
 
     def __post_init__(self) -> None:
         check_range("accepted", "floor", self.floor, 0, 1)
@@ -225,34 +300,35 @@ class Accepted(SelectionRule):
             return {}
         return {self.nearest_key: nearest_codes(codebook_VE, self.neighbors)[0]}
 
-    def score_names(self, space: Space) -> tuple[str, ...]:
-        del space
-        names = {
-            "top_k": f"top_k_agrees:{self.top_k}", "speculative": "accepted", "code": "code_ratio",
-            "nucleus": f"in_nucleus:{self.top_p}", "neighbors": f"near_ratio:{self.nearest_key}",
-        }  # fmt: skip
-        return (names[self.rule],)
+    @property
+    def summary(self) -> str:
+        passes = {
+            "top_k": f"the student's likeliest code is among the teacher's first {self.top_k}",
+            "speculative": "a code drawn by the student passes with probability min(1, p / q)",
+            "nucleus": f"the code lies in the teacher's nucleus of mass {words(self.top_p)}",
+        }
+        if self.rule in passes:
+            return f"weight 1 where {passes[self.rule]}, {words(self.floor)} elsewhere"
+        p = "p" if self.rule == "code" else f"the teacher's mass over the {self.neighbors} codes nearest to it"
+        return f"the weight of a code rises from {words(self.floor)} to 1 with min(1, P / q), P = {p}"
 
-    def __call__(self, scores: Scores, part: Part, space: Space, threshold_L: Tensor | None, rng: Rng) -> Tensor:
-        del part, threshold_L, rng
-        (name,) = self.score_names(space)
+    def reads(self, space: Space) -> tuple[Score, ...]:
+        del space
+        return (self._score,)
+
+    @property
+    def _score(self) -> Score:
+        return {
+            "top_k": TopKAgrees(self.top_k), "speculative": ProposalAccepted(), "code": CodeRatio(),
+            "nucleus": InNucleus(self.top_p), "neighbors": NearRatio(self.nearest_key),
+        }[self.rule]  # fmt: skip
+
+    def __call__(self, scores: Scores, part: Part, space: Space, memory: Tensor | None, rng: Rng) -> Tensor:
+        del part, space, memory, rng
+        score_BL = scores[self._score]
         if self.rule in ("code", "neighbors"):
-            return self.floor + (1 - self.floor) * scores[name]
-        return torch.where(scores[name] > 0, 1.0, self.floor)
+            return self.floor + (1 - self.floor) * score_BL
+        return torch.where(score_BL > 0, 1.0, self.floor)
 
 
 Selection = All | Confidence | EntropyWeight | Random | Accepted
-
-
-def kept_share(selection: Selection, weight_BL: Tensor) -> Tensor:
-    """How far each weight stands above the floor: 1 where a position counts fully, 0 where it has the floor only."""
-    return torch.where(weight_BL == 1, 1.0, (weight_BL - selection.floor) / max(1 - selection.floor, 1e-12))
-
-
-def _full_name(owner: str, score: ScoreName, space: Space) -> str:
-    """The name of a score, by the clusters of the term where it needs some."""
-    if score != "cluster_mass":
-        return score
-    if not isinstance(space, Clusters):
-        raise VarkdError(f"{owner}: score 'cluster_mass' needs a term whose space is 'clusters'")
-    return cluster_mass_name(space)

@@ -9,6 +9,7 @@ The loss of a space is sum over views of weight * D(view), for any divergence D.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from varkd.distill.clustering import Assignment, assign_clusters
-from varkd.distill.divergences import TargetRows, log_mass, renormalized
-from varkd.distill.schedule import Schedule, check_range, value_of
+from varkd.distill.divergences import TargetRows
+from varkd.distill.logspace import cluster_logp, log_mass, log_softmax, renormalized
+from varkd.distill.schedule import Schedule, check_range, value_of, words
 from varkd.errors import VarkdError
 
 CodebookTables = dict[str, Tensor]
@@ -35,8 +37,32 @@ class Comparison(NamedTuple):
     rows: TargetRows
 
 
+class SpaceRule(ABC):
+    """Base of all spaces."""
+
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """Which outcomes are compared, in words and with its settings."""
+
+    @abstractmethod
+    def __call__(
+        self, student_NV: Tensor, teacher_NV: Tensor | None, rows: TargetRows, codebook_tables: CodebookTables
+    ) -> list[Comparison]: ...
+
+    @property
+    def clusters(self) -> Clusters | None:
+        """The clusters that it compares, where it has some."""
+        return None
+
+    def prepare(self, codebook_VE: Tensor) -> CodebookTables:
+        """What it needs of the tokenizer, made once before training."""
+        del codebook_VE
+        return {}
+
+
 @dataclass(frozen=True)
-class Full:
+class Full(SpaceRule):
     """Every code, at a temperature: softmax(logits / T) on both sides, scaled by T^2 (Hinton et al. 2015)."""
 
     temperature: Schedule = 1.0
@@ -44,6 +70,11 @@ class Full:
 
     def __post_init__(self) -> None:
         check_range("full", "temperature", self.temperature, 1e-3, 1e3)
+
+    @property
+    def summary(self) -> str:
+        sharp = "" if self.temperature == 1 else f", both sides at temperature T = {words(self.temperature)}, times T^2"
+        return f"every code{sharp}"
 
     def __call__(
         self, student_NV: Tensor, teacher_NV: Tensor | None, rows: TargetRows, codebook_tables: CodebookTables
@@ -53,13 +84,9 @@ class Full:
         teacher_logp = None if teacher_NV is None else log_softmax(teacher_NV, temperature)
         return [Comparison(temperature**2, log_softmax(student_NV, temperature), teacher_logp, rows)]
 
-    def prepare(self, codebook_VE: Tensor) -> CodebookTables:
-        del codebook_VE
-        return {}
-
 
 @dataclass(frozen=True)
-class Clusters:
+class Clusters(SpaceRule):
     """Groups of near-equal codes: `within` D(all codes) + (1 - within) D(cluster masses).
 
     For KL, `within` is the weight of the within-cluster term of the chain rule KL = KL_cluster + sum_k P_k KL(.|k):
@@ -87,6 +114,28 @@ class Clusters:
             raise VarkdError(f"clusters: count must be at least 2, got {self.count}")
         if self.factor is not None and self.factor < 2:
             raise VarkdError(f"clusters: factor must be at least 2, got {self.factor}")
+
+    @property
+    def summary(self) -> str:
+        many = f"V / {self.factor}" if self.factor else str(self.count) if self.count else "sqrt(V)"
+        how = {
+            "kmeans": "look-alike codes (balanced k-means of the codebook)",
+            "plain": "look-alike codes (k-means of the codebook)",
+            "agglomerative": "look-alike codes (Ward's clustering of the codebook)",
+            "random": "codes drawn by chance, all of one size",
+            "permuted": "codes drawn by chance, of the sizes that k-means gives",
+        }
+        weights = (
+            ""
+            if self.within == 0
+            else (f"; the divergence over codes counts {words(self.within)}, that over groups the rest")
+        )
+        seed = f", seed {self.seed}" if self.seed else ""
+        return f"the masses of {many} groups of {how[self.assignment]}{seed}{weights}"
+
+    @property
+    def clusters(self) -> Clusters:
+        return self
 
     @property
     def key(self) -> str:
@@ -123,7 +172,7 @@ class Clusters:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(SpaceRule):
     """The `count` likeliest codes of one side, and one bucket with the mass of all others.
 
     Merging the others leaves a true divergence, on `count` + 1 outcomes and at most the full one; a sum of
@@ -143,6 +192,11 @@ class TopK:
             raise VarkdError(f"top_k: count must be at least {smallest} with tail={str(self.tail).lower()}, "
                              f"got {self.count}")  # fmt: skip
 
+    @property
+    def summary(self) -> str:
+        rest = "and all others as one" if self.tail else "renormalized without the others"
+        return f"the {self.of}'s {self.count} likeliest codes, {rest}"
+
     def __call__(
         self, student_NV: Tensor, teacher_NV: Tensor | None, rows: TargetRows, codebook_tables: CodebookTables
     ) -> list[Comparison]:
@@ -156,10 +210,6 @@ class TopK:
         code_NK = judge.detach().topk(min(self.count, judge.shape[1]), dim=1).indices
         teacher_NK = None if teacher is None else self._merged(teacher, code_NK)
         return [Comparison(1.0, self._merged(student, code_NK), teacher_NK, self._places(rows, code_NK))]
-
-    def prepare(self, codebook_VE: Tensor) -> CodebookTables:
-        del codebook_VE
-        return {}
 
     def _merged(self, logp_NV: Tensor, code_NK: Tensor) -> Tensor:
         """Log-probabilities of the codes `code_NK`, and of the tail behind them (N, K + 1)."""
@@ -181,16 +231,6 @@ class TopK:
 Space = Full | Clusters | TopK
 
 
-def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities in float32 at least: bfloat16 loses three digits over thousands of codes."""
-    return (at_least_float32(logits) if temperature == 1 else at_least_float32(logits) / temperature).log_softmax(-1)
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Logits in float32 at least."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def cluster_members(cluster_V: Tensor) -> Tensor:
     """The codes of each cluster, int64 (K, M), padded with V."""
     count = int(cluster_V.max()) + 1
@@ -201,24 +241,3 @@ def cluster_members(cluster_V: Tensor) -> Tensor:
     members = torch.full((count, int(size_K.max())), len(cluster_V), device=cluster_V.device)
     members[cluster_V[order_V], slot_V] = order_V
     return members
-
-
-def cluster_logp(logp_NV: Tensor, members_KM: Tensor) -> Tensor:
-    """Log-mass of every cluster (N, K): a segment-wise logsumexp, which does not underflow."""
-    if members_KM.numel() > 4 * logp_NV.shape[1]:  # sizes so unequal that padding would cost more than it saves
-        return _scattered_logp(logp_NV, members_KM)
-    padded = torch.cat([logp_NV, logp_NV.new_full((len(logp_NV), 1), -torch.inf)], dim=1)
-    return log_mass(padded[:, members_KM]).squeeze(-1)
-
-
-def _scattered_logp(logp_NV: Tensor, members_KM: Tensor) -> Tensor:
-    """`cluster_logp` without padding: every code adds its mass to its cluster, relative to the largest one there."""
-    count, vocab_size = len(members_KM), logp_NV.shape[1]
-    cluster_V = torch.arange(count, device=members_KM.device).unsqueeze(1).expand_as(members_KM).flatten()
-    cluster_V = cluster_V.new_zeros(vocab_size + 1).scatter(0, members_KM.flatten(), cluster_V)[:-1]
-    blank_NK = logp_NV.new_full((len(logp_NV), count), -torch.inf)
-    peak_NK = blank_NK.scatter_reduce(1, cluster_V.expand_as(logp_NV), logp_NV.detach(), "amax")
-    empty_NK = torch.isneginf(peak_NK)
-    peak_NK = torch.where(empty_NK, 0.0, peak_NK)
-    mass_NK = torch.zeros_like(peak_NK).index_add(1, cluster_V, (logp_NV - peak_NK[:, cluster_V]).exp())
-    return torch.where(empty_NK, -torch.inf, torch.where(empty_NK, 1.0, mass_NK).log() + peak_NK)

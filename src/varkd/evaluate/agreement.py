@@ -12,8 +12,8 @@ from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
 from varkd.distill.divergences import CrossEntropy, TargetRows
+from varkd.distill.logspace import log_softmax
 from varkd.distill.scores import chunks
-from varkd.distill.spaces import log_softmax
 from varkd.evaluate.diagnostics import CHUNK_ROWS, CodeSpace, Sequences, measure
 from varkd.rollout import Sampler, evaluating, rollout
 from varkd.types import Batch, Condition, Plan

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
-from varkd.distill.method import Method, Term, threshold_key
-from varkd.distill.scores import ScoreInputs, of_student, position_scores
-from varkd.distill.target import Guided
+from varkd.distill.method import Method, Term
+from varkd.distill.scores import Score, ScoreInputs, position_scores
 from varkd.errors import VarkdError
 from varkd.evaluate.diagnostics import CHUNK_ROWS, Sequences
 from varkd.evaluate.intervals import Estimate, centered_curve
@@ -36,14 +35,14 @@ def kept_positions(
     Raises:
         VarkdError: a guided target, whose scores need both branches of the teacher.
     """
-    if isinstance(method.target, Guided):
+    if method.target.guided:
         raise VarkdError("the selection audit reads an unguided teacher: this method's target is guided")
     kept, rng, device = [], Rng(seed), sequences.codes_BL.device
     row_B = torch.arange(len(sequences), device=device)
     for chunk, row in zip(sequences.split(batch_size), row_B.split(batch_size), strict=True):
         part = Part.of(source, chunk.codes_BL, chunk.condition, chunk.plan, row)
         scores = _scores(method, term, part, student, teacher, codebook_tables, rng)
-        weight_BL = term.selection(scores, part, term.space, state.get(threshold_key(term)), rng)
+        weight_BL = term.selection(scores, part, term.space, state.get(term.key(term.selection)), rng)
         kept.append((weight_BL == 1).cpu())
     return torch.cat(kept)
 
@@ -51,11 +50,11 @@ def kept_positions(
 def _scores(
     method: Method, term: Term, part: Part, student: Backbone, teacher: Backbone, codebook_tables: Mapping[str, Tensor],
     rng: Rng,
-) -> dict[str, Tensor]:  # fmt: skip
-    names = term.selection.score_names(term.space)
+) -> dict[Score, Tensor]:  # fmt: skip
+    wanted = term.selection.reads(term.space)
     with evaluating(teacher), evaluating(student):
         p_ND = teacher(part.codes_BL, part.condition, part.plan).flatten(0, 1)
-        looks = any(map(of_student, names))
+        looks = any(score.reads_student for score in wanted)
         q_ND = student(part.codes_BL, part.condition, part.plan).flatten(0, 1) if looks else None
     length = part.codes_BL.shape[1]
     sides = ScoreInputs(
@@ -64,8 +63,8 @@ def _scores(
         None if q_ND is None else lambda rows: student.head(q_ND[rows]),
         rng.uniform("verify", part.row_B, 2 * length).view(-1, 2),
     )
-    found = position_scores(names, sides, codebook_tables, CHUNK_ROWS)
-    return {name: score_N.view(part.codes_BL.shape) for name, score_N in found.items()}
+    found = position_scores(wanted, sides, codebook_tables, CHUNK_ROWS)
+    return {score: value_N.view(part.codes_BL.shape) for score, value_N in found.items()}
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
 from varkd.distill.divergences import JSD, CrossEntropy, ForwardKL, ReverseKL, TargetRows, TotalVariation
+from varkd.distill.logspace import cluster_logp, log_softmax
 from varkd.distill.neighbors import nearest_codes
-from varkd.distill.scores import ScoreInputs, chunks, position_scores
-from varkd.distill.spaces import Clusters, cluster_logp, log_softmax
+from varkd.distill.scores import Score, ScoreInputs, Surprise, TopKAgrees, chunks, position_scores
+from varkd.distill.spaces import Clusters
 from varkd.rollout import Sampler, evaluating, rollout
 from varkd.types import Condition, Plan
 from varkd.world import Rng
@@ -147,10 +148,10 @@ def neighbor_acceptance(pair: Pair, slack: float = SLACK) -> Tensor:
     return torch.minimum(pair.q_NV, pair.p_NV + extra_NV).sum(1)
 
 
-def _score(pair: Pair, name: str) -> Tensor:
+def _score(pair: Pair, score: Score) -> Tensor:
     """A score that selections read too."""
     sides = ScoreInputs(pair.code_N, lambda rows: pair.teacher_NV[rows], lambda rows: pair.student_NV[rows])
-    return position_scores([name], sides, {}, max(1, len(pair.code_N)))[name]
+    return position_scores([score], sides, {}, max(1, len(pair.code_N)))[score]
 
 
 def _mean_gap(pair: Pair) -> Tensor:
@@ -166,7 +167,7 @@ def _known(value: Tensor | None) -> Tensor:
 QUANTITIES: dict[str, Callable[[Pair], Tensor]] = {
     "ce": lambda pair: CrossEntropy()(pair.student_NV, None, pair.rows),
     "ce_teacher": lambda pair: pair.surprise_N,
-    "typicality": lambda pair: _score(pair, "surprise"),
+    "typicality": lambda pair: _score(pair, Surprise()),
     "teacher_entropy": lambda pair: pair.teacher_entropy_N,
     "student_entropy": lambda pair: torch.special.entr(pair.q_NV).sum(1),
     "forward_kl": lambda pair: ForwardKL()(pair.student_NV, pair.teacher_NV, pair.rows),
@@ -176,7 +177,7 @@ QUANTITIES: dict[str, Callable[[Pair], Tensor]] = {
     "acceptance": lambda pair: 1 - TotalVariation()(pair.student_NV, pair.teacher_NV, pair.rows),
     "acceptance_neighbors": neighbor_acceptance,
     "top1": lambda pair: (pair.student_top_N == pair.top_N).float(),
-    "top5": lambda pair: _score(pair, f"top_k_agrees:{TOP}"),
+    "top5": lambda pair: _score(pair, TopKAgrees(TOP)),
     "top1_cluster": lambda pair: (pair.space.cluster_V[pair.student_top_N] == pair.space.cluster_V[pair.top_N]).float(),
     "mean_gap": _mean_gap,
     "embedding_distance": lambda pair: (

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from varkd.config import RunConfig
 from varkd.distill.prefixes import leading
-from varkd.distill.selection import All
-from varkd.distill.target import Guided
 from varkd.evaluate.audits import kept_positions, kept_share
 from varkd.evaluate.diagnostics import Sequences, Values, completed
 from varkd.evaluate.exposure import risk
@@ -116,10 +114,10 @@ def selection(
     history = [(entry["step"], key, float(value)) for entry in log for key, value in entry.items()
                if entry.get("split") == "train" and key.startswith(AUDITED)]  # fmt: skip
     tables["selection_training"] = Table(("step", "key", "value"), tuple(history))
-    terms = [term.name for term in run.method.terms if not isinstance(term.selection, All)]
+    terms = [term.name for term in run.method.terms if not term.selection.keeps_all]
     if not terms:
         return {"why_not": f"the method {run.preset} keeps every position"}
-    if isinstance(run.method.target, Guided):
+    if run.method.target.guided:
         return {"why_not": "the target is guided, and the audit reads an unguided teacher"}
     state, step = _last_state(run, subject)
     method = run.method.at(1.0, state)

@@ -16,7 +16,6 @@ from varkd.config import EvaluationConfig, RunConfig
 from varkd.data.loader import ordered_batches
 from varkd.data.views import has_flips
 from varkd.distill.method import Method
-from varkd.distill.spaces import Clusters
 from varkd.errors import VarkdError
 from varkd.evaluate.agreement import agreement, cross_entropy, student_batches
 from varkd.evaluate.features import (
@@ -143,8 +142,8 @@ class Judge:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """With the teacher, on data and on the model's own samples: means, and by position."""
         device = model.head.weight.device
-        space = next((term.space for term in method.terms if isinstance(term.space, Clusters)), Clusters())
-        cluster_V = space.prepare(self.codes.tokenizer.codebook_VE.cpu())[space.key]
+        clusters = method.clusters
+        cluster_V = clusters.prepare(self.codes.tokenizer.codebook_VE.cpu())[clusters.key]
         own = student_batches(model, balanced_labels(_AGREEMENT_SEQUENCES, model.num_classes), seed, 128)
         contexts: dict[str, list[Batch]] = {"data": _data_batches(self.codes), "student": own}
         means, curves = {}, {}

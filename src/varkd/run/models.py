@@ -13,7 +13,6 @@ from varkd.backbones.store import build, check_state, family_class, load_backbon
 from varkd.config import RunConfig, read_run
 from varkd.data.classes import match_classes
 from varkd.data.codes import sequence_length
-from varkd.distill.target import Guided
 from varkd.errors import VarkdError
 from varkd.files import read_json
 from varkd.folders import locate
@@ -104,9 +103,9 @@ def _dropout(run: RunConfig) -> float:
 def check_scale(run: RunConfig, student: Backbone) -> None:
     """Raise `VarkdError` where a student reads the guidance scale but would be taught a guided teacher as scale 1."""
     target = run.method.target
-    if student.guidance_conditioned and isinstance(target, Guided) and target.highest is None:
+    if student.guidance_conditioned and target.one_scale is not None:
         raise VarkdError(f"this student reads the guidance scale, and one scale for all is not told: set "
-                         f"method.target.highest ({target.scale:g} or more)")  # fmt: skip
+                         f"method.target.highest ({target.one_scale:g} or more)")  # fmt: skip
 
 
 def open_model(path: str | Path, codes: Codes, student: Backbone | None = None, device: str = "cpu") -> Backbone:

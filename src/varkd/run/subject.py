@@ -50,8 +50,7 @@ class Subject:
     @cached_property
     def clusters(self) -> Clusters:
         """The method's own clusters, else the default ones."""
-        terms = self.run.method.terms if self.run else ()
-        return next((term.space for term in terms if isinstance(term.space, Clusters)), Clusters())
+        return self.run.method.clusters if self.run else Clusters()
 
     @cached_property
     def space(self) -> CodeSpace:

@@ -16,7 +16,7 @@ from varkd.backbones.store import load_backbone, weights_hash
 from varkd.config import RunConfig, differences, dump, read_run
 from varkd.data.loader import DataLoader, ordered_batches
 from varkd.distill.clustering import cluster_statistics
-from varkd.distill.filtering import DifferenceSampling, difference_scores
+from varkd.distill.filtering import difference_scores
 from varkd.errors import VarkdError
 from varkd.evaluate.agreement import cross_entropy
 from varkd.files import atomic_file, read_json, write_errors, write_json, write_text
@@ -82,7 +82,7 @@ def chosen_images(
     quiet: bool,
 ) -> NDArray[np.int64] | None:
     """The training images that the method keeps, or None for all of them; kept in the run folder for a resume."""
-    if not isinstance(run.method.images, DifferenceSampling) or teacher is None:
+    if not run.method.images.needs_teacher or teacher is None:
         return None
     path = folder / "images.npy"
     missing = world.sum(torch.tensor(float(world.is_main and not path.is_file())))

@@ -16,9 +16,7 @@ from varkd.distill.audit import Stats, StepStats
 from varkd.distill.inputs import State, StepInputs
 from varkd.distill.loss import denominators, distill_loss
 from varkd.distill.method import Method
-from varkd.distill.prefixes import Data
 from varkd.distill.spaces import CodebookTables
-from varkd.distill.target import Guided
 from varkd.errors import VarkdError, did_you_mean
 from varkd.methods import METHODS
 from varkd.tokenizers.protocol import Tokenizer
@@ -163,9 +161,9 @@ class Distiller:
     def _sequences(self, batch: Batch, inputs: StepInputs) -> Context:
         """What this rank trains on in this step. Sharded models are gathered for the time that they sample."""
         target = inputs.method.target
-        if isinstance(target, Guided):  # with a range of guidance scales every row draws its own
+        if target.guided:  # with a range of guidance scales every row draws its own
             batch = replace(batch, guidance_B=target.guidance_B(batch.row_B, inputs.rng))
-        sampling = not isinstance(inputs.method.contexts, Data)
+        sampling = inputs.method.contexts.runs_models
         with gathered(*(model for model in (self.student, self.teacher, self.reference) if sampling)):
             return inputs.method.contexts(batch, inputs)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from reference import step_inputs
 from varkd.distill.bestof import FAR, BestOf
 from varkd.distill.credit import Reward
-from varkd.distill.describe import cost_at, explain, phrase
+from varkd.distill.describe import explain, phrase
 from varkd.distill.divergences import CrossEntropy, ForwardKL
 from varkd.distill.inputs import StepInputs
 from varkd.distill.method import Method, Term
@@ -112,10 +112,10 @@ def test_words_and_cost():
     assert phrase(method.contexts) == "student samples, best of 3 (score difference), replayed (every 4, max_age 20)"
     text = " ".join(" ".join(explain(method)).split())
     assert "of 3 for each label, the one with the largest log p - log r" in text
-    cost = cost_at(method)
+    cost = method.cost
     assert cost["student_decode"] == 3 / 4 and cost["teacher_read"] == 1 + 3 / 4
     assert cost["student_read"] == 3 / 4
-    alone = cost_at(Method((Term("kd", ForwardKL()),), BestOf(MixtureSampling(), 2, "teacher")))
+    alone = Method((Term("kd", ForwardKL()),), BestOf(MixtureSampling(), 2, "teacher")).cost
     assert (alone["student_decode"], alone["teacher_decode"]) == (2, 2)
     assert (alone["student_read"], alone["teacher_read"]) == (0, 3)
 
@@ -135,7 +135,7 @@ def test_the_reads_are_those_that_the_cost_tells(inputs, batch, score):
         getattr(inputs, name).register_forward_hook(counting(name))
     contexts = BestOf(count=3, score=score)
     contexts(batch, inputs)
-    made = cost_at(Method((Term("ce", CrossEntropy()),), contexts))
+    made = Method((Term("ce", CrossEntropy()),), contexts).cost
     assert rows == {"teacher": 8 * made["teacher_read"], "reference": 8 * made["student_read"]}
     assert made["teacher_read"] == 3 and made["student_decode"] == 3
 

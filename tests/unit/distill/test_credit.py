@@ -23,6 +23,7 @@ from varkd.distill.inputs import StepInputs
 from varkd.distill.loss import distill_loss
 from varkd.distill.method import Method, Term
 from varkd.distill.prefixes import Rollout
+from varkd.distill.scores import StudentLogp, TeacherLogp
 from varkd.errors import VarkdError
 from varkd.types import Condition, Context, Part, Plan
 from varkd.world import Rng
@@ -51,10 +52,10 @@ def case(plan: Plan, seed: int = 0, drift: float = 0.4) -> tuple[dict[str, Tenso
     """Random log-probabilities: of the teacher, of the student, and of a student that is some updates older."""
     generator = torch.Generator().manual_seed(seed)
     teacher_BL, student_BL, noise_BL = torch.randn(3, *plan.order_BL.shape, generator=generator, dtype=torch.float64)
-    scores = {"teacher_logp": -3 + teacher_BL, "student_logp": -3 + student_BL}
+    scores = {TeacherLogp(): -3 + teacher_BL, StudentLogp(): -3 + student_BL}
     codes_BL = torch.zeros_like(plan.order_BL)
     part = Part.of("student", codes_BL, Condition(torch.zeros(ROWS)), plan, torch.arange(ROWS))
-    return scores, replace(part, behavior_logp_BL=scores["student_logp"] + drift * noise_BL)
+    return scores, replace(part, behavior_logp_BL=scores[StudentLogp()] + drift * noise_BL)
 
 
 def steps_of(plan: Plan, row: int) -> list[int]:
@@ -69,7 +70,7 @@ def by_hand(credit: Credit, scores: dict[str, Tensor], part: Part) -> Tensor:
     assert part.behavior_logp_BL is not None
     table = []
     for row in range(len(part)):
-        lp, lq, lb = (x[row].tolist() for x in (scores["teacher_logp"], scores["student_logp"], part.behavior_logp_BL))
+        lp, lq, lb = (x[row].tolist() for x in (scores[TeacherLogp()], scores[StudentLogp()], part.behavior_logp_BL))
         step = steps_of(part.plan, row)
         reward = [p - q for p, q in zip(lp, lq, strict=True)]
         found = []
@@ -125,16 +126,16 @@ def test_a_reward_reaches_strictly_earlier_steps_only(plan: Plan):
     for row in range(ROWS):
         step = steps_of(plan, row)
         for changed in range(len(step)):
-            other = scores["teacher_logp"].clone()
+            other = scores[TeacherLogp()].clone()
             other[row, changed] += 1.5
-            moved_BL = future({**scores, "teacher_logp": other}, part) - before[future]
+            moved_BL = future({**scores, TeacherLogp(): other}, part) - before[future]
             moved = [bool(each.abs() > 1e-9) for each in moved_BL[row]]
             assert moved == [step[here] < step[changed] for here in range(len(step))]
             assert moved_BL.abs().sum() == pytest.approx(moved_BL[row].abs().sum().item())  # no other row
     # The first step has no prefix: its factor is 1 + gamma, whatever the rewards are.
-    reward_BL = scores["teacher_logp"] - scores["student_logp"]
+    reward_BL = scores[TeacherLogp()] - scores[StudentLogp()]
     assert part.behavior_logp_BL is not None
-    plain_BL = (scores["student_logp"] - part.behavior_logp_BL).exp() * reward_BL
+    plain_BL = (scores[StudentLogp()] - part.behavior_logp_BL).exp() * reward_BL
     first_BL = torch.tensor([[each == 0 for each in steps_of(plan, row)] for row in range(ROWS)])
     torch.testing.assert_close(before[discrepancy][first_BL], 1.5 * plain_BL[first_BL])
     assert (before[discrepancy] / plain_BL >= 1 - 1e-9).all() and (before[discrepancy] / plain_BL <= 1.5 + 1e-9).all()
@@ -150,7 +151,7 @@ def test_codes_of_the_last_step_have_no_future():
 
 def test_equal_models_give_no_reward_and_no_nan():
     scores, part = case(PLANS["next scale"])
-    scores["teacher_logp"] = scores["student_logp"].clone()
+    scores[TeacherLogp()] = scores[StudentLogp()].clone()
     for credit in (Reward(), FutureReturn(), PrefixDiscrepancy()):
         assert (credit(scores, part) == 0).all()
 
@@ -163,8 +164,8 @@ def test_clipping_has_the_gradient_of_the_clipped_objective(clip: float):
     """d/d log q of min(r A, clip(r, 1 - e, 1 + e) A), r = q / b, by autograd."""
     scores, part = case(PLANS["next scale"], seed=5, drift=1.5)
     assert part.behavior_logp_BL is not None
-    advantage_BL = scores["teacher_logp"] - scores["student_logp"]
-    logp_BL = scores["student_logp"].clone().requires_grad_()
+    advantage_BL = scores[TeacherLogp()] - scores[StudentLogp()]
+    logp_BL = scores[StudentLogp()].clone().requires_grad_()
     ratio_BL = (logp_BL - part.behavior_logp_BL).exp()
     objective_BL = torch.minimum(ratio_BL * advantage_BL, ratio_BL.clamp(1 - clip, 1 + clip) * advantage_BL)
     (expected,) = torch.autograd.grad(objective_BL.sum(), logp_BL)
@@ -175,7 +176,7 @@ def test_clipping_has_the_gradient_of_the_clipped_objective(clip: float):
 
 def test_fresh_samples_are_never_clipped():
     scores, part = case(PLANS["raster"], drift=0.0)
-    torch.testing.assert_close(Reward(1e-6)(scores, part), scores["teacher_logp"] - scores["student_logp"])
+    torch.testing.assert_close(Reward(1e-6)(scores, part), scores[TeacherLogp()] - scores[StudentLogp()])
 
 
 def test_importance_weights_are_capped():
@@ -198,7 +199,7 @@ def test_the_mean_gradient_of_the_reward_is_that_of_the_reverse_kl(drift: float)
     plan = Plan(torch.zeros(7, 1, dtype=torch.long), (1,))
     part = Part.of("student", torch.arange(7).view(7, 1), Condition(torch.zeros(7)), plan, torch.arange(7))
     part = replace(part, behavior_logp_BL=lb.unsqueeze(1))
-    scores = {"teacher_logp": lp.unsqueeze(1), "student_logp": lq.detach().unsqueeze(1)}
+    scores = {TeacherLogp(): lp.unsqueeze(1), StudentLogp(): lq.detach().unsqueeze(1)}
     (expected,) = reference.reverse_kl(s.detach(), z)[1]
     surrogate = (lb.exp() * Reward(None)(scores, part).squeeze(1) * -lq).sum()
     torch.testing.assert_close(torch.autograd.grad(surrogate, s, retain_graph=True)[0][0], expected)
@@ -223,7 +224,7 @@ def test_the_loss_holds_the_coefficient_fixed(student, teacher, batch, credit: C
     inputs = StepInputs(method, student, teacher, {}, Rng(0), codebook_tables={}, chunk_rows=7)
     value, stats = distill_loss(inputs, Context((part,)), {"d": 10.0})
 
-    coefficient_BL = by_hand(credit, {"student_logp": of_code[0], "teacher_logp": of_code[1]}, part)
+    coefficient_BL = by_hand(credit, {StudentLogp(): of_code[0], TeacherLogp(): of_code[1]}, part)
     q_BLV, p_BLV = logp[0], logp[1].detach()
     if isinstance(divergence, CrossEntropy):
         d_BL = -q_BLV.gather(2, batch.codes_BL.unsqueeze(2)).squeeze(2)

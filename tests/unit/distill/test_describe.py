@@ -16,16 +16,17 @@ import torch
 from reference import step_inputs
 from varkd.backbones.llamagen import LlamaGen
 from varkd.distill.credit import FutureReturn, NoCredit, Reward
-from varkd.distill.describe import COSTS, cost_at, describe_presets, explain, first_sentence, format_term, phrase
-from varkd.distill.divergences import CrossEntropy, ForwardKL, ReverseKL
+from varkd.distill.describe import describe_presets, explain, format_term, phrase
+from varkd.distill.divergences import CrossEntropy, DivergenceRule, ForwardKL, ReverseKL
 from varkd.distill.inputs import State, StepInputs
 from varkd.distill.loss import Stats, denominators, distill_loss
-from varkd.distill.method import Method, Term
+from varkd.distill.method import COSTS, Method, Term
 from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import Completions, Data, Rollout
 from varkd.distill.replay import Replay
 from varkd.distill.schedule import ExponentialSchedule, LinearSchedule, Plateau, TaidTime, adaptives
 from varkd.distill.selection import Accepted, Confidence
+from varkd.distill.skew import SequenceSkew
 from varkd.distill.target import Guided, Truncated
 from varkd.methods import METHODS
 from varkd.rollout import Sampler
@@ -91,12 +92,50 @@ def test_a_term_on_one_line():
     assert all(format_term(term).endswith("; mean over what is selected") for term in row["terms"])
 
 
-@pytest.mark.parametrize("kind", PARTS, ids=lambda kind: kind.__name__)
-def test_every_part_opens_with_a_sentence_that_can_be_shown(kind: type):
-    """Its docstring says in one line, in full, what it is: `varkd show` prints it."""
-    said = first_sentence(object.__new__(kind))
-    assert 10 < len(said) < 200 and "`" not in said and not said.startswith(f"{kind.__name__}(")
-    assert said.count("(") == said.count(")"), "a sentence that was cut within brackets"
+OTHERS: dict[str, Any] = {
+    "rollout": Rollout("teacher"), "sampler": Sampler(temperature=0.7), "fresh": 0.3, "highest": 3.0, "clip": None,
+    "threshold": None, "alpha": 0.3, "time": 0.3, "shares": (Share(Data(), 0.25), Share(Rollout(), 0.75)),
+    "contexts": Rollout(), "fraction": 0.75, "count": 9, "factor": 7,
+}  # fmt: skip
+"""Another value of a setting, by its name, where its type does not say one."""
+MADE = {"TopK": {"count": 5}, "Mixture": {"shares": (Share(Data(), 0.5), Share(Rollout(), 0.5))},
+        "LinearSchedule": {"start": 0.2, "end": 0.9}, "ExponentialSchedule": {"start": 0.2, "end": 0.9},
+        "SkewKL": {"alpha": SequenceSkew()}}  # fmt: skip
+RULES = {"top_k": "top_k", "top_p": "nucleus", "neighbors": "neighbors"}
+
+
+def other(kind: type, name: str, value: Any) -> Any:
+    hint = typing.get_type_hints(kind)[name]
+    if name in OTHERS and OTHERS[name] != value:
+        return OTHERS[name]
+    if typing.get_origin(hint) is typing.Literal:
+        return next(each for each in typing.get_args(hint) if each != value)
+    return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2 + 0.01
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PARTS if hasattr(kind, "summary")], ids=lambda kind: kind.__name__)
+def test_every_part_says_what_it_is_and_every_setting_shows(kind: Any):
+    part = kind(**MADE.get(kind.__name__, {}))
+    said = lambda part: (
+        f"{part.summary} {part.rule}" if hasattr(part, "rule") and kind is not Accepted else part.summary
+    )
+    assert 5 < len(said(part)) < 300 or part == NoCredit()
+    assert "`" not in said(part) and said(part).count("(") == said(part).count(")")
+    for field in fields(part):
+        if field.name == "kind":
+            continue
+        asked = replace(part, rule=RULES[field.name]) if kind is Accepted and field.name in RULES else part
+        asked = replace(asked, count=None) if field.name == "factor" else asked
+        changed = replace(asked, **{field.name: other(kind, field.name, getattr(asked, field.name))})
+        assert said(changed) != said(asked), field.name
+
+
+def test_an_unknown_part_must_say_what_it_is():
+    class Silent(DivergenceRule):
+        pass
+
+    with pytest.raises(TypeError, match="summary"):
+        Silent()  # type: ignore[abstract]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -123,19 +162,33 @@ def test_the_words_follow_the_value():
     term = kd.terms[0]
     assert moved(kd) == []
     assert moved(replace(kd, terms=(replace(term, divergence=ReverseKL()),))) == [
-        "compares: KL(q || p) = sum q (log q - log p)"
+        "compares: reverse KL, KL(q || p) = sum q (log q - log p)"
     ]
     assert moved(replace(kd, terms=(replace(term, weight=LinearSchedule(1.0, 0.0)),))) == [
         "weight 1 -> 0 over training, mean on data rows over all their positions",
         "method.terms.0.weight: 1 -> 0 over training",
     ]
     sampled = " ".join(moved(replace(kd, contexts=Rollout(sampler=Sampler(temperature=0.7)))))
-    assert "Sequences that the student samples now" in sampled and "temperature 0.7" in sampled
+    assert "sequences that the student samples now" in sampled and "temperature 0.7" in sampled
     assert "on student rows" in sampled and "1 decoded" in sampled
     low = " ".join(moved(replace(kd, terms=(replace(term, selection=Confidence(side="low")),))))
-    assert "at or below its quantile" in low and "the threshold of term kd" in low
+    assert "at or below its quantile 1/2" in low and "the threshold of term kd" in low
     guided = " ".join(moved(replace(kd, target=Guided(2.5))))
-    assert "The guided teacher" in guided and "scale 2.5" in guided and "teacher: 2 read" in guided
+    assert "the guided teacher" in guided and "scale 2.5" in guided and "teacher: 2 read" in guided
+
+
+def test_varkd_is_told_as_the_paper_has_it():
+    """Mixed rollouts, the entropy weight with its truncation, groups of look-alike codes."""
+    said = " ".join(line.strip() for line in explain(METHODS["varkd"].method))
+    for words in (
+        "10 % of the rows: mixed rollouts: the first part of a data sequence, between 1/4 and 3/4 of it, continued by",
+        "all other rows: the images' own codes",
+        "only what was generated counts",
+        "compares: reverse KL, KL(q || p)",
+        "a_t = 1 - H(p) / log V, the teacher's confidence; nothing counts after the first generated position with a_t",
+        "outcomes: the masses of V / 4 groups of look-alike codes (k-means of the codebook)",
+    ):
+        assert words in said
 
 
 def test_a_term_without_rows_is_shown_to_have_none():
@@ -149,7 +202,7 @@ def test_adaptive_numbers_are_explained():
     said = " ".join(line.strip() for line in explain(METHODS["taid"].method))
     assert "method.terms.0.divergence.time is TAID's t" in said and "momentum 0.99" in said
     said = " ".join(line.strip() for line in explain(METHODS["distillm2"].method))
-    assert said.count("the skew of term") == 2 and "smallest 0.01" in said
+    assert said.count("the skew of term") == 2 and said.count("one number for each sequence in [0.01, 0.1]") == 2
 
 
 def test_families_that_cannot_be_trained_are_named():
@@ -213,7 +266,7 @@ def test_the_cost_is_what_is_counted(name: str, make_model: Callable[..., LlamaG
             stats.merge(found)
             assert torch.isfinite(loss)
         state = method.update(state, context, stats.collect(World()).observed, rng)
-    measured, told = counted.per_update(length=6), cost_at(method)
+    measured, told = counted.per_update(length=6), method.cost
     for key in COSTS:
         assert measured[key] == pytest.approx(told[key], abs=1 / ROWS), (key, measured, told)
 

@@ -35,6 +35,7 @@ from varkd.distill.divergences import (
     renormalized,
 )
 from varkd.distill.schedule import LinearSchedule
+from varkd.distill.scores import StudentLogp, TeacherLogp
 from varkd.distill.spaces import log_softmax
 from varkd.errors import VarkdError
 
@@ -435,7 +436,9 @@ def test_the_sequence_skew_by_hand():
     skew = SequenceSkew(largest=0.1, smallest=0.01)
     teacher_logp = torch.tensor([[-1.0, -3.0], [-2.0, -2.0], [-0.5, -0.5]])
     student_logp = torch.tensor([[-2.0, -2.0], [-3.0, -5.0], [-4.0, -4.0]])
-    gap = skew.gap(teacher_logp, student_logp)  # of exp of mean log-probabilities
+    gap = skew.observed(
+        {TeacherLogp(): teacher_logp, StudentLogp(): student_logp}, None, None
+    )  # of exp of mean log-probabilities
     expected = [math.exp(-2) - math.exp(-2), math.exp(-2) - math.exp(-4), math.exp(-0.5) - math.exp(-4)]
     torch.testing.assert_close(gap, torch.tensor(expected).unsqueeze(1))
     assert skew.alpha(gap, None).tolist() == [[pytest.approx(0.1)]] * 3  # nothing to compare with yet

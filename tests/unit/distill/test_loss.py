@@ -22,7 +22,7 @@ from varkd.distill.bestof import BestOf
 from varkd.distill.divergences import JSD, CrossEntropy, Decoupled, ForwardKL, ReverseKL, SequenceSkew, SkewKL
 from varkd.distill.inputs import State, StepInputs
 from varkd.distill.loss import Stats, chunked_head_loss, denominators, distill_loss
-from varkd.distill.method import Method, Term, skew_key, threshold_key
+from varkd.distill.method import Method, Term
 from varkd.distill.mixture import Mixture, Share
 from varkd.distill.prefixes import Data, MixedRollout, Rollout
 from varkd.distill.replay import Replay
@@ -90,14 +90,16 @@ class Case:
 def thresholds(method: Method) -> State:
     """In the middle of the scores of the toy teacher, so that about half of the positions are kept."""
     middle = {"max_prob": 0.2, "cluster_mass": 0.38, "code_prob": 0.08, "entropy": -0.9}
-    chosen = [(threshold_key(term), term.selection) for term in method.terms if isinstance(term.selection, Confidence)]
+    chosen = [
+        (term.key(term.selection), term.selection) for term in method.terms if isinstance(term.selection, Confidence)
+    ]
     return {key: torch.full((6,) if s.per_position else (1,), middle[s.score]) for key, s in chosen}
 
 
 def memory(method: Method) -> State:
     """Thresholds, adaptive numbers and running gaps from earlier steps."""
     numbers = {key: [0.6, 0.01, 2.0] if isinstance(value, TaidTime) else [0.5, 2.0] for key, value in adaptives(method)}
-    gaps = {skew_key(term): [0.03] for term in method.terms if term.skew}
+    gaps = {term.key(term.skew): [0.03] for term in method.terms if term.skew}
     moved = {key: torch.tensor(values, dtype=torch.float64) for key, values in (numbers | gaps).items()}
     return {**thresholds(method), **moved}
 
@@ -456,7 +458,7 @@ def test_statistics_are_means_in_nats(student, teacher, batch):
 def test_gathered_scores_are_by_generation_rank(student, teacher, batch):
     subject = case(SELECTED, student, teacher, batch)
     stats = run(subject, micro_batches=4)[2]
-    (name,) = [threshold_key(t) for t in subject.inputs.method.terms if isinstance(t.selection, Confidence)]
+    (name,) = [t.key(t.selection) for t in subject.inputs.method.terms if isinstance(t.selection, Confidence)]
     scores = stats.collect(World()).observed
     assert set(scores) == {name}
     logits = [teacher.head(teacher(part.codes_BL, part.condition, part.plan)) for part in subject.context.parts]

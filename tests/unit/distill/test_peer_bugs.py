@@ -28,6 +28,7 @@ from varkd.distill.inputs import StepInputs
 from varkd.distill.loss import denominators, distill_loss
 from varkd.distill.method import Method, Term
 from varkd.distill.prefixes import Data, Rollout
+from varkd.distill.scores import StudentLogp, TeacherLogp
 from varkd.distill.spaces import Full, TopK
 from varkd.methods import METHODS
 from varkd.rollout import Sampler
@@ -105,7 +106,7 @@ def part_and_scores(student) -> tuple[Part, dict[str, Tensor]]:
     codes_BL, row_B = torch.randint(12, (2, 6), generator=draw), torch.arange(2)
     part = Part.of("student", codes_BL, Condition(torch.zeros(2, dtype=torch.long)), student.plan(2), row_B)
     teacher_BL, student_BL = -3 * torch.rand(2, 2, 6, generator=draw)
-    return replace(part, behavior_logp_BL=student_BL), {"teacher_logp": teacher_BL, "student_logp": student_BL}
+    return replace(part, behavior_logp_BL=student_BL), {TeacherLogp(): teacher_BL, StudentLogp(): student_BL}
 
 
 @pytest.mark.parametrize("mean", [True, False])
@@ -114,8 +115,8 @@ def test_the_return_of_a_code_leaves_out_its_own_reward(student, mean: bool):
     part, scores = part_and_scores(student)
     credit = FutureReturn(mean=mean, clip=None)
     before_BL = credit(scores, part)
-    other = {**scores, "teacher_logp": scores["teacher_logp"].clone()}
-    other["teacher_logp"][:, 3] += 1.0
+    other = {**scores, TeacherLogp(): scores[TeacherLogp()].clone()}
+    other[TeacherLogp()][:, 3] += 1.0
     moved_BL = credit(other, part) - before_BL
     expected = torch.tensor([1 / 5, 1 / 4, 1 / 3, 0, 0, 0]) if mean else torch.tensor([1.0, 1, 1, 0, 0, 0])
     torch.testing.assert_close(moved_BL, expected.expand(2, 6), rtol=0, atol=1e-5)

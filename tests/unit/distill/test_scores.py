@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from varkd.distill.scores import (
+    ClusterMass,
+    CodeProb,
+    Entropy,
+    Margin,
+    MaxProb,
+    ProposalAccepted,
+    Score,
     ScoreInputs,
     Scores,
+    StudentLogp,
+    TeacherLogp,
+    TopKAgrees,
     chunks,
-    cluster_mass_name,
     code_logp,
-    of_student,
-    of_teacher,
     position_scores,
 )
 from varkd.distill.spaces import Clusters
 
 SPACE = Clusters(count=3)
-NAMES = ["max_prob", "entropy", "margin", cluster_mass_name(SPACE)]
+NAMES = [MaxProb(), Entropy(), Margin(), ClusterMass(SPACE.key)]
 
 
 def head_and_hidden(rows: int = 11, vocab_size: int = 9) -> tuple[nn.Linear, torch.Tensor]:
@@ -33,7 +42,7 @@ def head_and_hidden(rows: int = 11, vocab_size: int = 9) -> tuple[nn.Linear, tor
 
 
 def teacher_scores(
-    names: list[str],
+    names: list[Score],
     head: nn.Linear,
     hidden_ND: torch.Tensor,
     codebook_tables: dict[str, torch.Tensor],
@@ -53,10 +62,10 @@ def test_scores(chunk_rows: int):
     ordered = np.sort(p, axis=1)
     cluster_V = codebook_tables[SPACE.key].numpy()
     expected = {
-        "max_prob": p.max(1),
-        "entropy": (p * np.log(p)).sum(1) / np.log(9),
-        "margin": ordered[:, -1] - ordered[:, -2],
-        cluster_mass_name(SPACE): np.stack([p[:, cluster_V == k].sum(1) for k in range(3)]).max(0),
+        MaxProb(): p.max(1),
+        Entropy(): (p * np.log(p)).sum(1) / np.log(9),
+        Margin(): ordered[:, -1] - ordered[:, -2],
+        ClusterMass(SPACE.key): np.stack([p[:, cluster_V == k].sum(1) for k in range(3)]).max(0),
     }
     for name in NAMES:
         assert scores[name].dtype == torch.float32 and not scores[name].requires_grad
@@ -69,17 +78,15 @@ def test_the_surest_teacher_scores_highest():
     flat, sure = torch.zeros(1, 9), torch.full((1, 9), -100.0).index_fill(1, torch.tensor([0]), 100.0)
     codebook_tables = SPACE.prepare(torch.randn(9, 2, generator=torch.Generator().manual_seed(1)))
     scores = teacher_scores(NAMES, head, torch.cat([flat, sure]), codebook_tables, 10)
-    lowest = {"max_prob": 1 / 9, "entropy": -1.0, "margin": 0.0, cluster_mass_name(SPACE): 1 / 3}
-    highest = {"max_prob": 1.0, "entropy": 0.0, "margin": 1.0, cluster_mass_name(SPACE): 1.0}
+    lowest = {MaxProb(): 1 / 9, Entropy(): -1.0, Margin(): 0.0, ClusterMass(SPACE.key): 1 / 3}
+    highest = {MaxProb(): 1.0, Entropy(): 0.0, Margin(): 1.0, ClusterMass(SPACE.key): 1.0}
     for name in NAMES:
         torch.testing.assert_close(scores[name], torch.tensor([lowest[name], highest[name]]), rtol=1e-5, atol=1e-6)
 
 
-def test_no_rows_and_unknown_names():
+def test_no_rows():
     head, hidden_ND = head_and_hidden()
-    assert teacher_scores(["entropy"], head, hidden_ND[:0], {}, 4)["entropy"].shape == (0,)
-    with pytest.raises(ValueError, match="unknown score"):
-        teacher_scores(["nonsense"], head, hidden_ND, {}, 4)
+    assert teacher_scores([Entropy()], head, hidden_ND[:0], {}, 4)[Entropy()].shape == (0,)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, 100])
@@ -113,23 +120,27 @@ def sides(
     return ScoreInputs(code_N, lambda rows: z[rows], lambda rows: s[rows], uniform_N2)
 
 
+def accepted(both: ScoreInputs, chunk_rows: int = 50) -> torch.Tensor:
+    return position_scores([ProposalAccepted()], both, {}, chunk_rows)[ProposalAccepted()]
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 4, 100])
 def test_scores_of_codes_and_of_both_models(chunk_rows: int):
     s, z, code_N = both_logits()
-    names = ["teacher_logp", "student_logp", "code_prob", "top_k_agrees:1", "top_k_agrees:3", "top_k_agrees:9"]
+    names = [TeacherLogp(), StudentLogp(), CodeProb(), TopKAgrees(1), TopKAgrees(3), TopKAgrees(9)]
     scores = position_scores(names, sides(s.requires_grad_(), z, code_N), {}, chunk_rows)
     q, p = (np.exp(x.detach().numpy()) / np.exp(x.detach().numpy()).sum(1, keepdims=True) for x in (s, z))
-    expected = {"teacher_logp": [], "student_logp": [], "code_prob": [], **{name: [] for name in names[3:]}}
+    expected = {TeacherLogp(): [], StudentLogp(): [], CodeProb(): [], **{name: [] for name in names[3:]}}
     for row, code in enumerate(code_N.tolist()):
-        expected["teacher_logp"].append(np.log(p[row, code]))
-        expected["student_logp"].append(np.log(q[row, code]))
-        expected["code_prob"].append(p[row, code])
+        expected[TeacherLogp()].append(np.log(p[row, code]))
+        expected[StudentLogp()].append(np.log(q[row, code]))
+        expected[CodeProb()].append(p[row, code])
         for name in names[3:]:
-            first = np.argsort(-p[row])[: int(name.split(":")[1])]
+            first = np.argsort(-p[row])[: name.top_k]
             expected[name].append(float(q[row].argmax() in first))
     for name in names:
         assert scores[name].dtype == torch.float32 and not scores[name].requires_grad
-        np.testing.assert_allclose(scores[name].numpy(), expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(scores[name].numpy(), expected[name], rtol=1e-5, atol=1e-6, err_msg=str(name))
     agree = [scores[name].mean() for name in names[3:]]
     assert agree[0] < agree[1] < agree[2] == 1
 
@@ -137,9 +148,9 @@ def test_scores_of_codes_and_of_both_models(chunk_rows: int):
 def test_equal_codes_of_the_teacher_share_their_rank():
     """A code that ties with the k-th likeliest one is among the k likeliest, whichever of them a sort puts first."""
     z, s = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]] * 5), 10 * torch.eye(5)
-    scores = position_scores(["top_k_agrees:2", "top_k_agrees:4"], sides(s, z, torch.zeros(5, dtype=torch.long)), {}, 5)
-    assert scores["top_k_agrees:2"].tolist() == [1, 1, 1, 1, 0]
-    assert scores["top_k_agrees:4"].tolist() == [1, 1, 1, 1, 0]
+    scores = position_scores([TopKAgrees(2), TopKAgrees(4)], sides(s, z, torch.zeros(5, dtype=torch.long)), {}, 5)
+    assert scores[TopKAgrees(2)].tolist() == [1, 1, 1, 1, 0]
+    assert scores[TopKAgrees(4)].tolist() == [1, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 10_000])
@@ -147,12 +158,12 @@ def test_proposals_are_accepted_as_speculative_decoding_accepts(chunk_rows: int)
     """By plain loops: the code at which the student's CDF passes the first number, kept below min(1, p / q)."""
     s, z, code_N = both_logits(rows=40)
     uniform_N2 = torch.rand(40, 2, generator=torch.Generator().manual_seed(5))
-    scores = position_scores(["accepted"], sides(s, z, code_N, uniform_N2), {}, chunk_rows)
+    scores = position_scores([ProposalAccepted()], sides(s, z, code_N, uniform_N2), {}, chunk_rows)
     q, p, expected = s.softmax(1).numpy(), z.softmax(1).numpy(), []
     for row, (propose, verify) in enumerate(uniform_N2.tolist()):
         code = int((q[row].cumsum() <= propose).sum())
         expected.append(float(verify < min(1.0, p[row, code] / q[row, code])))
-    assert scores["accepted"].tolist() == expected and 0 < sum(expected) < 40
+    assert scores[ProposalAccepted()].tolist() == expected and 0 < sum(expected) < 40
 
 
 def test_the_acceptance_rate_is_one_minus_the_total_variation():
@@ -161,7 +172,9 @@ def test_the_acceptance_rate_is_one_minus_the_total_variation():
     uniform_N2 = torch.rand(4 * trials, 2, generator=torch.Generator().manual_seed(6))
     many = [logits.repeat_interleave(trials, 0) for logits in (s, z)]
     code_N = torch.zeros(4 * trials, dtype=torch.long)
-    accepted_N = position_scores(["accepted"], sides(many[0], many[1], code_N, uniform_N2), {}, 50_000)["accepted"]
+    accepted_N = position_scores([ProposalAccepted()], sides(many[0], many[1], code_N, uniform_N2), {}, 50_000)[
+        ProposalAccepted()
+    ]
     rate = torch.minimum(s.softmax(1), z.softmax(1)).sum(1)
     assert rate.min() < 0.5 < rate.max()  # the rows differ
     error = (rate * (1 - rate) / trials).sqrt()
@@ -171,10 +184,15 @@ def test_the_acceptance_rate_is_one_minus_the_total_variation():
 def test_a_code_that_the_teacher_excludes_is_never_accepted_and_equal_models_accept_everything():
     s, z, code_N = both_logits(rows=200)
     uniform_N2 = torch.rand(200, 2, generator=torch.Generator().manual_seed(7))
-    assert (position_scores(["accepted"], sides(s, s, code_N, uniform_N2), {}, 50)["accepted"] == 1).all()
+    assert (
+        position_scores([ProposalAccepted()], sides(s, s, code_N, uniform_N2), {}, 50)[ProposalAccepted()] == 1
+    ).all()
     excluded = torch.where(s == s.max(1, keepdim=True).values, -torch.inf, z)
     sure = torch.where(s == s.max(1, keepdim=True).values, 50.0, s)
-    assert (position_scores(["accepted"], sides(sure, excluded, code_N, uniform_N2), {}, 50)["accepted"] == 0).all()
+    assert (
+        position_scores([ProposalAccepted()], sides(sure, excluded, code_N, uniform_N2), {}, 50)[ProposalAccepted()]
+        == 0
+    ).all()
 
 
 def test_each_model_runs_only_where_a_score_looks_at_it():
@@ -182,18 +200,18 @@ def test_each_model_runs_only_where_a_score_looks_at_it():
     ran: list[str] = []
     watched = ScoreInputs(code_N, lambda rows: (ran.append("teacher"), z[rows])[1],
                     lambda rows: (ran.append("student"), s[rows])[1], torch.rand(len(code_N), 2))  # fmt: skip
-    alone = {"student_logp": {"student"}, "teacher_logp": {"teacher"}, "code_prob": {"teacher"}, "entropy": {"teacher"},
-             "top_k_agrees:2": {"student", "teacher"}, "accepted": {"student", "teacher"}}  # fmt: skip
+    alone = {StudentLogp(): {"student"}, TeacherLogp(): {"teacher"}, CodeProb(): {"teacher"}, Entropy(): {"teacher"},
+             TopKAgrees(2): {"student", "teacher"}, ProposalAccepted(): {"student", "teacher"}}  # fmt: skip
     for name, expected in alone.items():
         ran.clear()
         position_scores([name], watched, {}, 4)
         assert set(ran) == expected, name
-        assert (of_student(name), of_teacher(name)) == ("student" in expected, "teacher" in expected)
+        assert (name.reads_student, name.reads_teacher) == ("student" in expected, "teacher" in expected)
     ran.clear()
     assert position_scores([], watched, {}, 4) == {} and ran == []
 
 
-@pytest.mark.parametrize("name", ["teacher_logp", "student_logp", "accepted", "top_k_agrees:2"])
-def test_a_missing_model_is_named(name: str):
-    with pytest.raises(ValueError, match=f"'{name}' needs a model"):
+@pytest.mark.parametrize("name", [TeacherLogp(), StudentLogp(), ProposalAccepted(), TopKAgrees(2)])
+def test_a_missing_model_is_named(name: Score):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(name))} needs a model"):
         position_scores([name], ScoreInputs(torch.zeros(3, dtype=torch.long)), {}, 4)

@@ -13,7 +13,8 @@ from varkd.distill import loss as loss_module
 from varkd.distill.divergences import CrossEntropy, ForwardKL
 from varkd.distill.inputs import StepInputs
 from varkd.distill.loss import Stats, distill_loss
-from varkd.distill.method import Method, Term, threshold_key
+from varkd.distill.method import Method, Term
+from varkd.distill.scores import CodeProb, Entropy, MaxProb, ProposalAccepted, TopKAgrees
 from varkd.distill.selection import Accepted, All, Confidence, Random
 from varkd.distill.spaces import Clusters, Full
 from varkd.errors import VarkdError
@@ -39,7 +40,7 @@ def test_thresholds_belong_to_generation_ranks(reverse: bool):
     score_BL = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
     threshold_L = torch.tensor([0.1, 0.2, 0.4, 0.6, 0.8, 0.9])
     selection = Confidence(score="max_prob", floor=0.25)
-    weight_BL = selection({"max_prob": score_BL}, part(reverse=reverse), Full(), threshold_L, RNG)
+    weight_BL = selection({MaxProb(): score_BL}, part(reverse=reverse), Full(), threshold_L, RNG)
     for row in range(4):
         for position in range(6):
             rank = 5 - position if reverse else position
@@ -51,17 +52,17 @@ def test_thresholds_belong_to_generation_ranks(reverse: bool):
 def test_the_threshold_itself_counts_as_confident_and_the_first_step_keeps_everything():
     score_BL = torch.full((4, 6), 0.5)
     selection = Confidence(score="max_prob")
-    assert (selection({"max_prob": score_BL}, part(), Full(), torch.full((6,), 0.5), RNG) == 1).all()
-    assert (selection({"max_prob": score_BL}, part(), Full(), None, RNG) == 1).all()
+    assert (selection({MaxProb(): score_BL}, part(), Full(), torch.full((6,), 0.5), RNG) == 1).all()
+    assert (selection({MaxProb(): score_BL}, part(), Full(), None, RNG) == 1).all()
 
 
 def test_threshold_is_a_moving_average_of_quantiles():
     selection = Confidence(quantile=0.25, score="max_prob", decay=0.9)
     first, second = torch.rand(2, 8, 3, generator=torch.Generator().manual_seed(1))
     quantile = lambda scores: torch.tensor([sorted(column)[1] * 0.25 + sorted(column)[2] * 0.75 for column in scores.T])
-    threshold_L = selection.updated_threshold(None, first)  # 0.25 of 8 values lies at index 1.75
+    threshold_L = selection.updated(None, first)  # 0.25 of 8 values lies at index 1.75
     torch.testing.assert_close(threshold_L, quantile(first))
-    threshold_L = selection.updated_threshold(threshold_L, second)
+    threshold_L = selection.updated(threshold_L, second)
     torch.testing.assert_close(threshold_L, 0.9 * quantile(first) + 0.1 * quantile(second))
 
 
@@ -73,8 +74,8 @@ def test_the_kept_fraction_converges_to_one_minus_the_quantile_at_every_position
     for step in range(200):
         score_BL = torch.randn(64, 4, generator=generator) + rank_offset
         if step >= 100:
-            kept.append(selection({"max_prob": score_BL}, part(64, 4), Full(), threshold_L, RNG).mean(0))
-        threshold_L = selection.updated_threshold(threshold_L, score_BL)
+            kept.append(selection({MaxProb(): score_BL}, part(64, 4), Full(), threshold_L, RNG).mean(0))
+        threshold_L = selection.updated(threshold_L, score_BL)
     fraction_L = torch.stack(kept).mean(0)
     assert (fraction_L - (1 - quantile)).abs().max() < 0.03
 
@@ -83,10 +84,10 @@ def test_method_update_writes_one_threshold_per_confidence_term():
     term = Term("kd", ForwardKL(), selection=Confidence(quantile=0.5, score="max_prob"))
     method = Method((term, Term("ce", CrossEntropy())))
     scores = torch.tensor([[0.1, 0.9], [0.3, 0.5], [0.2, 0.7]])
-    state = method.update({}, Context(()), {threshold_key(term): scores}, RNG)
-    assert set(state) == {threshold_key(term)}
-    torch.testing.assert_close(state[threshold_key(term)], torch.tensor([0.2, 0.7]))
-    none = {threshold_key(term): scores[:0]}
+    state = method.update({}, Context(()), {term.key(term.selection): scores}, RNG)
+    assert set(state) == {term.key(term.selection)}
+    torch.testing.assert_close(state[term.key(term.selection)], torch.tensor([0.2, 0.7]))
+    none = {term.key(term.selection): scores[:0]}
     assert method.update(state, Context(()), none, RNG) == state  # no rows: nothing to learn from
 
 
@@ -125,34 +126,34 @@ def test_the_low_side_keeps_what_the_high_side_does_not():
     score_BL = torch.rand(4, 6, generator=torch.Generator().manual_seed(2))
     threshold_L = torch.full((6,), 0.5)
     high, low = (Confidence(score="entropy", side=side, floor=0.25) for side in ("high", "low"))  # type: ignore[arg-type]
-    kept_high, kept_low = (each({"entropy": score_BL}, part(), Full(), threshold_L, RNG) for each in (high, low))
+    kept_high, kept_low = (each({Entropy(): score_BL}, part(), Full(), threshold_L, RNG) for each in (high, low))
     assert torch.equal(kept_low == 1, score_BL <= 0.5) and torch.equal(kept_high == 1, score_BL >= 0.5)
     assert torch.equal(kept_high + kept_low, torch.full((4, 6), 1.25))
     tie = torch.full((4, 6), 0.5)  # the threshold itself belongs to both sides
     for each in (high, low):
-        assert (each({"entropy": tie}, part(), Full(), threshold_L, RNG) == 1).all()
-    assert (low({"entropy": score_BL}, part(), Full(), None, RNG) == 1).all()
+        assert (each({Entropy(): tie}, part(), Full(), threshold_L, RNG) == 1).all()
+    assert (low({Entropy(): score_BL}, part(), Full(), None, RNG) == 1).all()
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_one_threshold_may_serve_all_positions(reverse: bool):
     selection = Confidence(quantile=0.25, score="code_prob", per_position=False, decay=0.5, floor=0.0)
     first = torch.arange(24.0).view(4, 6)
-    threshold = selection.updated_threshold(None, first)
+    threshold = selection.updated(None, first)
     assert threshold.shape == (1,) and threshold.item() == pytest.approx(5.75)  # 0.25 of 24 values lies at index 5.75
-    threshold = selection.updated_threshold(threshold, first + 2)
+    threshold = selection.updated(threshold, first + 2)
     assert threshold.shape == (1,) and threshold.item() == pytest.approx(6.75)
-    weight_BL = selection({"code_prob": first}, part(reverse=reverse), Full(), threshold, RNG)
+    weight_BL = selection({CodeProb(): first}, part(reverse=reverse), Full(), threshold, RNG)
     assert torch.equal(weight_BL, (first >= 6.75).float())
-    per_position = replace(selection, per_position=True).updated_threshold(None, first)
+    per_position = replace(selection, per_position=True).updated(None, first)
     assert per_position.shape == (6,)
 
 
 def test_the_state_of_one_threshold_has_shape_one():
     term = Term("kd", ForwardKL(), selection=Confidence(score="code_prob", per_position=False))
     scores = torch.tensor([[0.1, 0.9], [0.3, 0.5], [0.2, 0.7]])
-    state = Method((term,)).update({}, Context(()), {threshold_key(term): scores}, RNG)
-    torch.testing.assert_close(state[threshold_key(term)], torch.tensor([0.4]))  # the median of all six
+    state = Method((term,)).update({}, Context(()), {term.key(term.selection): scores}, RNG)
+    torch.testing.assert_close(state[term.key(term.selection)], torch.tensor([0.4]))  # the median of all six
 
 
 # ---- acceptance
@@ -162,10 +163,10 @@ def test_accepted_reads_its_score_and_nothing_else():
     passed_BL = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
     expected = torch.tensor([[1.0, 0.2, 1.0], [0.2, 0.2, 1.0]])
     for selection, name in (
-        (Accepted("top_k", 7, 0.2), "top_k_agrees:7"),
-        (Accepted("speculative", floor=0.2), "accepted"),
+        (Accepted("top_k", 7, 0.2), TopKAgrees(7)),
+        (Accepted("speculative", floor=0.2), ProposalAccepted()),
     ):
-        assert selection.score_names(Full()) == (name,)
+        assert selection.reads(Full()) == (name,)
         assert torch.equal(selection({name: passed_BL}, part(2, 3), Full(), None, RNG), expected)
         assert torch.equal(selection({name: passed_BL}, part(2, 3, True), Full(), torch.rand(3), Rng(9, 9)), expected)
 

@@ -10,8 +10,17 @@ from torch import Tensor
 from varkd.distill.divergences import CrossEntropy, ForwardKL
 from varkd.distill.method import Term
 from varkd.distill.schedule import LinearSchedule
-from varkd.distill.scores import ScoreInputs, of_student, of_teacher, position_scores
-from varkd.distill.selection import Accepted, Confidence, EntropyWeight, Random, Selection, kept_share
+from varkd.distill.scores import (
+    CodeRatio,
+    InNucleus,
+    NearRatio,
+    ProposalAccepted,
+    ScoreInputs,
+    Surprise,
+    TopKAgrees,
+    position_scores,
+)
+from varkd.distill.selection import Accepted, Confidence, EntropyWeight, Random, Selection
 from varkd.distill.spaces import Full
 from varkd.errors import VarkdError
 from varkd.types import Condition, Part, Plan
@@ -41,7 +50,7 @@ def weights(selection: Selection, subject: Part, z: Tensor, s: Tensor, chunk_row
     seen_N = subject.codes_BL.flatten()
     sides = ScoreInputs((seen_N + 1) % VOCAB, lambda rows: z[rows], lambda rows: s[rows], seen_N=seen_N)
     codebook_tables = selection.prepare(CODEBOOK_VE)
-    found = position_scores(selection.score_names(Full()), sides, codebook_tables, chunk_rows)
+    found = position_scores(selection.reads(Full()), sides, codebook_tables, chunk_rows)
     scores = {name: score_N.view(subject.codes_BL.shape) for name, score_N in found.items()}
     return selection(scores, subject, Full(), None, Rng(0))
 
@@ -92,7 +101,7 @@ def test_the_mean_acceptance_of_the_students_samples_is_one_minus_total_variatio
     sides = ScoreInputs(
         codes, lambda rows: p.log().expand(20_000, -1)[rows], lambda rows: q.log().expand(20_000, -1)[rows]
     )
-    found = position_scores(["code_ratio"], sides, {}, 4096)["code_ratio"]
+    found = position_scores([CodeRatio()], sides, {}, 4096)[CodeRatio()]
     assert float(found.mean()) == pytest.approx(1 - 0.5 * float((p - q).abs().sum()), abs=0.01)
 
 
@@ -109,7 +118,7 @@ def test_the_surprise_of_the_teachers_own_samples_is_standardized():
     p = torch.softmax(torch.randn(40, 30, generator=generator, dtype=torch.float64), 1)  # a law for each position
     codes_BL = torch.stack([torch.multinomial(row, 4000, replacement=True, generator=generator) for row in p], 1)
     sides = ScoreInputs(codes_BL.flatten(), lambda rows: p.log().repeat(4000, 1)[rows])
-    surprise_BL = position_scores(["surprise"], sides, {}, 10**6)["surprise"].view(4000, 40)
+    surprise_BL = position_scores([Surprise()], sides, {}, 10**6)[Surprise()].view(4000, 40)
     assert surprise_BL.mean(0).abs().max() < 0.08 and (surprise_BL.var(0) - 1).abs().max() < 0.2
     logp = p.log()[0]
     spread = float((p[0] * (logp + entropy(p[:1].numpy())[0]) ** 2).sum() ** 0.5)
@@ -117,7 +126,7 @@ def test_the_surprise_of_the_teachers_own_samples_is_standardized():
     assert float(surprise_BL[7, 0]) == pytest.approx(expected, rel=1e-5)
     code_N = torch.tensor([0, 0, 1])
     logits = torch.tensor([[0.0, 0.0, 0.0], [1e4, -1e4, -1e4], [0.0, -torch.inf, 0.0]])
-    found = position_scores(["surprise"], ScoreInputs(code_N, lambda rows: logits[rows]), {}, 2)["surprise"]
+    found = position_scores([Surprise()], ScoreInputs(code_N, lambda rows: logits[rows]), {}, 2)[Surprise()]
     assert found[:2].abs().max() < 1e-3 and found[2] == torch.inf
 
 
@@ -131,18 +140,18 @@ def test_every_rule_belongs_to_its_rows():
 
 
 def test_which_models_the_scores_look_at():
-    both = ("code_ratio", "near_ratio:nearest/8", "accepted", "top_k_agrees:5")
-    assert all(of_student(name) and of_teacher(name) for name in both)
-    assert not any(of_student(name) for name in ("surprise", "in_nucleus:0.9"))
+    both = (CodeRatio(), NearRatio("nearest/8"), ProposalAccepted(), TopKAgrees(5))
+    assert all(score.reads_student and score.reads_teacher for score in both)
+    assert not any(score.reads_student for score in (Surprise(), InNucleus(0.9)))
     assert Term("ce", CrossEntropy(), selection=EntropyWeight()).needs_teacher
-    assert not Term("kd", ForwardKL(), selection=Random()).score_names
+    assert not Term("kd", ForwardKL(), selection=Random()).reads
 
 
 def test_the_kept_share_is_the_way_from_the_floor_to_one():
     weight = torch.tensor([0.1, 1.0, 0.55])
-    assert kept_share(Accepted(floor=0.1), weight).tolist() == pytest.approx([0, 1, 0.5])
-    assert kept_share(EntropyWeight(), torch.tensor([0.0, 1.0])).tolist() == [0, 1]
-    assert kept_share(Accepted(floor=1.0), torch.ones(2)).tolist() == [1, 1]
+    assert Accepted(floor=0.1).kept_share(weight).tolist() == pytest.approx([0, 1, 0.5])
+    assert EntropyWeight().kept_share(torch.tensor([0.0, 1.0])).tolist() == [0, 1]
+    assert Accepted(floor=1.0).kept_share(torch.ones(2)).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(

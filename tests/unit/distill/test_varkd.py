@@ -17,7 +17,7 @@ from varkd.distill.audit import Stats
 from varkd.distill.inputs import StepInputs
 from varkd.distill.loss import denominators, distill_loss
 from varkd.distill.prefixes import MixedRollout
-from varkd.distill.scores import ScoreInputs, position_scores
+from varkd.distill.scores import Entropy, ScoreInputs, position_scores
 from varkd.distill.selection import EntropyWeight
 from varkd.distill.spaces import Clusters, Full
 from varkd.errors import VarkdError
@@ -160,7 +160,7 @@ def by_hand(weights: list[float], generated: list[bool] | None, **settings: Any)
     plan = Plan(torch.arange(length).unsqueeze(0), (1,) * length)
     part = Part.of("student", torch.zeros(1, length, dtype=torch.long), Condition(zero_B), plan, zero_B)
     part = replace(part, generated_BL=None if generated is None else torch.tensor([generated]))
-    scores = {"entropy": torch.tensor([weights], dtype=torch.float64) - 1}
+    scores = {Entropy(): torch.tensor([weights], dtype=torch.float64) - 1}
     return EntropyWeight(**settings)(scores, part, Full(), None, RNG)[0].tolist()
 
 
@@ -185,8 +185,8 @@ def test_a_uniform_and_a_certain_teacher_have_weights_0_and_1():
     certain_V = torch.zeros(VOCAB).index_fill(0, torch.tensor([2]), 1e4)
     logits_NV = torch.stack([torch.zeros(VOCAB), certain_V]).double()
     inputs = ScoreInputs(torch.zeros(2, dtype=torch.long), lambda rows: logits_NV[rows])
-    scores = position_scores(["entropy"], inputs, {}, 2)
-    assert (1 + scores["entropy"]).tolist() == pytest.approx([0, 1], abs=1e-6)
+    scores = position_scores([Entropy()], inputs, {}, 2)
+    assert (1 + scores[Entropy()]).tolist() == pytest.approx([0, 1], abs=1e-6)
 
 
 def test_settings_that_make_no_sense():

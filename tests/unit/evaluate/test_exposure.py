@@ -9,7 +9,7 @@ import torch
 
 from varkd.backbones.llamagen import LlamaGen
 from varkd.distill.divergences import ForwardKL
-from varkd.distill.method import Method, Term, threshold_key
+from varkd.distill.method import Method, Term
 from varkd.distill.selection import Accepted, Confidence
 from varkd.distill.target import Guided, Temperature
 from varkd.errors import VarkdError
@@ -97,14 +97,15 @@ def test_a_confidence_selection_is_its_threshold(make_model: Models, batch: Batc
     student, teacher = make_model(1), make_model(2)
     method, data = method_of(Confidence(quantile=0.5)), sequences(batch, student)
     threshold_L = torch.linspace(0.1, 0.4, 6)
+    state = {method.terms[0].key(method.terms[0].selection): threshold_L}
     kept = kept_positions(method, method.terms[0], "data", data, student, teacher,
-                          {threshold_key(method.terms[0]): threshold_L}, {}, 0, batch_size=3)  # fmt: skip
+                          state, {}, 0, batch_size=3)  # fmt: skip
     p = teacher.head(teacher(data.codes_BL, data.condition, data.plan)).softmax(-1)
     assert torch.equal(kept, p.amax(-1) >= threshold_L)  # raster: the rank of a position is its place
     assert kept.any() and not kept.all()
     hot = method_of(Confidence(quantile=0.5), Temperature(0.5))
     sharper = kept_positions(hot, hot.terms[0], "data", data, student, teacher,
-                             {threshold_key(method.terms[0]): threshold_L}, {}, 0)  # fmt: skip
+                             state, {}, 0)  # fmt: skip
     assert sharper.sum() > kept.sum(), "the target's distribution is what is selected by"
 
 

@@ -93,19 +93,19 @@ def test_sorting_sorts(page, title, first):
         assert values == sorted(values, reverse=expected == "descending")
 
 
-def test_wide_tables_scroll_inside_their_own_box(page):
-    box = page.locator("#comparison .scroll")
-    inner, outer = box.evaluate("(element) => [element.scrollWidth, element.clientWidth]")
-    assert inner >= outer
-    if page.viewport_size["width"] == 390:
-        assert inner > outer
-        name = table_left(page)
-        box.evaluate("(element) => { element.scrollLeft = 200; }")
-        assert table_left(page) == name, "the run's name stays in sight"
-
-
-def table_left(page) -> float:
-    return page.locator("#comparison-table tbody th").first.bounding_box()["x"]
+@pytest.mark.parametrize("width", [360, 768, 1100, 1440])
+def test_no_table_is_cut(browser, report, width):
+    """Too narrow for every column, a table becomes a card per run; each number still names its column."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(report.as_uri())
+    assert fits(page)
+    for box in page.locator(".scroll:has(table.sortable)").all():
+        inner, outer = box.evaluate("(element) => [element.scrollWidth, element.clientWidth]")
+        assert inner <= outer or not box.is_visible()
+    cell = page.locator("#comparison-table tbody td.number").first
+    label = cell.evaluate("(element) => getComputedStyle(element, '::before').content")
+    assert (label == "none") == (width >= 1400)
+    page.close()
 
 
 def test_text_is_large_enough_for_a_phone(page):
