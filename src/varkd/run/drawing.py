@@ -79,7 +79,7 @@ class Drawing:
         """What decides the bytes; a part of another request is not taken up."""
         return {
             "weights": weights_hash(self.model), "tokenizer": self.tokenizer.hash, "num": self.num, "seed": self.seed,
-            "labels": sha256_of(self.label_N.numpy().tobytes()), "sampler": vars(self.sampler), "resize": self.resize,
+            "labels_hash": sha256_of(self.label_N.numpy().tobytes()), "sampler": vars(self.sampler), "resize": self.resize,
             "batch_size": self.batch_size, "order": self.order, "layout": layout,
         }  # fmt: skip
 
@@ -102,7 +102,7 @@ def draw_to(
         VarkdError: unfinished work of another request lies there, or the disk is full.
     """
     world = world or World()
-    partial, request = out.with_name(f".{out.name}.partial"), drawing.request(layout)
+    partial, request = _partial(out), drawing.request(layout)
     if world.is_main:
         _open(partial, request)
     world.barrier()
@@ -120,6 +120,12 @@ def draw_to(
         _finish(drawing, partial, out, layout, {**(about or {}), **request})
     world.barrier()
     return out
+
+
+def _partial(out: Path) -> Path:
+    """Beside the target, under a name that fits where the target's does."""
+    name = out.name if len(out.name) < 200 else sha256_of(out.name.encode())[:16]
+    return out.with_name(f".{name}.partial")
 
 
 def _open(partial: Path, request: dict[str, Any]) -> None:
