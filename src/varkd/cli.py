@@ -36,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno in (28, 122):  # ENOSPC, EDQUOT, wherever they strike
             print("varkd: error: the disk is full: free some space and run the same command again", file=sys.stderr)
             return 2
-        raise
+        if error.errno is None:
+            raise
+        about = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        print(f"varkd: error: the system refuses ({about}): put it right and run again", file=sys.stderr)
+        return 2
 
 
 def parser() -> argparse.ArgumentParser:

@@ -153,14 +153,10 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        VarkdError: there is no such file, or it is not valid JSON.
+        VarkdError: there is no such file, it cannot be read, or it is not valid JSON.
     """
-    try:
+    with read_errors(path, "is not valid JSON: it may be truncated"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise VarkdError(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise VarkdError(f"{path} is not valid JSON ({error}): it may be truncated") from None
 
 
 def sha256_of(*chunks: bytes | memoryview) -> str:
