@@ -16,7 +16,8 @@ from varkd.errors import VarkdError, did_you_mean, missing_extra
 from varkd.run.options import adm_options, sampler_of, sampler_options
 from varkd.version import VERSION
 
-_DATA = "digits, an image folder, a .parquet file (or train.parquet,validation.parquet), or a Hugging Face id"
+_DATA = ("digits, an image folder, .parquet or .tar files (one, train,validation, a folder or '*.tar' of them), or a "
+         "Hugging Face id")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno in (28, 122):  # ENOSPC, EDQUOT, wherever they strike
             print("varkd: error: the disk is full: free some space and run the same command again", file=sys.stderr)
             return 2
-        raise
+        if error.errno is None:
+            raise
+        about = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        print(f"varkd: error: the system refuses ({about}): put it right and run again", file=sys.stderr)
+        return 2
 
 
 def parser() -> argparse.ArgumentParser:
@@ -128,7 +133,7 @@ def _run_tokenizer_fit(arguments: argparse.Namespace) -> None:
     from varkd.run.data import fit
 
     names = ("kind", "scales", "vocab_size", "downsampling", "steps", "flip", "overwrite",
-             "image_size", "validation", "seed", "device")  # fmt: skip
+             "label", "skip_corrupt", "image_size", "validation", "seed", "device")  # fmt: skip
     record = fit(arguments.data, arguments.out, **_options(arguments, *names))
     print(f"PSNR {record['psnr']:.2f} dB on {record['num']} held-out images, {record['seconds']:.0f} s")
     print(f"{record['codes_used']:.0%} of the codes used\n{arguments.out}")
@@ -160,36 +165,24 @@ def _encode(verb: argparse.ArgumentParser) -> None:
 
 
 def _run_encode(arguments: argparse.Namespace) -> None:
-    from varkd.run.data import encode
+    from varkd.run.data import describe_codes, encode
     from varkd.world import World
 
-    options = _options(
-        arguments,
-        "flip",
-        "shifts",
-        "ten_crop",
-        "batch_size",
-        "shard_size",
-        "class_map",
-        "image_size",
-        "validation",
-        "seed",
-        "device",
-    )
+    names = ("flip", "shifts", "ten_crop", "batch_size", "shard_size", "class_map", "label", "skip_corrupt",
+             "image_size", "validation", "seed", "device")  # fmt: skip
     world = World.from_environment()
     try:
-        manifest = encode(arguments.data, arguments.tokenizer, arguments.out, **options)
+        encode(arguments.data, arguments.tokenizer, arguments.out, **_options(arguments, *names))
     finally:
         world.close()
     if world.is_main:
-        numbers = ", ".join(f"{split} {entry['num']}" for split, entry in manifest["splits"].items())
-        check = manifest["reconstruction"]
-        print(f"{numbers} images in {len(manifest['views'])} view(s); reconstruction PSNR {check['psnr']:.2f} dB "
-              f"(N = {check['num']})\n{arguments.out}")  # fmt: skip
+        print("\n".join([*describe_codes(arguments.out), str(arguments.out)]))
 
 
 def _image_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--image-size", type=int, default=None, help="resize and center-crop to this side")
+    verb.add_argument("--label", default=None, metavar="NAME", help="label column of a table (none: one class)")
+    verb.add_argument("--skip-corrupt", action="store_true", help="leave out images that cannot be decoded")
     verb.add_argument("--validation", type=float, default=0.1, help="share held out where the data has no such split")
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--device", default="auto", help="auto, cpu or cuda")

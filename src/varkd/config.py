@@ -17,6 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from varkd.distill.method import Method
 from varkd.errors import VarkdError, did_you_mean
+from varkd.files import read_errors
 from varkd.methods import METHODS
 from varkd.rollout import Sampler
 from varkd.train.loop import TrainConfig
@@ -197,8 +198,10 @@ def _recipe_folders() -> list[Path]:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with read_errors(path, "is not valid YAML: it is no UTF-8 text"):
+            text = path.read_text(encoding="utf-8")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
         raise VarkdError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 

@@ -9,6 +9,8 @@ ways; every layout of docs/backbones.md is unwrapped here.
 from __future__ import annotations
 
 import argparse
+import codecs
+import importlib
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -16,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from varkd.errors import VarkdError
+from varkd.files import read_errors, read_json
 
 Weights = Literal["model", "ema", "tokenizer"]
 """Which weights of a file that holds several: the model's own, their moving average, or the tokenizer's."""
@@ -31,7 +35,8 @@ _PLACES: dict[Weights, tuple[tuple[str, ...], ...]] = {
     "ema": (("ema",),),
     "tokenizer": (("trainer", "vae_local"), ("model",), ("module",), ("state_dict",)),
 }
-_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel, torch.compile, PyTorch Lightning
+_INDEX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ class Container:
 
 
 def read_state(path: str | Path, prefer: Weights = "model") -> Container:
-    """The weights in an official file, or in an FSDP folder (`consolidated.pth`).
+    """The weights in an official file, in an FSDP folder (`consolidated.pth`), or in safetensors shards.
+
+    Shards are named by their folder, by their index (`*.safetensors.index.json`), or by any of them.
 
     Args:
         prefer: the model's weights, their moving average where the trainer kept one ("ema"), or the tokenizer that
@@ -58,9 +65,16 @@ def read_state(path: str | Path, prefer: Weights = "model") -> Container:
             truncated file), a pickle that wants more than tensors, or no such tensors inside.
     """
     path = _file_of(Path(path))
-    content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+    content: dict[str, Any] = {}
+    for part in _shards_of(path):
+        content |= read_tensors(part, "download it again") if _is_safetensors(part) else _read_pickle(part)
     layout, state = _unwrap(content, prefer, path)
     notes = [f"not read: {', '.join(rest)}"] if (rest := _rest(content, layout)) else []
+    if layout == "state_dict" and (others := sorted(name for name in state if not name.startswith("model."))):
+        own = {name: value for name, value in state.items() if name.startswith("model.")}
+        if own:  # PyTorch Lightning: the module's other parts (losses, metrics) stand beside the model
+            notes.append(f"not read: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}")
+            state = own
     if prefer == "model" and _is_state(content.get("ema")):
         notes.append("moving-average weights are there too: --weights ema reads them")
     return Container(_without_prefixes(state, path), layout, notes)
@@ -68,12 +82,34 @@ def read_state(path: str | Path, prefer: Weights = "model") -> Container:
 
 def _file_of(path: Path) -> Path:
     if path.is_dir():
-        path, folder = path / "consolidated.pth", path
-        if not path.is_file():
-            raise VarkdError(f"{folder} is a folder without consolidated.pth: give the weight file itself")
+        found = [path / "consolidated.pth", *sorted(path.glob(f"*{_INDEX}"))]
+        path, folder = next((each for each in found if each.is_file()), path), path
+        if path == folder:
+            raise VarkdError(f"{folder} is a folder without consolidated.pth and without an index of shards: give the "
+                             "weight file itself")  # fmt: skip
     if not path.is_file():
         raise VarkdError(f"no such file: {path}")
     return path
+
+
+def _shards_of(path: Path) -> list[Path]:
+    """All files of the weights: those of an index, where `path` is one or one of its shards."""
+    shard = re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.safetensors", path.name)
+    index = path.with_name(f"{shard[1]}{_INDEX}") if shard else path
+    if not index.name.endswith(_INDEX):
+        return [path]
+    if not index.is_file():
+        raise VarkdError(f"{path} is one of several shards: download the others and {index.name} too")
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(name, str) and Path(name).name == name
+                                               for name in places.values()):  # fmt: skip
+        raise VarkdError(f"{index} is no index of shards (a weight_map of file names): download it again")
+    shards = [index.with_name(name) for name in sorted(set(places.values()))]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise VarkdError(f"{index} names {missing[0]}, which is not there: download all {len(shards)} shards")
+    return shards
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -89,21 +125,46 @@ def _is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors" or head[8:9] == b"{"
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    try:
+def read_tensors(path: Path, advice: str = "copy or download it again") -> dict[str, Tensor]:
+    """The tensors of a safetensors file; `advice` is what to do where it is damaged.
+
+    Raises:
+        VarkdError: it is missing, truncated, no safetensors file, or cannot be read.
+    """
+    with read_errors(path, f"is truncated or not a safetensors file: {advice}", (SafetensorError,)):
+        path.open("rb").close()  # what the system refuses is clearer here
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise VarkdError(f"{path} is truncated or not a safetensors file ({_line(error)}): download it again") from None
+
+
+def check_finite(state: Mapping[str, Tensor], origin: str) -> None:
+    """Raise `VarkdError` where a weight is no number: whatever is computed with it is none either."""
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise VarkdError(f"{origin} holds weights that are not finite ('{name}'): the training that wrote it has "
+                             "diverged; take an earlier checkpoint")  # fmt: skip
+
+
+def _numpy_scalars() -> list[Any]:
+    """What a number of numpy is pickled with (a step or a loss that a trainer keeps beside the weights)."""
+    multiarray = importlib.import_module(
+        "numpy._core.multiarray" if np.__version__[0] >= "2" else "numpy.core.multiarray"
+    )
+    kinds = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
+    return [multiarray.scalar, (multiarray.scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds, codecs.encode]
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         is_zip = file.read(2) == b"PK"  # files before PyTorch 1.6 are bare pickles, which cannot be mapped
+    allowed = [argparse.Namespace, *_numpy_scalars()]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
             warnings.simplefilter("ignore")  # about unusual pickles, before our one line
             content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # what a damaged or hostile file raises is not bounded
+        if isinstance(error, OSError) and error.errno is not None:
+            with read_errors(path):
+                raise
         if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             raise VarkdError(
                 f"{path} is not a plain PyTorch file of tensors: it asks to import {wanted[1]}, which was refused; "

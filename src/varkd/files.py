@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -81,6 +82,52 @@ def write_errors(path: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def read_errors(
+    path: Path, damaged: str = "is damaged: repair it", decoding: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Turn what the system or a decoder says while `path` is read into one line with the right advice.
+
+    What the system refuses (permissions, too many open files, a dying disk) says nothing about the file, which may be
+    good: only bytes that were read and make no sense are called damaged.
+
+    Args:
+        damaged: what follows the path where its bytes make no sense, and what to do.
+        decoding: what a decoder raises besides OSError without a number, ValueError and EOFError.
+    """
+    try:
+        yield
+    except VarkdError:
+        raise
+    except (OSError, ValueError, EOFError, *decoding) as error:
+        number = _system_number(error)
+        if number is None:
+            what, _, advice = damaged.partition(": ")
+            reason = " ".join(str(error).split())[:120].rstrip(".") or type(error).__name__
+            raise VarkdError(f"{path} {what} ({reason}): {advice}") from error
+        raise VarkdError(_system_advice(path, number)) from error
+
+
+def _system_number(error: Exception) -> int | None:
+    """The operating system's number of an error, which some libraries keep in the text only."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
+
+
+def _system_advice(path: Path, number: int) -> str:
+    if number in (errno.EMFILE, errno.ENFILE):
+        return f"too many open files while reading {path}: raise the limit (`ulimit -n 65536`) and run again"
+    if number in (errno.EACCES, errno.EPERM):
+        return f"no permission to read {path}: change its permissions, or run as its owner"
+    if number == errno.ENOENT:
+        return f"{path} is a link to nothing: mend the link" if path.is_symlink() else f"no such file: {path}"
+    if number in (errno.EISDIR, errno.ENOTDIR):
+        return f"cannot read {path} ({os.strerror(number)}): check the path"
+    return f"cannot read {path} ({os.strerror(number)}): the file may be good; check the disk and run again"
+
+
 def _temporary(path: Path) -> Path:
     """A hidden name beside `path`; long names are cut, so that whatever name the system takes can be written."""
     return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.tmp")
@@ -106,14 +153,10 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        VarkdError: there is no such file, or it is not valid JSON.
+        VarkdError: there is no such file, it cannot be read, or it is not valid JSON.
     """
-    try:
+    with read_errors(path, "is not valid JSON: it may be truncated"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise VarkdError(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise VarkdError(f"{path} is not valid JSON ({error}): it may be truncated") from None
 
 
 def sha256_of(*chunks: bytes | memoryview) -> str:

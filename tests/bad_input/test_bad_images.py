@@ -91,4 +91,10 @@ def test_an_interrupted_download(tmp_path: Path, refused: Refused, monkeypatch: 
         raise ConnectionError("connection reset by peer\nwhile reading shard 3")
 
     monkeypatch.setattr(datasets, "load_dataset", interrupted)
-    refused(encode("org/name", tmp_path / "codes"), "could not download org/name", "run it again", untouched=tmp_path)
+    refused(
+        encode("org/name", tmp_path / "codes"),
+        "no folder org/name here",
+        "could not download",
+        "run it again",
+        untouched=tmp_path,
+    )

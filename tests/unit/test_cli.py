@@ -112,7 +112,7 @@ def test_what_strikes_anywhere_is_one_line(
     assert line.startswith(said)
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), TypeError("a bug"), ValueError("a bug")])
+@pytest.mark.parametrize("error", [OSError("a bug"), TypeError("a bug"), ValueError("a bug")])
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception):
     raising(monkeypatch, error)
     with pytest.raises(type(error)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -124,10 +125,56 @@ def test_code_is_never_executed(tmp_path: Path):
     assert (tmp_path / "ran").exists(), "the trap is real"
 
 
-def test_only_namespaces_are_let_in(tmp_path: Path):
-    message = refusal(saved(tmp_path / "numpy.pt", {"model": STATE, "loss": np.float64(3)}))
-    assert "numpy" in message and "refused" in message
+@pytest.mark.parametrize("value", [np.ones(3), Path("a"), slice(3), np.array([object()])], ids=repr)
+def test_nothing_else_is_let_in(tmp_path: Path, value: Any):
+    assert "refused" in refusal(saved(tmp_path / "a.pt", {"model": STATE, "loss": value}))
     assert argparse.Namespace not in torch.serialization.get_safe_globals(), "allowed while reading only"
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64, np.bool_, np.uint8, np.float16])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_numbers_of_numpy_beside_the_weights(tmp_path: Path, kind: type, legacy: bool):
+    path = saved(tmp_path / "a.pt", {"model": STATE, "best": kind(1), "args": argparse.Namespace(x=kind(0))}, legacy)
+    assert same(read_state(path).state)
+
+
+def test_lightnings_prefix(tmp_path: Path):
+    inner = {f"model.{name}": value for name, value in STATE.items()}
+    content = {"epoch": 3, "pytorch-lightning_version": "2.4.0", "state_dict": inner}
+    assert same(read_state(saved(tmp_path / "a.ckpt", content)).state)
+    content["state_dict"] = inner | {"criterion.weight": torch.ones(1), "fid.mean": torch.ones(1)}
+    container = read_state(saved(tmp_path / "b.ckpt", content))
+    assert same(container.state) and any("criterion.weight" in note for note in container.notes)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two shards and their index, as transformers and diffusers save large models."""
+    names = {name: f"model-{index + 1:05}-of-00002.safetensors" for index, name in enumerate(STATE)}
+    for name, file in names.items():
+        save_file({name: STATE[name]}, tmp_path / file)
+    index = {"metadata": {"total_size": 32}, "weight_map": names}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+@pytest.mark.parametrize("given", ["", "model.safetensors.index.json", "model-00002-of-00002.safetensors"])
+def test_safetensors_shards(shards: Path, given: str):
+    assert same(read_state(shards / given).state)
+
+
+def test_shards_that_are_not_all_there(shards: Path):
+    (shards / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(VarkdError, match=r"names model-00001-of-00002\.safetensors, which is not there"):
+        read_state(shards)
+    (shards / "model.safetensors.index.json").unlink()
+    assert "one of several shards" in refusal(shards / "model-00002-of-00002.safetensors")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": 3}', '{"weight_map": {"a": "../../etc/passwd"}}', "{"])
+def test_what_is_no_index(shards: Path, content: str):
+    (shards / "model.safetensors.index.json").write_text(content)
+    refusal(shards / "model.safetensors.index.json")
 
 
 @pytest.mark.parametrize("content", [{}, {"model": {}}, {"model": 3}, {"model": {"a": "text"}}, [1, 2], None,

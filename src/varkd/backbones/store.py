@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from varkd.backbones.arpg import ARPG
@@ -21,6 +19,7 @@ from varkd.backbones.protocol import Backbone
 from varkd.backbones.randar import RandAR
 from varkd.backbones.rar import RAR
 from varkd.backbones.var import VAR
+from varkd.containers import check_finite, read_tensors
 from varkd.errors import VarkdError, did_you_mean
 from varkd.files import read_json
 from varkd.types import state_hash
@@ -121,15 +120,11 @@ def load_weights(model: Backbone, path: Path) -> None:
     """Load a safetensors file into `model`, strictly.
 
     Raises:
-        VarkdError: missing or truncated file, missing or unexpected tensors, other shapes.
+        VarkdError: missing or truncated file, missing or unexpected tensors, other shapes, weights that are no numbers.
     """
-    try:
-        state = load_file(path)
-    except FileNotFoundError:
-        raise VarkdError(f"no weights at {path}") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise VarkdError(f"{path} is truncated or not a safetensors file ({error}): copy or export it again") from None
+    state = read_tensors(path, "copy or export it again")
     check_state(model, state, str(path))
+    check_finite(state, str(path))
     model.load_state_dict(state, assign=True)
 
 

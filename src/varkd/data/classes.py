@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from varkd.errors import VarkdError, did_you_mean
+from varkd.files import read_errors
 
 
 def are_numbers(names: Sequence[str]) -> bool:
@@ -80,12 +81,8 @@ def _plain(name: str) -> str:
 
 def _entries(path: Path) -> list[tuple[int, list[str]]]:
     """(number, names) of every class in the file."""
-    try:
+    with read_errors(path, "is no text: give a JSON or text file of class names"):
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise VarkdError(f"no such file: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise VarkdError(f"cannot read {path} as text ({error}): give a JSON or text file of class names") from None
     if path.suffix != ".json":
         return [(number, _words(line)) for number, line in enumerate(filter(None, map(str.strip, text.splitlines())))]
     try:

@@ -1,13 +1,14 @@
 """The codes folder: `manifest.json` and memory-mapped shards of uint16 codes (n, views, L).
 
 Its layout stands in docs/architecture.md.
-Opening reads the manifest, the labels and the shards' headers; codes are paged in as they are asked for.
+Opening reads the manifest, the labels and the shards' headers; codes are paged in as they are asked for, from at most
+128 shards that are open at a time.
 """
 
 from __future__ import annotations
 
 import json
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from varkd.errors import VarkdError
-from varkd.files import read_json, sha256_of
+from varkd.files import read_errors, read_json, sha256_of
 from varkd.folders import locate
 from varkd.tokenizers.protocol import Tokenizer
 from varkd.tokenizers.store import load_tokenizer
 
 FORMAT, VERSION = "varkd-codes", 1
 MANIFEST, PARTIAL = "manifest.json", "partial.json"
+_OPEN_SHARDS = 128
 
 
 def map_shard(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -32,16 +34,14 @@ def map_shard(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[A
     Raises:
         VarkdError: the file is missing or truncated, or holds another shape or dtype.
     """
-    try:
+    if not path.exists() and not path.is_symlink():
+        raise VarkdError(f"{path} is missing: run `varkd encode` again to write it")
+    with read_errors(path, "is truncated or not a shard: move it away and run `varkd encode` again"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise VarkdError(f"{path} is missing: run `varkd encode` again to write it") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise VarkdError(f"{path} is truncated or not a shard: delete it and run `varkd encode` again") from error
     if array.shape != shape or array.dtype != dtype:
         raise VarkdError(
-            f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}: delete it "
-            "and run `varkd encode` again"
+            f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}: move it "
+            "away and run `varkd encode` again"
         )
     return array
 
@@ -151,18 +151,25 @@ class CodeDataset:
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
         self.sequence_length: int = sequence_length(manifest)
         self.num_views = len(manifest["views"]) if self.split == "train" else 1
-        self._shards: list[NDArray[np.uint16]] = []
+        self._shard = lru_cache(_OPEN_SHARDS)(self._map)
         labels: list[NDArray[np.int64]] = []
         for shard in entry["shards"]:
-            shape = (shard["num"], self.num_views, self.sequence_length)
-            self._shards.append(map_shard(self.folder / shard["file"], shape, np.uint16))
-            labels.append(np.array(map_shard(self.folder / shard["labels"], shape[:1], np.int64)))
+            map_shard(self.folder / shard["file"], self._shape_of(shard), np.uint16)  # checked, and let go of
+            labels.append(np.array(map_shard(self.folder / shard["labels"], self._shape_of(shard)[:1], np.int64)))
         self._start_S = np.array([shard["start"] for shard in entry["shards"]], dtype=np.int64)
         self.labels = np.concatenate(labels)
         if len(self.labels) != entry["num"]:
             raise VarkdError(
                 f"{self.folder}: {self.split} shards hold {len(self.labels)} images, not {entry['num']}: encode again"
             )
+
+    def _shape_of(self, shard: dict[str, Any]) -> tuple[int, int, int]:
+        return shard["num"], self.num_views, self.sequence_length
+
+    def _map(self, number: int) -> NDArray[np.uint16]:
+        """A shard, mapped. Each takes an open file, of which a system gives about a thousand: the last used stay."""
+        shard = self.manifest["splits"][self.split]["shards"][number]
+        return map_shard(self.folder / shard["file"], self._shape_of(shard), np.uint16)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -190,7 +197,7 @@ class CodeDataset:
         shard_B = np.searchsorted(self._start_S, index, side="right") - 1
         for shard in np.unique(shard_B):
             rows = np.flatnonzero(shard_B == shard)
-            codes_BL[rows] = self._shards[shard][index[rows] - self._start_S[shard], view[rows]]
+            codes_BL[rows] = self._shard(int(shard))[index[rows] - self._start_S[shard], view[rows]]
         # Checked as codes are read, not when the folder is opened: that would page in all of it.
         largest = int(codes_BL.max(initial=0))
         if largest >= self.vocab_size:

@@ -159,7 +159,10 @@ def _is_complete(folder: Path, shard: Manifest, num_views: int, length: int) -> 
     try:
         map_shard(folder / shard["file"], (shard["num"], num_views, length), np.uint16)
         map_shard(folder / shard["labels"], (shard["num"],), np.int64)
-    except VarkdError:
+    except VarkdError as error:
+        refused = isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
+        if refused:  # by the system: the shard may be good, and is not written again
+            raise
         return False
     return True
 

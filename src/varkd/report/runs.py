@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from varkd.errors import VarkdError
-from varkd.files import read_json
+from varkd.files import read_errors, read_json
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,8 @@ def _relabel(run: RunFolder, label: str) -> RunFolder:
 
 
 def _text(path: Path) -> str:
-    try:
+    with read_errors(path, "is not UTF-8 text: it may be damaged"):
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise VarkdError(f"{path} is not UTF-8 text: it may be damaged") from None
-    except OSError as error:
-        raise VarkdError(f"cannot read {path} ({error.strerror})") from None
 
 
 def _optional_object(path: Path) -> dict[str, Any] | None:

@@ -8,13 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from varkd.backbones.protocol import Layout
 from varkd.config import RunConfig
 from varkd.data.classes import read_class_map
 from varkd.data.codes import CodeDataset, check_tokenizer, codes_hash, open_tokenizer, read_manifest
-from varkd.data.images import ImageSet, Split, open_images
+from varkd.data.images import ImageSet, Split, open_checked, open_images
 from varkd.data.sources import locate_source
 from varkd.data.views import ten_crop_names, view_names
 from varkd.errors import VarkdError
@@ -26,6 +27,8 @@ from varkd.tokenizers.vq import VQConfig
 from varkd.train.encode import encode_images
 from varkd.train.fit_tokenizer import FitConfig, fit_tokenizer
 from varkd.world import World
+
+_SHOWN = 20  # names in one line
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Codes:
         source = self.manifest["source"]
         name = locate_source(source.get("path", source["name"]), self.folder, source["name"])
         images = open_images(name, split, image_size=source["image_size"], validation=source["validation"],
-                             seed=source["seed"])  # fmt: skip
+                             seed=source["seed"], label=source.get("label"), skip=source.get("skipped"))  # fmt: skip
         if images.fingerprint != source["fingerprints"][split]:
             raise VarkdError(f"{name} no longer holds the images that were encoded into {self.folder}: put them back, "
                              "or encode what is there now into another folder")  # fmt: skip
@@ -106,7 +109,8 @@ def pick_tokenizer(name: str, images: ImageSet) -> tuple[Tokenizer, str | None]:
 def encode(
     data: str, tokenizer: str, out: Path, *, image_size: int | None = None, validation: float = 0.1, seed: int = 0,
     flip: bool = False, shifts: int = 0, ten_crop: float | None = None, device: str = "auto", batch_size: int = 256,
-    shard_size: int = 4096, class_map: Path | None = None, quiet: bool = False,
+    shard_size: int = 4096, class_map: Path | None = None, label: str | None = None,
+    skip_corrupt: bool = False, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """`varkd encode`: images -> code shards and a reconstruction check. Returns the manifest.
 
@@ -116,7 +120,7 @@ def encode(
     if ten_crop is not None and (flip or shifts or image_size is None):
         raise VarkdError("--ten-crop needs --image-size and goes without --flip and --shifts: it has mirror images")
     views = ten_crop_names(image_size, ten_crop) if ten_crop and image_size else view_names(flip, shifts)
-    images = open_images(data, "train", image_size=image_size, validation=validation, seed=seed)
+    images = open_images(data, "train", image_size=image_size, validation=validation, seed=seed, label=label)
     module, path = pick_tokenizer(tokenizer, images)
     return encode_images(
         data,
@@ -130,10 +134,40 @@ def encode(
         batch_size=batch_size,
         shard_size=shard_size,
         class_map=read_class_map(class_map, images.class_names) if class_map else None,
+        label=label,
+        skip_corrupt=skip_corrupt,
         device=pick_device(device),
         world=world,
         quiet=quiet,
     )
+
+
+def describe_codes(folder: Path) -> list[str]:
+    """What `varkd encode` says in the end: images, classes, and everything that is not there or was not read."""
+    manifest = read_manifest(folder)
+    names, source, check = manifest["class_names"], manifest["source"], manifest["reconstruction"]
+    count_SK = {split: np.bincount(CodeDataset(folder, split).labels, minlength=len(names))
+                for split in manifest["splits"]}  # fmt: skip
+    images = ", ".join(f"{split} {count_K.sum()}" for split, count_K in count_SK.items())
+    total_K = np.sum(list(count_SK.values()), axis=0)
+    shown = ", ".join(f"{name} {total}" for name, total in zip(names[:_SHOWN], total_K, strict=False))
+    more = ", ..." if len(names) > _SHOWN else ""
+    lines = [
+        f"{images} images in {len(manifest['views'])} view(s); reconstruction PSNR {check['psnr']:.2f} dB "
+        f"(N = {check['num']})",
+        f"{len(names)} class(es): {shown}{more}",
+    ]
+    for split, count_K in count_SK.items():
+        empty = [name for name, count in zip(names, count_K, strict=True) if count == 0]
+        if empty:
+            more = ", ..." if len(empty) > _SHOWN else ""
+            lines.append(f"no {split} images in {len(empty)} class(es): {', '.join(empty[:_SHOWN])}{more}")
+    if ignored := source.get("ignored"):
+        lines.append("not read as images: " + ", ".join(f"{num} {ending}" for ending, num in sorted(ignored.items())))
+    if skipped := [key for keys in source.get("skipped", {}).values() for key in keys]:
+        lines.append(f"left out as corrupt: {len(skipped)} ({', '.join(skipped[:_SHOWN])}"
+                     f"{', ...' if len(skipped) > _SHOWN else ''})")  # fmt: skip
+    return lines
 
 
 def open_codes(run: RunConfig) -> Codes:
@@ -155,16 +189,16 @@ def open_codes(run: RunConfig) -> Codes:
 def fit(
     data: str, out: Path, *, kind: str = "vq", scales: Sequence[int] | None = None, image_size: int | None = None,
     validation: float = 0.1, vocab_size: int = 512, downsampling: int = 4, steps: int | None = None, seed: int = 0,
-    flip: bool = True, device: str = "auto", overwrite: bool = False, quiet: bool = False,
+    flip: bool = True, label: str | None = None, skip_corrupt: bool = False, device: str = "auto",
+    overwrite: bool = False, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """`varkd tokenizer fit`: train a tokenizer on images, save it to `out`, return its record (PSNR, seconds)."""
     _check_free(out, overwrite)
     if kind == "vq" and scales is not None:
         raise VarkdError("--scales is for --kind multiscale: the vq tokenizer has one grid of codes")
-    train, held_out = (
-        open_images(data, split, image_size=image_size, validation=validation, seed=seed)
-        for split in ("train", "validation")
-    )
+    sets, skipped = open_checked(data, skip_corrupt=skip_corrupt, quiet=quiet, image_size=image_size,
+                                 validation=validation, seed=seed, label=label)  # fmt: skip
+    train, held_out = sets["train"], sets["validation"]
     channels, height, width = train.image_shape
     if height != width:
         raise VarkdError(f"the {kind} tokenizer takes square images, these are {height}x{width}: give --image-size")
@@ -176,6 +210,7 @@ def fit(
     settings = FitConfig(flip=flip, seed=seed, bf16=_multiplies_bf16(chosen))
     settings = settings if steps is None else replace(settings, steps=steps)
     tokenizer, record = fit_tokenizer(train, held_out, config, settings, device=chosen, quiet=quiet)
+    record["skipped"] = sum(map(len, skipped.values()))
     save_tokenizer(tokenizer.cpu(), out, record)
     return record
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from varkd.backbones.official import KeyReport, convert
 from varkd.backbones.protocol import MODEL, Backbone
 from varkd.backbones.store import load_backbone, save_backbone
-from varkd.containers import Weights, read_state
+from varkd.containers import Weights, check_finite, read_state
 from varkd.errors import VarkdError
 from varkd.files import atomic_file
 from varkd.run.data import pick_device
@@ -124,6 +124,7 @@ def _load(
         container.state, family, grid=_sides(grid), scales=scales, file_name=path.name,
         quantizer=codes.quantizer if codes is not None else None, **options,
     )  # fmt: skip
+    check_finite(model.state_dict(), str(path))
     if codes is not None:
         _check_tokenizer(model, codes)
     return model, _lines(path, container.layout, container.notes, report, model), codes.hash if codes else None

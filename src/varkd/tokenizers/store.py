@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
-from varkd.containers import read_state
+from varkd.containers import check_finite, read_state, read_tensors
 from varkd.errors import VarkdError, did_you_mean
 from varkd.files import atomic_folder, read_json, write_json
 from varkd.folders import Own, json_with
@@ -162,13 +161,7 @@ def _with_state(module: type[Tokenizer], config: Any, path: Path) -> Tokenizer:
         empty = module(config)
     if not empty.state_dict():
         return module(config).eval()
-    try:
-        state = load_file(path)
-    except FileNotFoundError:
-        raise VarkdError(f"no such file: {path}: the tokenizer folder is incomplete") from None
-    except (SafetensorError, OSError) as error:
-        raise VarkdError(f"{path} cannot be read ({error}): it may be truncated") from None
-    return _assign(empty, state, path)
+    return _assign(empty, read_tensors(path, "copy the tokenizer folder again, or fit it again"), path)
 
 
 def _assign(tokenizer: T, state: dict[str, Tensor], path: Path) -> T:
@@ -180,5 +173,6 @@ def _assign(tokenizer: T, state: dict[str, Tensor], path: Path) -> T:
             raise VarkdError(f"{path} {verb} tensor '{name}': it belongs to another tokenizer config")
         if tuple(state[name].shape) != wanted[name]:
             raise VarkdError(f"'{name}' in {path} has shape {tuple(state[name].shape)}, the config says {wanted[name]}")
+    check_finite(state, str(path))
     tokenizer.load_state_dict(state, strict=True, assign=True)
     return tokenizer.requires_grad_(False).eval()

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import checkpoint_path
+from varkd.containers import read_tensors
 from varkd.distill.inputs import State
 from varkd.errors import VarkdError
 from varkd.files import atomic_folder, read_json, write_json
@@ -120,18 +121,12 @@ class Checkpoints:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+    """Read a file of a checkpoint.
 
     Raises:
-        VarkdError: it is missing, truncated or not a safetensors file.
+        VarkdError: it is missing, truncated, not a safetensors file, or cannot be read.
     """
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise VarkdError(f"no such file: {path}") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise VarkdError(f"{path} is truncated or not a safetensors file ({error}): delete its folder to use the "
-                         "checkpoint before it") from None  # fmt: skip
+    return read_tensors(path, f"move {path.parent} away to go on from the checkpoint before it")
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

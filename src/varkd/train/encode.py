@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from varkd import pictures, progress
-from varkd.data.codes import CodeDataset, read_manifest
-from varkd.data.images import ImageSet, Split, open_images
+from varkd.data.codes import MANIFEST, PARTIAL, CodeDataset, read_manifest
+from varkd.data.images import ImageSet, Skipped, Split, open_checked, open_images
 from varkd.data.sources import relative_source
 from varkd.data.views import apply_view, check_views, load_size
 from varkd.data.writer import CodeWriter, Manifest, plan_manifest
 from varkd.errors import VarkdError
+from varkd.files import read_json
 from varkd.folders import relative
 from varkd.tokenizers.protocol import Tokenizer, to_unit
 from varkd.world import Rng, World
@@ -34,13 +35,14 @@ _SHOWN_IMAGES = 16
 def encode_images(
     source: str, tokenizer: Tokenizer, tokenizer_path: str | None, out: Path, *, image_size: int | None = None,
     validation: float = 0.1, seed: int = 0, views: tuple[str, ...] = ("identity",), batch_size: int = 256,
-    shard_size: int = 4096, class_map: list[int] | None = None, device: str | torch.device = "cpu",
-    world: World | None = None, quiet: bool = False,
+    shard_size: int = 4096, class_map: list[int] | None = None, label: str | None = None, skip_corrupt: bool = False,
+    device: str | torch.device = "cpu", world: World | None = None, quiet: bool = False,
 ) -> Manifest:  # fmt: skip
     """Encode both splits of `source` into `out` and return the manifest; a stopped job goes on where it stopped.
 
     The train split is encoded in all `views`, the validation split as it is. With `tokenizer_path` None the tokenizer
-    is saved to `out/tokenizer`. Ranks of `world` share the shards.
+    is saved to `out/tokenizer`. Ranks of `world` share the shards. Every image is decoded before the first shard is
+    written; with `skip_corrupt` those that cannot be used are left out, and named in the manifest.
 
     Raises:
         VarkdError: see `open_images`; also images of another shape than the tokenizer's, unknown views, or a folder
@@ -50,14 +52,14 @@ def encode_images(
     check_views(views)
     if batch_size < 1:
         raise VarkdError(f"batch_size={batch_size} must be at least 1 image")
-    sets: dict[str, ImageSet] = {
-        split: _open(source, split, tokenizer, image_size, validation, seed) for split in _SPLITS
-    }
+    options = {"image_size": image_size, "validation": validation, "seed": seed, "label": label}
+    _check_shape(open_images(source, "train", **options), tokenizer)
+    sets, skipped = _sets(source, out, skip_corrupt, world, quiet, options)
     train = sets["train"]
     planned = plan_manifest(
         tokenizer={
             "path": relative(tokenizer_path, out) if tokenizer_path else "tokenizer",
-            "given": tokenizer_path,
+            **({"given": tokenizer_path} if tokenizer_path else {}),
             "hash": tokenizer.hash,
             "kind": tokenizer.kind,
             "vocab_size": tokenizer.vocab_size,
@@ -74,6 +76,9 @@ def encode_images(
             "seed": seed,
             "validation": validation,
             "fingerprints": {split: images.fingerprint for split, images in sets.items()},
+            **({"label": label} if label else {}),
+            **({"skipped": skipped} if skipped else {}),
+            **({"ignored": train.ignored} if train.ignored else {}),
         },
         nums={split: len(images) for split, images in sets.items()},
         shard_size=shard_size,
@@ -85,7 +90,7 @@ def encode_images(
         _save_tokenizer(tokenizer, out / "tokenizer")
     tokenizer = tokenizer.to(device).eval()
     if (load := load_size(views)) is not None:  # crops are cut from larger images than the tokenizer's
-        sets["train"] = open_images(source, "train", image_size=load, validation=validation, seed=seed)
+        sets["train"] = open_images(source, "train", skip=skipped, **{**options, "image_size": load})
     _write_shards(writer, sets, tokenizer, views, batch_size, device, quiet)
     world.barrier()
     if world.is_main and not was_finished:
@@ -96,17 +101,24 @@ def encode_images(
     return read_manifest(out)
 
 
-def _open(
-    source: str, split: Split, tokenizer: Tokenizer, image_size: int | None, validation: float, seed: int
-) -> ImageSet:
-    images = open_images(source, split, image_size=image_size, validation=validation, seed=seed)
+def _sets(
+    source: str, out: Path, skip_corrupt: bool, world: World, quiet: bool, options: dict[str, Any]
+) -> tuple[dict[Split, ImageSet], Skipped]:
+    """Both splits, and what was left out of them. A job that goes on has been checked, and leaves out the same ones."""
+    begun = next((out / name for name in (MANIFEST, PARTIAL) if (out / name).is_file()), None)
+    if begun is None:
+        return open_checked(source, skip_corrupt=skip_corrupt, world=world, quiet=quiet, **options)
+    skip = read_json(begun).get("source", {}).get("skipped", {})
+    return {split: open_images(source, split, skip=skip, **options) for split in _SPLITS}, skip
+
+
+def _check_shape(images: ImageSet, tokenizer: Tokenizer) -> None:
     if images.image_shape != tokenizer.image_shape:
         found, asked = ("x".join(map(str, shape)) for shape in (images.image_shape, tokenizer.image_shape))
         raise VarkdError(
-            f"{source} has images of {found} (channels x height x width) but the tokenizer takes {asked}: "
+            f"{images.name} has images of {found} (channels x height x width) but the tokenizer takes {asked}: "
             "set image_size, or use a tokenizer for these images"
         )
-    return images
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -116,10 +128,13 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _write_shards(
-    writer: CodeWriter, sets: dict[str, ImageSet], tokenizer: Tokenizer, views: tuple[str, ...], batch_size: int,
+    writer: CodeWriter, sets: dict[Split, ImageSet], tokenizer: Tokenizer, views: tuple[str, ...], batch_size: int,
     device: str | torch.device, quiet: bool,
 ) -> None:  # fmt: skip
-    todo = [(sets[split], shard, views if split == "train" else ("identity",)) for split, shard in writer.todo()]
+    todo = [
+        (sets["train" if split == "train" else "validation"], shard, views if split == "train" else ("identity",))
+        for split, shard in writer.todo()
+    ]
     total = sum(shard["num"] * len(names) for _, shard, names in todo)
     with progress.bar("encoding", total, quiet or not writer.world.is_main) as bar:
         done = 0

@@ -80,7 +80,7 @@ def test_wordnet_ids(tmp_path: Path):
         ('{"dog": "x", "tabby cat": {}}', "no class map"),
         ("[1, 2]", "no class map"),
         (None, "no such file"),
-        (b"\xff\xfe", "as text"),
+        (b"\xff\xfe", "is no text"),
     ],
 )
 def test_what_is_no_class_map(tmp_path: Path, content: str | bytes | None, said: str):

@@ -33,8 +33,8 @@ def test_reads_what_was_written(codes_folder: CodesFolder) -> None:
 
 def test_shards_are_mapped_not_read(codes_folder: CodesFolder) -> None:
     codes = CodeDataset(codes_folder())
-    assert len(codes._shards) == 5
-    assert all(isinstance(shard, np.memmap) and not shard.flags.writeable for shard in codes._shards)
+    assert len(codes.manifest["splits"]["train"]["shards"]) == 5
+    assert all(isinstance(codes._shard(n), np.memmap) and not codes._shard(n).flags.writeable for n in range(5))
 
 
 def test_another_tokenizer(codes_folder: CodesFolder) -> None:

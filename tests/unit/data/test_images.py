@@ -247,10 +247,10 @@ def test_parquet_without_images_or_with_odd_labels(tmp_path: Path) -> None:
 
     datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}).to_parquet(tmp_path / "text.parquet")
     refused(r"no image column \(columns: text, label\)", tmp_path / "text.parquet")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
-    rows = {"image": [{"bytes": b"", "path": None}], "label": ["cat"]}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "string.parquet")
-    refused("does not hold integers", tmp_path / "string.parquet")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("float32")})
+    rows = {"image": [{"bytes": b"", "path": None}], "label": [0.5]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "float.parquet")
+    refused("does not hold integers or texts", tmp_path / "float.parquet")
 
 
 def test_labels_out_of_range(tmp_path: Path, parquet_file: ParquetFile) -> None:
@@ -294,9 +294,12 @@ def test_hub_loads_its_own_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("error", "match"),
     [
-        (ConnectionError("no route to host"), r"no route to host\): check the network and run it again"),
-        (OSError("connection reset while reading"), r"connection reset while reading\): check the network"),
-        (RuntimeError("odd\nlong story"), r"\(odd\): run it again"),
+        (ConnectionError("no route to host"), r"no route to host\): check the name and the network and run it again"),
+        (
+            OSError("connection reset while reading"),
+            r"connection reset while reading\): check the name and the network",
+        ),
+        (RuntimeError("odd\nlong story"), r"\(odd\): check the name, or run it again"),
         (FileNotFoundError("404"), "no folder org/name here and no such dataset"),
     ],
 )

@@ -87,8 +87,8 @@ def change_weight(folder: Path) -> None:
 DAMAGE = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "no tokenizer in"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no such file"),
-    "truncated weights": (truncate("model.safetensors"), "may be truncated"),
-    "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "may be truncated"),
+    "truncated weights": (truncate("model.safetensors"), "is truncated"),
+    "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "is truncated"),
     "truncated config": (truncate("config.json"), "not valid JSON"),
     "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "not a tokenizer's config"),
     "no hash": (edit({"hash": None}), "not a tokenizer's config"),
