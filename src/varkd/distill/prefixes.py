@@ -61,6 +61,7 @@ class Rollout(Prefixes):
     by: Literal["student", "teacher"] = "student"
     sampler: Sampler = Sampler()
     kind: Literal["rollout"] = "rollout"
+    label: ClassVar[str] = "{by} samples"
 
     @property
     def summary(self) -> str:

@@ -34,13 +34,18 @@ class Replay(Prefixes):
     capacity: int = 4
     max_age: int = 20
     kind: Literal["replay"] = "replay"
-    shown: ClassVar[tuple[str, ...]] = ("every", "fresh", "max_age")
+    label: ClassVar[str] = "{rollout}, replayed"
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.capacity < 1 or self.max_age < 0:
             raise VarkdError("replay: need every >= 1, capacity >= 1 and max_age >= 0")
         if self.fresh is not None:
             check_range("replay", "fresh", self.fresh, 0, 1)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The settings that tell it apart."""
+        return ("every" if self.fresh is None else "fresh", "max_age")
 
     @property
     def summary(self) -> str:
