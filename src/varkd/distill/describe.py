@@ -92,8 +92,13 @@ def format_term(term: dict[str, Any]) -> str:
 def _term(term: Term, method: Method) -> dict[str, Any]:
     axes = ("divergence", "space", "selection", "credit", "weight")
     about = {axis: phrase(getattr(term, axis)) for axis in axes}
-    return {"name": term.name, "on": _rows(term, method), "normalizer": term.normalizer,
-            "generated_only": term.generated_only, **about}  # fmt: skip
+    return {
+        "name": term.name,
+        "on": _rows(term, method),
+        "normalizer": term.normalizer,
+        "generated_only": term.generated_only,
+        **about,
+    }
 
 
 def _rows(term: Term, method: Method) -> list[str]:
@@ -188,8 +193,11 @@ def _term_sentences(term: Term, method: Method) -> list[str]:
 def _adapting(method: Method) -> list[str]:
     found = [f"method.{path}: {text}" for path, text in _schedules(method).items()]
     found += [f"{key.replace('adaptive.', 'method.')} is {value.rule}" for key, value in adaptives(method)]
-    found += [f"the {key.split('/')[0]} of term {term.name}, after every update"
-              for term in method.terms for key in term.memories]  # fmt: skip
+    found += [
+        f"the {key.split('/')[0]} of term {term.name}, after every update"
+        for term in method.terms
+        for key in term.memories
+    ]
     return found or ["nothing"]
 
 
@@ -223,8 +231,10 @@ class Between:
 
 def update_cost(method: Method) -> dict[str, Between]:
     """By the names of `COSTS`: the least and the most over training, adaptive numbers at either end."""
-    started, ended = ({key: torch.tensor([end(value)]) for key, value in adaptives(method)}
-                      for end in (lambda value: value.start, lambda value: value.end))  # fmt: skip
+    started, ended = (
+        {key: torch.tensor([end(value)]) for key, value in adaptives(method)}
+        for end in (lambda value: value.start, lambda value: value.end)
+    )
     over_training = [method.at(tenth / 10, state).cost for tenth in range(11) for state in (started, ended)]
     return {
         name: Between(min(costs[name] for costs in over_training), max(costs[name] for costs in over_training))

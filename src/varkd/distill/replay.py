@@ -140,9 +140,12 @@ class Replay(Prefixes):
         place_B = state["rows/replay_born"][slot_B].argmin(1)  # the oldest entry, or an empty one (-1e9)
         assert part.behavior_logp_BL is not None
         values = {
-            "codes": part.codes_BL, "logp": part.behavior_logp_BL, "label": part.condition.label_B,
-            "born": torch.full_like(part.row_B, rng.step), "order": part.plan.order_BL,
-        }  # fmt: skip
+            "codes": part.codes_BL,
+            "logp": part.behavior_logp_BL,
+            "label": part.condition.label_B,
+            "born": torch.full_like(part.row_B, rng.step),
+            "order": part.plan.order_BL,
+        }
         if part.condition.guidance_B is not None:
             values["scale"] = part.condition.guidance_B
         updated = dict(state)
