@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class BestOf(Prefixes):
     score: Literal["difference", "teacher"] = "difference"
     shuffle: bool = False
     kind: Literal["best_of"] = "best_of"
+    label: ClassVar[str] = "{rollout}, best of {count}"
 
     def __post_init__(self) -> None:
         if self.count < 1:

@@ -15,19 +15,14 @@ from typing import Any, Protocol
 import torch
 
 from varkd.backbones.store import FAMILIES
-from varkd.distill.bestof import BestOf
 from varkd.distill.credit import NoCredit
 from varkd.distill.filtering import AllImages
 from varkd.distill.inputs import told
 from varkd.distill.method import COSTS, Method, Term
-from varkd.distill.mixture import Mixture, Share
-from varkd.distill.prefixes import Rollout
-from varkd.distill.replay import Replay
 from varkd.distill.schedule import adaptives, schedules, words
 from varkd.distill.selection import All
 from varkd.distill.spaces import Full
 from varkd.distill.target import Plain
-from varkd.rollout import Sampler
 
 _WIDTH = 110
 
@@ -97,8 +92,13 @@ def format_term(term: dict[str, Any]) -> str:
 def _term(term: Term, method: Method) -> dict[str, Any]:
     axes = ("divergence", "space", "selection", "credit", "weight")
     about = {axis: phrase(getattr(term, axis)) for axis in axes}
-    return {"name": term.name, "on": _rows(term, method), "normalizer": term.normalizer,
-            "generated_only": term.generated_only, **about}  # fmt: skip
+    return {
+        "name": term.name,
+        "on": _rows(term, method),
+        "normalizer": term.normalizer,
+        "generated_only": term.generated_only,
+        **about,
+    }
 
 
 def _rows(term: Term, method: Method) -> list[str]:
@@ -115,36 +115,31 @@ def phrase(value: Any) -> str:
             return "yes" if value else "no"
         case str() | int():
             return str(value)
-        case Share():
-            return f"{phrase(value.contexts)} {f'[{value.size}]' if ' ' in value.size else value.size}"
-        case Mixture():
-            return " + ".join(map(phrase, value.shares))
-        case Rollout():
-            return _with_settings(value, ("by",), f"{value.by} samples")
-        case Replay():
-            skip = ("rollout", "every" if value.fresh is not None else "fresh")
-            return _with_settings(value, skip, f"{phrase(value.rollout)}, replayed")
-        case BestOf():
-            return _with_settings(value, ("rollout", "count"), f"{phrase(value.rollout)}, best of {value.count}")
+        case tuple():
+            return " + ".join(map(phrase, value))
+        case _ if hasattr(value, "label"):
+            return _with_settings(value, value.label)
         case _ if hasattr(value, "kind") and not hasattr(value, "at"):
-            return _with_settings(value)
+            return _with_settings(value, re.sub(r"(kl|jsd|taid)\b", lambda found: found[0].upper(), value.kind))
     return words(value)
 
 
-def _with_settings(value: Any, skip: tuple[str, ...] = (), name: str | None = None) -> str:
-    """The part's kind, and in brackets the settings that it always shows (its first one, if it does not say which) and
-    those that differ from the default. What is off by default (none, 0, no) is left out."""
-    name = name or re.sub(r"\b(kl|jsd|taid)\b", lambda found: found[0].upper(), value.kind.replace("_", " "))
-    named, changed, found = [item for item in fields(value) if item.name not in ("kind", *skip)], _changed(value), []
-    shown = getattr(value, "shown", ())
-    for field in named:
+def _with_settings(value: Any, label: str) -> str:
+    """The part's label, and in brackets the settings that it always shows (its first one, if it does not say which) and
+    those that differ from the default, without what is off by default (none, 0, no) and what the label tells."""
+    in_label = {name: phrase(getattr(value, name)) for name in re.findall(r"{(\w+)}", label)}
+    changed, shown, found = _changed(value), getattr(value, "shown", ()), []
+    for field in fields(value) if hasattr(value, "kind") else ():
         setting = getattr(value, field.name)
-        if isinstance(setting, Sampler):
-            found += [told(setting)[2:-1]] if field in changed else []
-            continue
         off = setting is None or setting is False or setting == 0
-        if field in changed or (not off and (field.name in shown if shown else not found)):
+        always = field.name in shown if shown else not found
+        if field.name in ("kind", *in_label) or not (field in changed or (always and not off)):
+            continue
+        if field.name != "sampler":
             found.append(f"{field.name} {phrase(setting)}")
+        elif field in changed:
+            found.append(told(value.sampler)[2:-1])
+    name = label.replace("_", " ").format(**in_label)
     return f"{name} ({', '.join(found)})" if found else name
 
 
@@ -198,8 +193,11 @@ def _term_sentences(term: Term, method: Method) -> list[str]:
 def _adapting(method: Method) -> list[str]:
     found = [f"method.{path}: {text}" for path, text in _schedules(method).items()]
     found += [f"{key.replace('adaptive.', 'method.')} is {value.rule}" for key, value in adaptives(method)]
-    found += [f"the {key.split('/')[0]} of term {term.name}, after every update"
-              for term in method.terms for key in term.memories]  # fmt: skip
+    found += [
+        f"the {key.split('/')[0]} of term {term.name}, after every update"
+        for term in method.terms
+        for key in term.memories
+    ]
     return found or ["nothing"]
 
 
@@ -233,8 +231,10 @@ class Between:
 
 def update_cost(method: Method) -> dict[str, Between]:
     """By the names of `COSTS`: the least and the most over training, adaptive numbers at either end."""
-    started, ended = ({key: torch.tensor([end(value)]) for key, value in adaptives(method)}
-                      for end in (lambda value: value.start, lambda value: value.end))  # fmt: skip
+    started, ended = (
+        {key: torch.tensor([end(value)]) for key, value in adaptives(method)}
+        for end in (lambda value: value.start, lambda value: value.end)
+    )
     over_training = [method.at(tenth / 10, state).cost for tenth in range(11) for state in (started, ended)]
     return {
         name: Between(min(costs[name] for costs in over_training), max(costs[name] for costs in over_training))

@@ -41,8 +41,10 @@ class TargetRows:
             VarkdError: the space has left some of them out.
         """
         if self.code_N is None:
-            raise VarkdError("top_k without its tail has no place for every target code: set space.tail=true, or take "
-                             "a divergence that does not read the code")  # fmt: skip
+            raise VarkdError(
+                "top_k without its tail has no place for every target code: set space.tail=true, or take "
+                "a divergence that does not read the code"
+            )
         return self.code_N
 
 
@@ -414,8 +416,10 @@ class Decoupled(DivergenceRule):
         student, teacher = (logp.scatter(1, g_N1, -torch.inf) for logp in (student_NK, teacher_NK))
         if self.part == "rest":
             return _kl(renormalized(teacher), renormalized(student))
-        student, teacher = (torch.cat([logp.gather(1, g_N1), log_mass(others)], dim=1)
-                            for logp, others in ((student_NK, student), (teacher_NK, teacher)))  # fmt: skip
+        student, teacher = (
+            torch.cat([logp.gather(1, g_N1), log_mass(others)], dim=1)
+            for logp, others in ((student_NK, student), (teacher_NK, teacher))
+        )
         return _kl(teacher, student)
 
 

@@ -91,7 +91,9 @@ def difference_scores(
             plan = reference.plan(len(batch), Rng(seed), batch.row_B)
             codes_BL = batch.codes_BL.to(device)
             condition = Batch(codes_BL, batch.label_B.to(device), batch.row_B).condition
-            logp = [code_logp(model.head, model(codes_BL, condition, plan), codes_BL, chunk_rows)
-                    for model in (teacher, reference)]  # fmt: skip
+            logp = [
+                code_logp(model.head, model(codes_BL, condition, plan), codes_BL, chunk_rows)
+                for model in (teacher, reference)
+            ]
             found.append((logp[0] - logp[1]).mean(1).cpu())
     return torch.cat(found)

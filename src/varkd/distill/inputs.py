@@ -184,8 +184,11 @@ def told(sampler: Sampler) -> str:
     """The settings of a sampler that are not the usual ones, in brackets; nothing where there are none."""
     usual = Sampler()
     changed = {item.name: getattr(sampler, item.name) for item in fields(sampler)}
-    found = [f"{name} {value:g}" if type(value) is float else f"{name} {value}"
-             for name, value in changed.items() if value != getattr(usual, name)]  # fmt: skip
+    found = [
+        f"{name} {value:g}" if type(value) is float else f"{name} {value}"
+        for name, value in changed.items()
+        if value != getattr(usual, name)
+    ]
     return f" ({', '.join(found)})" if found else ""
 
 
@@ -215,8 +218,10 @@ def merge(parts: list[Part]) -> Part:
     accept = [part.accept_BL for part in parts]
     scales = [part.condition.guidance_B for part in parts]
     mixed = any(part.generated_BL is not None for part in parts)
-    generated = [torch.ones_like(part.codes_BL, dtype=torch.bool) if part.generated_BL is None else part.generated_BL
-                 for part in parts]  # fmt: skip
+    generated = [
+        torch.ones_like(part.codes_BL, dtype=torch.bool) if part.generated_BL is None else part.generated_BL
+        for part in parts
+    ]
     return Part(
         source=first.source,
         codes_BL=torch.cat([part.codes_BL for part in parts]),

@@ -229,9 +229,14 @@ def _part_skew(inputs: StepInputs, term: Term, skew: SequenceSkew, part: Part, s
 
 
 def _group_loss(
-    inputs: StepInputs, group: Group, hidden_BLD: Tensor, teacher: TeacherRows | None,
-    rows_of: Mapping[str, TermRows], denominators: Mapping[str, float], stats: Stats,
-) -> Tensor:  # fmt: skip
+    inputs: StepInputs,
+    group: Group,
+    hidden_BLD: Tensor,
+    teacher: TeacherRows | None,
+    rows_of: Mapping[str, TermRows],
+    denominators: Mapping[str, float],
+    stats: Stats,
+) -> Tensor:
     terms = inputs.method.terms
     factor_T = [value_of(term.weight) / denominators[term.name] for term in terms]
     scaled_TN = torch.stack([rows_of[t.name].weight_N.double() * f for t, f in zip(terms, factor_T, strict=True)])
@@ -265,9 +270,13 @@ def _group_loss(
 
 @torch.no_grad()
 def _audit(
-    inputs: StepInputs, group: Group, hidden_ND: Tensor, teacher: TeacherRows | None, rows_of: Mapping[str, TermRows],
+    inputs: StepInputs,
+    group: Group,
+    hidden_ND: Tensor,
+    teacher: TeacherRows | None,
+    rows_of: Mapping[str, TermRows],
     stats: Stats,
-) -> None:  # fmt: skip
+) -> None:
     """Numbers for the log only: the student's drift, and how much divergence each selection keeps."""
     length = group.stacked.codes_BL.shape[1]
     for part, (begin, _) in zip(group.parts, group.bounds, strict=True):

@@ -121,14 +121,18 @@ class Method:
         for source in self.contexts.sources if term.credit.sampled else ():
             reason = self.contexts.no_reward(source) if source in term.on else None
             if reason:
-                raise VarkdError(f"term '{term.name}': sampled rewards ({term.credit.kind}) cannot be had on {source} "
-                                 f"sequences here: {reason}")  # fmt: skip
+                raise VarkdError(
+                    f"term '{term.name}': sampled rewards ({term.credit.kind}) cannot be had on {source} "
+                    f"sequences here: {reason}"
+                )
 
     def _check_support(self, term: Term) -> None:
         if self.target.excludes and (term.divergence.needs_support or term.rewarded):
             what = "sampled rewards are" if term.rewarded else f"{term.divergence.kind} is"
-            raise VarkdError(f"term '{term.name}': {what} infinite wherever a truncated target excludes a code that "
-                             "the student does not: use forward_kl, jsd or total_variation, or plain")  # fmt: skip
+            raise VarkdError(
+                f"term '{term.name}': {what} infinite wherever a truncated target excludes a code that "
+                "the student does not: use forward_kl, jsd or total_variation, or plain"
+            )
 
     @property
     def needs_teacher(self) -> bool:
@@ -178,8 +182,10 @@ class Method:
         if self.target.guided and teacher is not None and teacher.guidance_conditioned:
             raise VarkdError("this teacher already takes the guidance scale as an input: use target plain")
         if self.target.per_row_guidance and not student.guidance_conditioned:
-            raise VarkdError("a range of guidance scales needs a student that is told the scale: "
-                             "set model.guidance_conditioned=true, or target.highest=null")  # fmt: skip
+            raise VarkdError(
+                "a range of guidance scales needs a student that is told the scale: "
+                "set model.guidance_conditioned=true, or target.highest=null"
+            )
 
     def at(self, progress: float, state: Mapping[str, Tensor] | None = None) -> Method:
         """The method at a fraction of training: every schedule and adaptive value turned into its number."""

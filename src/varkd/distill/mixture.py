@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class Share:
 
     contexts: Single
     fraction: Schedule | Literal["rest"]
+    label: ClassVar[str] = "{contexts} {amount}"
 
     def __post_init__(self) -> None:
         if self.fraction != "rest":
@@ -58,6 +59,11 @@ class Share:
     def size(self) -> str:
         """The fraction in words."""
         return "the rest" if self.fraction == "rest" else words(self.fraction)
+
+    @property
+    def amount(self) -> str:
+        """`size`, in brackets where it is more than a number."""
+        return f"[{self.size}]" if " " in self.size else self.size
 
     @property
     def rows(self) -> str:
@@ -78,6 +84,7 @@ class Mixture(Prefixes):
 
     shares: tuple[Share, ...]
     kind: Literal["mixture"] = "mixture"
+    label: ClassVar[str] = "{shares}"
 
     def __post_init__(self) -> None:
         if sum(share.contexts.keeps_rows for share in self.shares) > 1:

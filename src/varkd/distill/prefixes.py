@@ -61,6 +61,7 @@ class Rollout(Prefixes):
     by: Literal["student", "teacher"] = "student"
     sampler: Sampler = Sampler()
     kind: Literal["rollout"] = "rollout"
+    label: ClassVar[str] = "{by} samples"
 
     @property
     def summary(self) -> str:
@@ -257,7 +258,7 @@ class MixedRollout(Prefixes):
         kept_BL = leading(plan, share_B1)
         samples = rollout(
             inputs.model(self.by), batch.condition, plan, self.sampler, uniform_BL, batch.codes_BL, kept_BL
-        )  # fmt: skip
+        )
         part = Part.of(self.by, samples.codes_BL, batch.condition, plan, batch.row_B)
         return Context((replace(part, behavior_logp_BL=samples.logp_BL, generated_BL=~kept_BL),))
 
@@ -299,9 +300,7 @@ class ScheduledSampling(Prefixes):
         plan, length = self.sampler.plan(inputs.student, inputs.rng, batch.row_B), batch.codes_BL.shape[1]
         kept_BL = inputs.rng.uniform("coins", batch.row_B, length) >= value_of(self.share)
         uniform_BL = inputs.rng.uniform("rollout/scheduled", batch.row_B, length)
-        samples = rollout(
-            inputs.student, batch.condition, plan, self.sampler, uniform_BL, batch.codes_BL, kept_BL
-        )  # fmt: skip
+        samples = rollout(inputs.student, batch.condition, plan, self.sampler, uniform_BL, batch.codes_BL, kept_BL)
         part = Part.of("student", samples.codes_BL, batch.condition, plan, batch.row_B)
         return Context((replace(part, supervision_BL=batch.codes_BL),))
 
@@ -352,8 +351,10 @@ class ParallelSampling(Prefixes):
         plan = inputs.student.plan(len(batch), inputs.rng, batch.row_B)
         parts = [Part.of("data", batch.codes_BL, batch.condition, plan, batch.row_B)]
         for turn in range(self.rounds):
-            streams = (inputs.rng.uniform(f"{name}/{turn}", batch.row_B, batch.codes_BL.shape[1])
-                       for name in ("propose", "coins"))  # fmt: skip
+            streams = (
+                inputs.rng.uniform(f"{name}/{turn}", batch.row_B, batch.codes_BL.shape[1])
+                for name in ("propose", "coins")
+            )
             uniform_BL, coin_BL = streams
             proposed_BL = self._predict(parts[-1], inputs, uniform_BL)
             codes_BL = torch.where(coin_BL < value_of(self.share), proposed_BL, batch.codes_BL)

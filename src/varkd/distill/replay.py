@@ -34,13 +34,18 @@ class Replay(Prefixes):
     capacity: int = 4
     max_age: int = 20
     kind: Literal["replay"] = "replay"
-    shown: ClassVar[tuple[str, ...]] = ("every", "fresh", "max_age")
+    label: ClassVar[str] = "{rollout}, replayed"
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.capacity < 1 or self.max_age < 0:
             raise VarkdError("replay: need every >= 1, capacity >= 1 and max_age >= 0")
         if self.fresh is not None:
             check_range("replay", "fresh", self.fresh, 0, 1)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The settings that tell it apart."""
+        return ("every" if self.fresh is None else "fresh", "max_age")
 
     @property
     def summary(self) -> str:
@@ -135,9 +140,12 @@ class Replay(Prefixes):
         place_B = state["rows/replay_born"][slot_B].argmin(1)  # the oldest entry, or an empty one (-1e9)
         assert part.behavior_logp_BL is not None
         values = {
-            "codes": part.codes_BL, "logp": part.behavior_logp_BL, "label": part.condition.label_B,
-            "born": torch.full_like(part.row_B, rng.step), "order": part.plan.order_BL,
-        }  # fmt: skip
+            "codes": part.codes_BL,
+            "logp": part.behavior_logp_BL,
+            "label": part.condition.label_B,
+            "born": torch.full_like(part.row_B, rng.step),
+            "order": part.plan.order_BL,
+        }
         if part.condition.guidance_B is not None:
             values["scale"] = part.condition.guidance_B
         updated = dict(state)

@@ -176,8 +176,11 @@ class EntropyWeight(SelectionRule):
     permuted: bool = False
     kind: Literal["entropy_weight"] = "entropy_weight"
     statistic_names: ClassVar[tuple[str, ...]] = (
-        "confidence", *(f"confidence_q{quarter}" for quarter in range(1, 5)), "truncated", "truncated_sequences",
-    )  # fmt: skip
+        "confidence",
+        *(f"confidence_q{quarter}" for quarter in range(1, 5)),
+        "truncated",
+        "truncated_sequences",
+    )
 
     def __post_init__(self) -> None:
         if self.threshold is not None:
@@ -319,9 +322,12 @@ class Accepted(SelectionRule):
     @property
     def _score(self) -> Score:
         return {
-            "top_k": TopKAgrees(self.top_k), "speculative": ProposalAccepted(), "code": CodeRatio(),
-            "nucleus": InNucleus(self.top_p), "neighbors": NearRatio(self.nearest_key),
-        }[self.rule]  # fmt: skip
+            "top_k": TopKAgrees(self.top_k),
+            "speculative": ProposalAccepted(),
+            "code": CodeRatio(),
+            "nucleus": InNucleus(self.top_p),
+            "neighbors": NearRatio(self.nearest_key),
+        }[self.rule]
 
     def __call__(self, scores: Scores, part: Part, space: Space, memory: Tensor | None, rng: Rng) -> Tensor:
         del part, space, memory, rng

@@ -189,8 +189,9 @@ class TopK(SpaceRule):
     def __post_init__(self) -> None:
         smallest = 1 if self.tail else 2
         if self.count < smallest:
-            raise VarkdError(f"top_k: count must be at least {smallest} with tail={str(self.tail).lower()}, "
-                             f"got {self.count}")  # fmt: skip
+            raise VarkdError(
+                f"top_k: count must be at least {smallest} with tail={str(self.tail).lower()}, got {self.count}"
+            )
 
     @property
     def summary(self) -> str:
@@ -205,8 +206,10 @@ class TopK(SpaceRule):
         teacher = None if teacher_NV is None else log_softmax(teacher_NV)
         judge = student if self.of == "student" else teacher
         if judge is None:
-            raise VarkdError("top_k: the teacher's likeliest codes need a teacher: give teacher=RUN and a divergence "
-                             "that looks at it, or set space.of=student")  # fmt: skip
+            raise VarkdError(
+                "top_k: the teacher's likeliest codes need a teacher: give teacher=RUN and a divergence "
+                "that looks at it, or set space.of=student"
+            )
         code_NK = judge.detach().topk(min(self.count, judge.shape[1]), dim=1).indices
         teacher_NK = None if teacher is None else self._merged(teacher, code_NK)
         return [Comparison(1.0, self._merged(student, code_NK), teacher_NK, self._places(rows, code_NK))]

@@ -167,9 +167,9 @@ class Guided(TargetRule):
         """The scale at every position of `part`, by the schedule, float32 (B, L)."""
         given_B = part.condition.guidance_B
         largest = [self.scale] if given_B is None else given_B.tolist()
-        scale_XS = torch.stack([
-            guidance_per_step(self._sampler(each), part.plan, teacher.guidance) for each in largest
-        ])  # fmt: skip
+        scale_XS = torch.stack(
+            [guidance_per_step(self._sampler(each), part.plan, teacher.guidance) for each in largest]
+        )
         return scale_XS.to(part.codes_BL.device).expand(len(part), -1).gather(1, part.plan.step_BL)
 
     def _sampler(self, scale: float) -> Sampler:

@@ -27,12 +27,17 @@ def swap(found: Analysis) -> Section:
         at(source, place, "fd") for source, place in (("data", "0"), ("student", "0.5"), ("data", "0.5"))
     )
     apart = half.low > own.high
-    verdict = ("the teacher does not repair what the student began" if apart
-               else "no harm to the teacher's completion is seen beyond its own interval")  # fmt: skip
+    verdict = (
+        "the teacher does not repair what the student began"
+        if apart
+        else "no harm to the teacher's completion is seen beyond its own interval"
+    )
     accuracy = ""
     if classes:
-        accuracy = (f"; class accuracy is {share(at('student', '0.5', 'accuracy').value)} after a student's half and "
-                    f"{share(at('data', '0.5', 'accuracy').value)} after a half of data")  # fmt: skip
+        accuracy = (
+            f"; class accuracy is {share(at('student', '0.5', 'accuracy').value)} after a student's half and "
+            f"{share(at('data', '0.5', 'accuracy').value)} after a half of data"
+        )
     return Section(
         "D10", "Prefix swap", "Can the teacher complete what the student began?",
         "Drawn is the quality of images whose first k codes come from data or from the student and whose other "
@@ -49,22 +54,36 @@ def swap(found: Analysis) -> Section:
 def teachers(found: Analysis) -> Section:
     title, question = "Two teachers", "Do teachers agree with each other where the student goes?"
     if not found.has("student", "second_jsd"):
-        return Section("D11", title, question, missing="Give --second MODEL: another teacher on the same codes, of "
-                       "another seed, another size, or after fewer updates.")  # fmt: skip
+        return Section(
+            "D11",
+            title,
+            question,
+            missing="Give --second MODEL: another teacher on the same codes, of "
+            "another seed, another size, or after fewer updates.",
+        )
     gap, top = found.mean("student - data", "second_jsd"), found.mean("student", "second_top1")
-    verdict = judged(gap, "teachers disagree more where the student goes: less reliable labels",
-                     "teachers disagree less where the student goes",
-                     "no loss of agreement between teachers is seen")  # fmt: skip
+    verdict = judged(
+        gap,
+        "teachers disagree more where the student goes: less reliable labels",
+        "teachers disagree less where the student goes",
+        "no loss of agreement between teachers is seen",
+    )
     return Section(
-        "D11", title, question,
+        "D11",
+        title,
+        question,
         "Drawn is the Jensen-Shannon divergence between the teacher and a second one, in nats (at most ln 2 = "
         "0.693), by position, on data, teacher and student samples.",
         f"It is {plain(found.mean('student', 'second_jsd').value)} on student samples and "
         f"{plain(found.mean('data', 'second_jsd').value)} on data, a difference of {told(gap)}, so {verdict}; on "
         f"student samples they rank the same code first at {share(top.value)} of the positions.",
-        [("Jensen-Shannon divergence by position.", figures.lines(
-            "d11", three(found, "second_jsd"), found.xlabel, "JSD, nats", legend=True))],
-    )  # fmt: skip
+        [
+            (
+                "Jensen-Shannon divergence by position.",
+                figures.lines("d11", three(found, "second_jsd"), found.xlabel, "JSD, nats", legend=True),
+            )
+        ],
+    )
 
 
 def calibration(found: Analysis) -> Section:
@@ -127,8 +146,11 @@ def selection(found: Analysis) -> Section:
         for (term, context), positions, kl in zip(groups, kept["positions"], kept["kl"], strict=True)
     )
     poor = min(kl.value / max(positions.value, 1e-9) for positions, kl in zip(*kept.values(), strict=True))
-    verdict = ("kept positions carry less KL than their number: the selection keeps easy positions" if poor < 0.8
-               else "kept positions carry about their share of the KL or more")  # fmt: skip
+    verdict = (
+        "kept positions carry less KL than their number: the selection keeps easy positions"
+        if poor < 0.8
+        else "kept positions carry about their share of the KL or more"
+    )
     panels = [(f"{term}: {context}", found.map(context, f"kept/{term}")) for term, context in groups]
     shown = [(label, panel) for label, panel in panels if panel is not None]
     return Section(
@@ -152,8 +174,10 @@ def _history(found: Analysis) -> list[Line]:
     for row in found.rows("selection_training"):
         series.setdefault(row["key"], []).append((float(row["step"]), float(row["value"])))
     moving = {key: points for key, points in series.items() if any(value != 1 for _, value in points)}
-    return [Line(key, style, *(list(part) for part in zip(*points, strict=True)))
-            for style, (key, points) in enumerate(sorted(moving.items()))]  # fmt: skip
+    return [
+        Line(key, style, *(list(part) for part in zip(*points, strict=True)))
+        for style, (key, points) in enumerate(sorted(moving.items()))
+    ]
 
 
 def coverage(found: Analysis) -> Section:
@@ -163,22 +187,33 @@ def coverage(found: Analysis) -> Section:
         Bars("student", 1, [llh.value, cvg.value], [llh.low, cvg.low], [llh.high, cvg.high]),
         Bars("the teacher in its place", TEACHER, [floor.value] * 2, [floor.low] * 2, [floor.high] * 2),
     ]
-    at = {metric: number(found.rows("prefix_swap", source="student", share="1", metric=metric)[0])
-          for metric in ("precision", "recall")}  # fmt: skip
+    at = {
+        metric: number(found.rows("prefix_swap", source="student", share="1", metric=metric)[0])
+        for metric in ("precision", "recall")
+    }
     above, missed = llh.value - floor.value, cvg.value - floor.value
-    both = "averages over modes (implausible samples) more than it leaves modes out" if above > missed else \
-        "leaves modes out more than it makes implausible samples"  # fmt: skip
+    both = (
+        "averages over modes (implausible samples) more than it leaves modes out"
+        if above > missed
+        else "leaves modes out more than it makes implausible samples"
+    )
     return Section(
-        "D15", "Likelihood and coverage", "Does the student average over modes, or leave some out?",
+        "D15",
+        "Likelihood and coverage",
+        "Does the student average over modes, or leave some out?",
         "Drawn are R_llh = E[-log p] on student samples and R_cvg = E[-log q] on teacher samples, in nats per code, "
         "beside the teacher's own E[-log p] on its own samples, which both would reach if the student were the "
         "teacher.",
         f"R_llh is {told(llh)} and R_cvg {told(cvg)} over a floor of {told(floor)}: the student {both} (excess "
         f"{plain(above)} against {plain(missed)}); its samples have precision {told(at['precision'])} and recall "
         f"{told(at['recall'])} at N = {found.info['num']}.",
-        [("The two risks.", figures.bars("d15", ["likelihood\nE_S[-log p]", "coverage\nE_P[-log q]"], series,
-                                         "nats per code"))],
-    )  # fmt: skip
+        [
+            (
+                "The two risks.",
+                figures.bars("d15", ["likelihood\nE_S[-log p]", "coverage\nE_P[-log q]"], series, "nats per code"),
+            )
+        ],
+    )
 
 
 def cost(found: Analysis) -> Section:
@@ -186,10 +221,12 @@ def cost(found: Analysis) -> Section:
     faster = rows["student rollout"][0] / rows["teacher rollout"][0]
     passes = rows["student forward"][0] / rows["student rollout"][0]
     return Section(
-        "D18", "Cost", "What does a code cost?",
+        "D18",
+        "Cost",
+        "What does a code cost?",
         "Listed are codes per second of decoding and of one forward pass (64 sequences at once, on "
         f"{found.info['device']}), parameters, memory, and what training saw.",
         f"The student decodes {faster:.1f} times as fast as the teacher; a code that it samples costs {passes:.1f} "
         "times a code in a forward pass, which is what student contexts add to training.",
         rows=[(what, f"{value:,.0f} {unit}") for what, (value, unit) in rows.items()],
-    )  # fmt: skip
+    )

@@ -18,13 +18,20 @@ SECTIONS: tuple[Callable[[Analysis], Section], ...] = (
     panels.codebook, panels.continuations,
 )  # fmt: skip
 _NUMBERS = {
-    "teacher_entropy": "Teacher entropy H(p), nats", "ce_teacher": "Teacher's -log p of the codes, nats",
-    "typicality": "Typicality z, sd", "forward_kl": "KL(teacher || student), nats",
-    "reverse_kl": "KL(student || teacher), nats", "total_variation": "Total variation", "top1": "Same top code",
-    "top1_cluster": "Same top cluster", "acceptance": "Acceptance", "acceptance_neighbors": "Acceptance with "
-    "neighbors",
-    "mean_gap": "|mu_p - mu_q|^2", "n90": "N90 of the teacher, codes", "max_prob": "Largest p",
-}  # fmt: skip
+    "teacher_entropy": "Teacher entropy H(p), nats",
+    "ce_teacher": "Teacher's -log p of the codes, nats",
+    "typicality": "Typicality z, sd",
+    "forward_kl": "KL(teacher || student), nats",
+    "reverse_kl": "KL(student || teacher), nats",
+    "total_variation": "Total variation",
+    "top1": "Same top code",
+    "top1_cluster": "Same top cluster",
+    "acceptance": "Acceptance",
+    "acceptance_neighbors": "Acceptance with neighbors",
+    "mean_gap": "|mu_p - mu_q|^2",
+    "n90": "N90 of the teacher, codes",
+    "max_prob": "Largest p",
+}
 
 
 def write_page(folder: Path) -> Path:
@@ -41,16 +48,24 @@ def write_page(folder: Path) -> Path:
 def render(found: Analysis) -> str:
     """The page as text. Whatever comes from disk is escaped."""
     return render_template(
-        "diagnostics.html.j2", title=f"Diagnostics of {found.info['name']}", statement=statement(found),
-        facts=facts(found), numbers=numbers(found), sections=[make(found) for make in SECTIONS], num=found.info["num"],
-    )  # fmt: skip
+        "diagnostics.html.j2",
+        title=f"Diagnostics of {found.info['name']}",
+        statement=statement(found),
+        facts=facts(found),
+        numbers=numbers(found),
+        sections=[make(found) for make in SECTIONS],
+        num=found.info["num"],
+    )
 
 
 def statement(found: Analysis) -> list[str]:
     """What was compared, on how many sequences."""
     info = found.info
-    asked = "" if info["num"] >= info["num_asked"] else \
-        f" (the {info['split']} split has no more; {info['num_asked']:,} were asked for)"  # fmt: skip
+    asked = (
+        ""
+        if info["num"] >= info["num_asked"]
+        else f" (the {info['split']} split has no more; {info['num_asked']:,} were asked for)"
+    )
     method = f" ({info['method']})" if info["method"] else ""
     trained = (
         " Data prefixes are training data: both models have seen them, and so has the reference of image metrics."
@@ -63,7 +78,7 @@ def statement(found: Analysis) -> list[str]:
         f"labels, under the same plans and noise.{trained}",
         "Bands and brackets are 95 % bootstrap intervals over sequences of these two models: about one of twenty "
         "misses its number by chance, and another training seed may move a number further.",
-    ]  # fmt: skip
+    ]
 
 
 def facts(found: Analysis) -> list[tuple[str, str]]:
@@ -78,15 +93,18 @@ def facts(found: Analysis) -> list[tuple[str, str]]:
         ("Teacher", f"{info['teacher']} ({info['families'][1]}, {info['parameters']['teacher']:,} parameters)"),
         ("Second teacher", info["second"] or "none given"),
         ("Data", f"{info['data']}, {info['split']} split, N = {info['num']:,}, seed {info['seed']}"),
-        ("Codes", f"{info['sequence_length']} a sequence on {layout}, V = {info['vocab_size']:,}, tokenizer "
-                  f"{info['tokenizer'][:12]}"),
+        (
+            "Codes",
+            f"{info['sequence_length']} a sequence on {layout}, V = {info['vocab_size']:,}, tokenizer "
+            f"{info['tokenizer'][:12]}",
+        ),
         ("Order", f"{info['steps']} steps, {'raster' if info['raster'] else 'drawn by the student'}"),
         ("Sampler", sampler),
         ("Labels", "as many of each class as the data have: " + ", ".join(map(str, info["labels"]))),
         ("Clusters", f"{info['code_space']['clusters']} ({info['code_space']['assignment']})"),
         ("Feature network", f"{features['name']}, hash {features['hash'][:8]}, N = {features['num_train']:,}"),
         ("Versions", ", ".join(f"{name} {value}" for name, value in info["versions"].items())),
-    ]  # fmt: skip
+    ]
 
 
 def numbers(found: Analysis) -> list[tuple[str, list[str], str, bool]]:

@@ -81,9 +81,16 @@ def _reference(axes: Any, label: str, x: float, level: int, limits: tuple[float,
     at = min(max(x, left), right)
     middle = left + (right - left) / 2
     axes.annotate(
-        text, (at, 1), (0, 3 + 12 * level), xycoords=("data", "axes fraction"), textcoords="offset points",
-        ha="left" if at < middle else "right", va="bottom", fontsize=9, annotation_clip=False,
-    )  # fmt: skip
+        text,
+        (at, 1),
+        (0, 3 + 12 * level),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="left" if at < middle else "right",
+        va="bottom",
+        fontsize=9,
+        annotation_clip=False,
+    )
 
 
 def _window(values: Sequence[float], ends: Sequence[float]) -> tuple[float, float]:
@@ -152,9 +159,15 @@ def _label(axes: Any, dots: Sequence[Dot], places: Sequence[tuple[float, float]]
         taken.append(box)
         far = math.hypot((box[0] + box[2]) / 2 - x, (box[1] + box[3]) / 2 - y) > (box[2] - box[0]) / 2 + 9
         axes.annotate(
-            text, place, (box[0] - x, box[1] - y), textcoords="offset points", fontsize=8.5, va="bottom", ha="left",
+            text,
+            place,
+            (box[0] - x, box[1] - y),
+            textcoords="offset points",
+            fontsize=8.5,
+            va="bottom",
+            ha="left",
             arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": INK, "alpha": 0.5} if far else None,
-        )  # fmt: skip
+        )
 
 
 def _free_place(x: float, y: float, width: float, taken: Sequence[Box], limits: Box) -> Box:

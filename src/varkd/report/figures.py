@@ -54,9 +54,16 @@ def dash(style: int) -> tuple[int, ...]:
 
 
 def lines(
-    name: str, curves: Sequence[Line], xlabel: str, ylabel: str, ylimits: tuple[float, float] | None = None, *,
-    legend: bool = False, marked: bool = False, reference: float | None = None,
-) -> str:  # fmt: skip
+    name: str,
+    curves: Sequence[Line],
+    xlabel: str,
+    ylabel: str,
+    ylimits: tuple[float, float] | None = None,
+    *,
+    legend: bool = False,
+    marked: bool = False,
+    reference: float | None = None,
+) -> str:
     """One line per curve, with the band of its interval. `name` must be unique on the page (it prefixes ids).
 
     `marked` puts a dot on every point; `reference` draws a thin level line.
@@ -70,9 +77,15 @@ def lines(
             if curve.low is not None and curve.high is not None:
                 axes.fill_between(curve.x, curve.low, curve.high, color=_color(curve.style), alpha=0.2, linewidth=0)
             axes.plot(
-                curve.x, curve.y, color=_color(curve.style), linewidth=1.6, linestyle=(0, pattern) if pattern else "-",
-                marker="o" if len(curve.x) == 1 or marked else None, markersize=4, label=curve.label,
-            )  # fmt: skip
+                curve.x,
+                curve.y,
+                color=_color(curve.style),
+                linewidth=1.6,
+                linestyle=(0, pattern) if pattern else "-",
+                marker="o" if len(curve.x) == 1 or marked else None,
+                markersize=4,
+                label=curve.label,
+            )
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if ylimits:
@@ -95,8 +108,9 @@ def bars(name: str, groups: Sequence[str], series: Sequence[Bars], ylabel: str) 
                     continue
                 x = group + (index + 0.5) * width - 0.4
                 first = all(other is None for other in each.value[:group])
-                axes.bar(x, value, 0.92 * width, color=_color(each.style), alpha=0.75,
-                         label=each.label if first else None)  # fmt: skip
+                axes.bar(
+                    x, value, 0.92 * width, color=_color(each.style), alpha=0.75, label=each.label if first else None
+                )
                 if low is not None and high is not None:
                     axes.plot([x, x], [low, high], color=INK, linewidth=1.0)
         axes.set_xticks(range(len(groups)), groups)
@@ -122,9 +136,16 @@ def _legend(figure, axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     fitting = _LEGEND_CHARACTERS // (max(map(len, labels)) + 7)
     figure.legend(
-        handles, labels, loc="outside upper left", ncols=max(1, min(fitting, len(labels))), frameon=False, fontsize=9,
-        borderaxespad=0.1, columnspacing=1.2, handlelength=2.4,
-    )  # fmt: skip
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=max(1, min(fitting, len(labels))),
+        frameon=False,
+        fontsize=9,
+        borderaxespad=0.1,
+        columnspacing=1.2,
+        handlelength=2.4,
+    )
 
 
 def maps(name: str, panels: Sequence[tuple[str, NDArray[np.floating]]], ylabel: str) -> str:

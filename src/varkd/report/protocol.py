@@ -11,9 +11,7 @@ from varkd.report.runs import RunFolder
 from varkd.report.tables import Row, competitors
 
 _SHARED_KEYS = ("num_samples", "grid")
-_SHARED_PROTOCOL = (
-    "reference", "tokenizer", "data", "sampler", "seed", "labels", "weights", "versions",
-)  # fmt: skip
+_SHARED_PROTOCOL = ("reference", "tokenizer", "data", "sampler", "seed", "labels", "weights", "versions")
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,15 @@ def entropy(found: Analysis) -> Section:
     also = found.mean("student - data", "teacher_entropy")
     means = {context: found.mean(context, "teacher_entropy") for context in LABEL}
     verdict = judged(
-        gap, "the teacher is less certain where the student goes", "the teacher is more certain where the student goes",
+        gap,
+        "the teacher is less certain where the student goes",
+        "the teacher is more certain where the student goes",
         "no loss of certainty is seen where the student goes",
-    )  # fmt: skip
+    )
     return Section(
-        "D1", "Entropy of the teacher", "Is the teacher still certain on prefixes that the student made?",
+        "D1",
+        "Entropy of the teacher",
+        "Is the teacher still certain on prefixes that the student made?",
         "Drawn is H(p), the teacher's entropy in nats per code (at most ln V = "
         f"{log(found.info['vocab_size']):.2f}), by position, on prefixes of data, of the teacher and of the student; "
         "the second figure is the student's own entropy.",
@@ -86,13 +90,17 @@ def entropy(found: Analysis) -> Section:
         f"{plain(means['teacher'].value)} on the teacher's own and {plain(means['data'].value)} on data; student "
         f"minus teacher samples is {told(gap)} (minus data {told(also)}), so {verdict}.",
         [
-            ("The teacher's entropy by position.", figures.lines(
-                "d1-teacher", three(found, "teacher_entropy"), found.xlabel, "H(p), nats", legend=True)),
-            ("The student's entropy by position.", figures.lines(
-                "d1-student", three(found, "student_entropy"), found.xlabel, "H(q), nats", legend=True)),
+            (
+                "The teacher's entropy by position.",
+                figures.lines("d1-teacher", three(found, "teacher_entropy"), found.xlabel, "H(p), nats", legend=True),
+            ),
+            (
+                "The student's entropy by position.",
+                figures.lines("d1-student", three(found, "student_entropy"), found.xlabel, "H(q), nats", legend=True),
+            ),
             *gap_map(found, "d1-map", "teacher_entropy", "teacher entropy, nats"),
         ],
-    )  # fmt: skip
+    )
 
 
 def drift(found: Analysis) -> Section:
@@ -102,29 +110,41 @@ def drift(found: Analysis) -> Section:
     half = len(curve.y) // 2
     early, late = sum(curve.y[:half]) / max(half, 1), sum(curve.y[half:]) / max(len(curve.y) - half, 1)
     verdict = judged(
-        gap, "the student writes codes that surprise the teacher more than its own would",
+        gap,
+        "the student writes codes that surprise the teacher more than its own would",
         "the student is over-safe: its codes surprise the teacher less than the teacher's own do",
         "the student's codes are as typical for the teacher as its own",
-    )  # fmt: skip
+    )
     return Section(
-        "D2", "Drift: how the teacher sees the codes", "Would the teacher have written this?",
+        "D2",
+        "Drift: how the teacher sees the codes",
+        "Would the teacher have written this?",
         "Drawn is the teacher's -log p of each code and the typicality z = (-log p(x) - H(p)) / sd of -log p, whose "
         "mean is 0 for codes that the teacher sampled itself at temperature 1.",
         f"z is {told(student)} on student samples and {told(own)} on the teacher's own (difference {told(gap)}), so "
         f"{verdict}; it is {plain(early)} in the first half of the positions and {plain(late)} in the second.",
         [
-            ("The teacher's -log p of the codes by position.", figures.lines(
-                "d2-nll", three(found, "ce_teacher"), found.xlabel, "-log p(code), nats", legend=True)),
-            ("Typicality by position; 0 is what the teacher's own samples have.", figures.lines(
-                "d2-z", three(found, "typicality"), found.xlabel, "typicality z, sd", legend=True, reference=0.0)),
+            (
+                "The teacher's -log p of the codes by position.",
+                figures.lines("d2-nll", three(found, "ce_teacher"), found.xlabel, "-log p(code), nats", legend=True),
+            ),
+            (
+                "Typicality by position; 0 is what the teacher's own samples have.",
+                figures.lines(
+                    "d2-z", three(found, "typicality"), found.xlabel, "typicality z, sd", legend=True, reference=0.0
+                ),
+            ),
             *gap_map(found, "d2-map", "typicality", "typicality z, sd"),
         ],
-    )  # fmt: skip
+    )
 
 
 def divergence(found: Analysis) -> Section:
-    names = {"forward_kl": ("FKL", "KL(p || q), nats"), "reverse_kl": ("RKL", "KL(q || p), nats"),
-             "total_variation": ("TVD", "total variation")}  # fmt: skip
+    names = {
+        "forward_kl": ("FKL", "KL(p || q), nats"),
+        "reverse_kl": ("RKL", "KL(q || p), nats"),
+        "total_variation": ("TVD", "total variation"),
+    }
     gaps = {name: found.mean("student - data", name) for name in names}
     parts = "; ".join(
         f"{short} {plain(found.mean('student', name).value)} against {plain(found.mean('data', name).value)}, gap "
@@ -132,22 +152,27 @@ def divergence(found: Analysis) -> Section:
         for name, (short, _) in names.items()
     )
     verdict = judged(
-        gaps["forward_kl"], "the student disagrees more on its own prefixes: an exposure gap",
+        gaps["forward_kl"],
+        "the student disagrees more on its own prefixes: an exposure gap",
         "the student disagrees less on its own prefixes than on data: no exposure gap",
         "no exposure gap is seen in the forward KL",
-    )  # fmt: skip
+    )
     drawn = [
-        (f"{short} by position.", figures.lines(f"d3-{name}", three(found, name, ("data", "student")), found.xlabel,
-                                                ylabel, legend=True))
+        (
+            f"{short} by position.",
+            figures.lines(f"d3-{name}", three(found, name, ("data", "student")), found.xlabel, ylabel, legend=True),
+        )
         for name, (short, ylabel) in names.items()
-    ]  # fmt: skip
+    ]
     return Section(
-        "D3", "Divergence and exposure gap", "Does the student agree less where its own samples lead?",
+        "D3",
+        "Divergence and exposure gap",
+        "Does the student agree less where its own samples lead?",
         "Drawn are KL(teacher || student), KL(student || teacher) and the total variation by position, on data and "
         "on student samples; the exposure gap is the difference of the two.",
         f"Means on student samples and on data: {parts}; so {verdict}.",
         [*drawn, *gap_map(found, "d3-map", "forward_kl", "KL(p || q), nats")],
-    )  # fmt: skip
+    )
 
 
 def accumulation(found: Analysis) -> Section:
@@ -159,9 +184,11 @@ def accumulation(found: Analysis) -> Section:
     last = number(found.rows("accumulated", curve="excess")[-1])
     total, data = (number(found.rows("accumulated", curve=curve)[-1]) for curve in ("student", "data"))
     verdict = judged(
-        last, "errors feed on each other", "errors are smaller on the student's own prefixes",
+        last,
+        "errors feed on each other",
+        "errors are smaller on the student's own prefixes",
         "no error that feeds on itself is seen",
-    )  # fmt: skip
+    )
     xlabel = "codes so far (l)"
     # Over the first codes the excess is a ratio of two tiny sums and says nothing.
     begin = found.info["sequence_length"] // 8
@@ -185,8 +212,12 @@ def choice(found: Analysis) -> Section:
     names = {"top1": "same top\ncode", "top5": "in teacher's\ntop 5", "top1_cluster": "same top code's\ncluster"}
     top, cluster = found.mean("student", "top1"), found.mean("student", "top1_cluster")
     gap = found.mean("student - data", "top1")
-    verdict = judged(gap, "it is higher on its own samples than on data", "it is lower on its own samples than on data",
-                     "it is not seen to differ from data")  # fmt: skip
+    verdict = judged(
+        gap,
+        "it is higher on its own samples than on data",
+        "it is lower on its own samples than on data",
+        "it is not seen to differ from data",
+    )
     share_of_misses = (cluster.value - top.value) / max(1 - top.value, 1e-9)
     return Section(
         "D5", "Agreement on the first choice", "Do both prefer the same code, or at least a similar one?",
@@ -219,8 +250,12 @@ def acceptance(found: Analysis) -> Section:
     space = found.info["code_space"]
     plain_rate, wide = found.mean("student", "acceptance"), found.mean("student", "acceptance_neighbors")
     gap = found.mean("student - data", "acceptance")
-    verdict = judged(gap, "the rate is higher on student samples", "the rate is lower on student samples",
-                     "the rate is not seen to differ between student samples and data")  # fmt: skip
+    verdict = judged(
+        gap,
+        "the rate is higher on student samples",
+        "the rate is lower on student samples",
+        "the rate is not seen to differ between student samples and data",
+    )
     return Section(
         "D6", "Acceptance", "How often would speculative sampling keep the student's code?",
         "Drawn is sum min(p, q), the rate at which a draft of the student is accepted, and the same with the mass "
@@ -238,8 +273,12 @@ def acceptance(found: Analysis) -> Section:
 def distance(found: Analysis) -> Section:
     whole, own = found.mean("student", "embedding_distance"), found.mean("student", "embedding_self")
     gap, change = found.mean("student", "mean_gap"), found.mean("student - data", "mean_gap")
-    verdict = judged(change, "it grows on the student's own samples", "it shrinks on the student's own samples",
-                     "it is not seen to differ from data")  # fmt: skip
+    verdict = judged(
+        change,
+        "it grows on the student's own samples",
+        "it shrinks on the student's own samples",
+        "it is not seen to differ from data",
+    )
     return Section(
         "D7", "Distance between codes", "How far apart are the codes that both would draw?",
         "Drawn on student samples is E|e_v - e_u|^2 for v ~ p and u ~ q over codebook vectors, the same for two "

@@ -27,7 +27,7 @@ _PER_CODE: dict[str, tuple[str, str, Literal["lower", "higher"] | None]] = {
     "ce": ("Cross-entropy", "of the codes under the student, in nats per code", "lower"),
     "ce_teacher": ("Teacher cross-entropy", "of the codes under the teacher, in nats per code", None),
     "teacher_entropy": ("Teacher entropy", "of the teacher's own predictions, in nats per code", None),
-}  # fmt: skip
+}
 _NOT_DRAWN = frozenset({"split", "step", "seconds", "num"})
 SPEED_COLUMNS = (
     Column(
@@ -152,9 +152,13 @@ def _agreement_column(key: str, source: str) -> Column:
     where = SOURCES.get(source, source)
     percent = key in ("acceptance", "top1", "top1_cluster")
     return Column(
-        f"{key}/{source}", f"{title}{' (%)' if percent else ''}, {source}", "", f"{meaning}, {where}", better,
+        f"{key}/{source}",
+        f"{title}{' (%)' if percent else ''}, {source}",
+        "",
+        f"{meaning}, {where}",
+        better,
         100 if percent else 1,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -187,16 +191,22 @@ def positions(runs: Sequence[RunFolder], styles: Mapping[str, int]) -> list[Pane
 
 
 def _position_figures(
-    key: str, source: str, by_run: Mapping[str, np.ndarray], shape: Mapping[str, tuple[int, ...]],
+    key: str,
+    source: str,
+    by_run: Mapping[str, np.ndarray],
+    shape: Mapping[str, tuple[int, ...]],
     styles: Mapping[str, int],
-) -> list[tuple[str, str]]:  # fmt: skip
+) -> list[tuple[str, str]]:
     title = _PER_CODE.get(key, (key, "", None))[0]
     where = SOURCES.get(source, source)
     name = f"position-{_slug(key)}-{_slug(source)}"
     curves = [Line(label, styles[label], range(len(array)), array.tolist()) for label, array in by_run.items()]
     drawn = [(f"{title} {where}, by position", figures.lines(name, curves, "position in the sequence", title))]
-    square = [(label, array.reshape(shape[label])) for label, array in by_run.items()
-              if len(shape[label]) == 2 and math.prod(shape[label]) == len(array)]  # fmt: skip
+    square = [
+        (label, array.reshape(shape[label]))
+        for label, array in by_run.items()
+        if len(shape[label]) == 2 and math.prod(shape[label]) == len(array)
+    ]
     if square:
         drawn.append((f"{title} {where}, over the image grid", figures.maps(f"{name}-map", square, title)))
     return drawn
@@ -248,9 +258,11 @@ def speed(runs: Sequence[RunFolder], rows: Sequence[Row]) -> list[Row]:
     result = []
     for row in rows:
         rates = [entry["sequences_per_second"] for entry in log_of[row.name] if _rate(entry)]
-        numbers = {
-            key: row.cells[key].value for key in ("samples_per_second", "parameters", "seconds")
-        } | {"sequences": median(rates) if rates else None, "speedup": None, "compression": None}  # fmt: skip
+        numbers = {key: row.cells[key].value for key in ("samples_per_second", "parameters", "seconds")} | {
+            "sequences": median(rates) if rates else None,
+            "speedup": None,
+            "compression": None,
+        }
         if len(teachers) == 1 and row.role != "teacher":
             numbers["speedup"] = _ratio(row, teachers[0], "samples_per_second")
             numbers["compression"] = _ratio(teachers[0], row, "parameters")
@@ -283,8 +295,11 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
         result.append(("Feature network", _network(network)))
     result += [(key.replace("_", " ").capitalize(), as_text(value)) for key, value in protocol.items()]
     result += [(f"Status: {key}", as_text(value)) for key, value in (run.status or {}).items()]
-    result += [(f"Warning at update {entry.get('step')}", as_text(entry.get("text")))
-               for entry in run.log if entry.get("split") == "warning"]  # fmt: skip
+    result += [
+        (f"Warning at update {entry.get('step')}", as_text(entry.get("text")))
+        for entry in run.log
+        if entry.get("split") == "warning"
+    ]
     result += [(f"Environment: {key}", as_text(value)) for key, value in (run.environment or {}).items()]
     return result
 

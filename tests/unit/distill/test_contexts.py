@@ -306,8 +306,9 @@ def test_rows_sampled_afresh_among_replayed_ones_keep_their_own_orders(any_order
     assert torch.equal(part.plan.order_BL, expected_BL) and part.plan.sizes == fresh.plan.sizes
 
 
-@pytest.mark.parametrize("values", [{"every": 0}, {"capacity": 0}, {"max_age": -1}, {"fresh": 1.5},
-                                    {"fresh": LinearSchedule(0.5, -0.1)}])  # fmt: skip
+@pytest.mark.parametrize(
+    "values", [{"every": 0}, {"capacity": 0}, {"max_age": -1}, {"fresh": 1.5}, {"fresh": LinearSchedule(0.5, -0.1)}]
+)
 def test_replay_refuses_nonsense(values: dict):
     with pytest.raises(VarkdError, match="replay"):
         Replay(**values)
@@ -356,8 +357,9 @@ def test_fresh_follows_a_schedule_and_a_part_of_the_rows_is_the_same(student, ba
         contexts = resolve(replay, step / 10)
         (part,) = contexts(batch, inputs(student, step=step, state=state)).parts
         some = torch.tensor([1, 6])
-        assert same_part(contexts(batch.select(some), inputs(student, step=step, state=state)).parts[0],
-                         part.select(some))  # fmt: skip
+        assert same_part(
+            contexts(batch.select(some), inputs(student, step=step, state=state)).parts[0], part.select(some)
+        )
         state = contexts.update(Context((part,)), state, Rng(0, step))
         shares.append(float((part.age_B == 0).double().mean()))
     assert shares[0] == 1 and shares[-1] < 0.5 and sum(shares[:5]) > sum(shares[5:])
@@ -441,8 +443,9 @@ def test_a_ring_takes_in_nothing_that_another_source_made(student, teacher, batc
         for row in fresh:
             owned.setdefault(row, set()).add(step)
         assert state["rows/replay_row"].tolist() == sorted(owned)
-        for row, born_C, codes_CL in zip(sorted(owned), state["rows/replay_born"].tolist(),
-                                         state["rows/replay_codes"], strict=True):  # fmt: skip
+        for row, born_C, codes_CL in zip(
+            sorted(owned), state["rows/replay_born"].tolist(), state["rows/replay_codes"], strict=True
+        ):
             for born, codes_L in zip(born_C, codes_CL, strict=True):
                 if born >= 0:
                     assert born in owned[row] and torch.equal(codes_L, made[born].codes_BL[row])
@@ -474,10 +477,14 @@ def test_mixtures_refuse_what_they_cannot_keep_apart():
 
 def test_nested_contexts_speak_for_what_is_inside():
     cold, warm = Sampler(temperature=0.5), Sampler(guidance=2.0)
-    mixture = Mixture((
-        Share(Data(), 0.25), Share(Replay(MixtureSampling(cold)), 0.25), Share(Completions(sampler=warm), 0.25),
-        Share(ScheduledSampling(sampler=cold), 0.25),
-    ))  # fmt: skip
+    mixture = Mixture(
+        (
+            Share(Data(), 0.25),
+            Share(Replay(MixtureSampling(cold)), 0.25),
+            Share(Completions(sampler=warm), 0.25),
+            Share(ScheduledSampling(sampler=cold), 0.25),
+        )
+    )
     assert mixture.sources == ("data", "student", "teacher") and mixture.samplers == (cold, warm, cold)
     assert mixture.needs_teacher and mixture.splices
     codebook_VE = torch.rand(5, 2)
@@ -493,8 +500,10 @@ ONE_BY_ONE = "were not sampled one by one under a known probability"
 PREFIX = "their first codes come from the data"
 NO_REWARDS = [
     (Data(), "data", ONE_BY_ONE),
-    *((Rollout(sampler=sampler), "student", OFTEN)
-      for sampler in (Sampler(top_k=5), Sampler(top_p=0.9), Sampler(temperature=0))),
+    *(
+        (Rollout(sampler=sampler), "student", OFTEN)
+        for sampler in (Sampler(top_k=5), Sampler(top_p=0.9), Sampler(temperature=0))
+    ),
     (Rollout("teacher", Sampler(top_p=0.9)), "teacher", OFTEN),
     (MixtureSampling(Sampler(top_k=5)), "student", OFTEN),
     (SpeculativeSampling(Sampler(top_p=0.9)), "student", OFTEN),
@@ -506,7 +515,7 @@ NO_REWARDS = [
     (Replay(Rollout(sampler=Sampler(top_k=2))), "student", OFTEN),
     (Mixture((Share(Rollout(), 0.5), Share(MixedRollout(0.0, 1.0), 0.5))), "student", PREFIX),
     (Mixture((Share(Data(), 0.5), Share(Replay(MixedRollout(0.0, 1.0)), 0.5))), "student", PREFIX),
-]  # fmt: skip
+]
 CREDITS = [Importance(), Reward(), FutureReturn(), PrefixDiscrepancy()]
 
 
@@ -523,12 +532,18 @@ HONEST = [Sampler(), Sampler(temperature=0.7), Sampler(temperature=2.0), Sampler
 
 
 @pytest.mark.parametrize("sampler", HONEST)
-@pytest.mark.parametrize("make", [
-    lambda sampler: Rollout(sampler=sampler), lambda sampler: Rollout("teacher", sampler),
-    MixtureSampling, SpeculativeSampling,
-    lambda sampler: Replay(Rollout(sampler=sampler)), lambda sampler: Replay(MixtureSampling(sampler)),
-    lambda sampler: Mixture((Share(Data(), 0.5), Share(Rollout(sampler=sampler), 0.5))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda sampler: Rollout(sampler=sampler),
+        lambda sampler: Rollout("teacher", sampler),
+        MixtureSampling,
+        SpeculativeSampling,
+        lambda sampler: Replay(Rollout(sampler=sampler)),
+        lambda sampler: Replay(MixtureSampling(sampler)),
+        lambda sampler: Mixture((Share(Data(), 0.5), Share(Rollout(sampler=sampler), 0.5))),
+    ],
+)
 def test_rewards_are_accepted_where_log_probabilities_are_stored(student, teacher, batch, make, sampler):
     """And they are indeed stored, finite, for the very part that the term is on."""
     contexts = make(sampler)
@@ -542,8 +557,10 @@ def test_rewards_are_accepted_where_log_probabilities_are_stored(student, teache
 def test_rewards_on_other_sources_are_no_matter():
     """MiniLLM: rewards on student sequences, plain cross-entropy on data."""
     mixture = Mixture((Share(Data(), 0.5), Share(MixtureSampling(), 0.5)))
-    Method((Term("pg", CrossEntropy(), on=("student",), credit=Reward()), Term("ce", CrossEntropy(), on=("data",))),
-           mixture)  # fmt: skip
+    Method(
+        (Term("pg", CrossEntropy(), on=("student",), credit=Reward()), Term("ce", CrossEntropy(), on=("data",))),
+        mixture,
+    )
     with pytest.raises(VarkdError, match="on data sequences"):
         Method((Term("pg", CrossEntropy(), credit=Reward()),), mixture)
 

@@ -252,11 +252,16 @@ def test_codes_without_a_stored_probability_are_refused(credit: Credit):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Reward(0.0), lambda: Reward(-0.2), lambda: FutureReturn(clip=0.0), lambda: FutureReturn(scale=0.0),
-        lambda: PrefixDiscrepancy(-2.0), lambda: PrefixDiscrepancy(clip=-1.0), lambda: Importance(0.0),
+        lambda: Reward(0.0),
+        lambda: Reward(-0.2),
+        lambda: FutureReturn(clip=0.0),
+        lambda: FutureReturn(scale=0.0),
+        lambda: PrefixDiscrepancy(-2.0),
+        lambda: PrefixDiscrepancy(clip=-1.0),
+        lambda: Importance(0.0),
         lambda: Importance(math.nan),
     ],
-)  # fmt: skip
+)
 def test_nonsense_is_refused(make):
     with pytest.raises(VarkdError, match=r"reward|future_return|prefix_discrepancy|importance"):
         make()

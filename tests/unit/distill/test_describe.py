@@ -98,9 +98,13 @@ OTHERS: dict[str, Any] = {
     "contexts": Rollout(), "fraction": 0.75, "count": 9, "factor": 7,
 }  # fmt: skip
 """Another value of a setting, by its name, where its type does not say one."""
-MADE = {"TopK": {"count": 5}, "Mixture": {"shares": (Share(Data(), 0.5), Share(Rollout(), 0.5))},
-        "LinearSchedule": {"start": 0.2, "end": 0.9}, "ExponentialSchedule": {"start": 0.2, "end": 0.9},
-        "SkewKL": {"alpha": SequenceSkew()}}  # fmt: skip
+MADE = {
+    "TopK": {"count": 5},
+    "Mixture": {"shares": (Share(Data(), 0.5), Share(Rollout(), 0.5))},
+    "LinearSchedule": {"start": 0.2, "end": 0.9},
+    "ExponentialSchedule": {"start": 0.2, "end": 0.9},
+    "SkewKL": {"alpha": SequenceSkew()},
+}
 RULES = {"top_k": "top_k", "top_p": "nucleus", "neighbors": "neighbors"}
 
 
@@ -146,8 +150,13 @@ def test_every_preset_is_explained_whole(name: str):
     headings = [line for line in lines if not line.startswith(" ")]
     terms = [f"term {term.name}:" for term in method.terms]
     assert [head for head in headings if head != "images:"] == [
-        "prefixes:", "target:", *terms, "adapts:", "cost:", "families:"
-    ]  # fmt: skip
+        "prefixes:",
+        "target:",
+        *terms,
+        "adapts:",
+        "cost:",
+        "families:",
+    ]
     assert ("images:" in headings) == (name == "miniplm")
 
 
@@ -274,9 +283,12 @@ def test_the_cost_is_what_is_counted(name: str, make_model: Callable[..., LlamaG
 def test_the_cost_over_training_is_a_range():
     (row,) = describe_presets({"dagger": METHODS["dagger"]})
     assert row["cost"] == {
-        "student_train": "1", "student_read": "0", "student_decode": "0 to 1/2", "teacher_read": "1",
+        "student_train": "1",
+        "student_read": "0",
+        "student_decode": "0 to 1/2",
+        "teacher_read": "1",
         "teacher_decode": "0 to 1",
-    }  # fmt: skip
+    }
 
 
 def table_row(row: dict[str, Any]) -> str:

@@ -61,16 +61,18 @@ TWO_SIDED: dict[str, tuple[Divergence, Callable[..., tuple[Tensor, Tensor]]]] = 
     "taid.9": (TAID(0.9), partial(reference.taid, time=0.9)),
     "skew_kl.rows": (SkewKL(SequenceSkew()), partial(reference.skew_kl, alpha=ALPHA.unsqueeze(1))),
     "skew_reverse_kl.rows": (
-        SkewReverseKL(SequenceSkew()), partial(reference.skew_reverse_kl, alpha=ALPHA.unsqueeze(1)),
+        SkewReverseKL(SequenceSkew()),
+        partial(reference.skew_reverse_kl, alpha=ALPHA.unsqueeze(1)),
     ),
     "skew_reverse_kl.detached": (
-        SkewReverseKL(0.1, detached=True), partial(reference.skew_reverse_kl, alpha=0.1, detached=True),
+        SkewReverseKL(0.1, detached=True),
+        partial(reference.skew_reverse_kl, alpha=0.1, detached=True),
     ),
     "skew_reverse_kl.rows.detached": (
         SkewReverseKL(SequenceSkew(), detached=True),
         partial(reference.skew_reverse_kl, alpha=ALPHA.unsqueeze(1), detached=True),
     ),
-}  # fmt: skip
+}
 ALL = {
     **TWO_SIDED,
     # 0 as soon as the order of the first codes agrees (ranking), or one half of the distribution does (decoupled).
@@ -234,8 +236,9 @@ def test_limits_in_beta_and_alpha():
     torch.testing.assert_close(apply(SkewReverseKL(0.0), s, z), (reverse, reverse_gradient))
 
 
-@pytest.mark.parametrize("divergence", [JSD(0.0), JSD(1.0), SkewKL(1.0), SkewReverseKL(1.0),
-                                        SkewReverseKL(1.0, detached=True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "divergence", [JSD(0.0), JSD(1.0), SkewKL(1.0), SkewReverseKL(1.0), SkewReverseKL(1.0, detached=True)]
+)
 def test_degenerate_ends_are_zero_and_can_be_trained_through(divergence: Divergence):
     s, z = logits(6, 2.0, 10)
     value, gradient = apply(divergence, s, z)

@@ -131,8 +131,10 @@ def tempered(model: Backbone, temperature: float) -> Tensor:
 def guided(model: Backbone, scale: float) -> Tensor:
     """log b(x_t | x_<t) of the codes under guidance, (27, 3)."""
     with torch.no_grad():
-        logits, null = (model.head(model(CODES_BL, condition, model.plan(27)))
-                        for condition in (CONDITION, CONDITION.null(model.null_label)))  # fmt: skip
+        logits, null = (
+            model.head(model(CODES_BL, condition, model.plan(27)))
+            for condition in (CONDITION, CONDITION.null(model.null_label))
+        )
     return (null + scale * (logits - null)).log_softmax(-1).gather(2, CODES_BL.unsqueeze(2)).squeeze(2)
 
 
@@ -220,8 +222,9 @@ def once_each(part: Part, student: Backbone, weight_B: Tensor) -> Part:
 def per_sequence(method: Method, part: Part, models: tuple[Backbone, Backbone]) -> Tensor:
     """The gradient of each of the 27 sequences alone, at weight 1: (27, number of parameters)."""
     one = replace(part, weight_B=torch.ones(27))
-    return torch.stack([gradient(trained(method, (one.select(slice(n, n + 1)),), models), models[0])
-                        for n in range(27)])  # fmt: skip
+    return torch.stack(
+        [gradient(trained(method, (one.select(slice(n, n + 1)),), models), models[0]) for n in range(27)]
+    )
 
 
 def assert_within_standard_errors(gradient_BP: Tensor, weight_B: Tensor, number_B: Tensor, expected_P: Tensor) -> None:
@@ -280,8 +283,10 @@ def test_stepwise_js_bounds_that_of_sequences(models):
     # KL of sequences to any mixture law is the sum of the steps' KL: take m(x_t | x_<t) itself.
     weight_BL1 = torch.cat([torch.zeros(27, 1), (lp_BL - lq_BL).cumsum(1)[:, :-1]], dim=1).sigmoid().unsqueeze(2)
     lm_BLV = (weight_BL1 * lp_BLV.exp() + (1 - weight_BL1) * lq_BLV.exp()).log()
-    steps = [0.5 * (law_B * (l_BLV.exp() * (l_BLV - lm_BLV)).sum((1, 2))).sum()
-             for law_B, l_BLV in ((p_B, lp_BLV), (q_B, lq_BLV))]  # fmt: skip
+    steps = [
+        0.5 * (law_B * (l_BLV.exp() * (l_BLV - lm_BLV)).sum((1, 2))).sum()
+        for law_B, l_BLV in ((p_B, lp_BLV), (q_B, lq_BLV))
+    ]
     torch.testing.assert_close(sum(steps), true_js)
 
 
@@ -294,8 +299,16 @@ def test_the_tvd_preset_is_above_the_total_variation_of_sequences(models):
 
 # ---- several codes a step
 
-TWO_SCALES = {"vocab_size": 2, "num_classes": 3, "scales": (1, 2), "code_dim": 4, "num_layers": 2, "dim": 16,
-              "num_heads": 2, "ffn_dim": 24}  # fmt: skip
+TWO_SCALES = {
+    "vocab_size": 2,
+    "num_classes": 3,
+    "scales": (1, 2),
+    "code_dim": 4,
+    "num_layers": 2,
+    "dim": 16,
+    "num_heads": 2,
+    "ffn_dim": 24,
+}
 
 
 @pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL()], ids=lambda divergence: divergence.kind)

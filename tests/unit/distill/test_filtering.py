@@ -77,8 +77,16 @@ def test_scores_are_mean_log_ratios(student, teacher, batch):
 def test_scores_do_not_depend_on_batches_or_chunks(family: str, batch):
     """A family of random orders too: an image's order belongs to the image, and both models read it alike."""
     order = {"order": "random"} if family == "randar" else {}
-    sizes = {"vocab_size": 12, "num_classes": 3, "grid": (2, 3), "num_layers": 2, "dim": 16, "num_heads": 2,
-             "ffn_dim": 24, **order}  # fmt: skip
+    sizes = {
+        "vocab_size": 12,
+        "num_classes": 3,
+        "grid": (2, 3),
+        "num_layers": 2,
+        "dim": 16,
+        "num_heads": 2,
+        "ffn_dim": 24,
+        **order,
+    }
     models = [build(family, sizes).double() for _ in range(2)]
     for seed, model in enumerate(models):
         generator = torch.Generator().manual_seed(seed)

@@ -68,8 +68,11 @@ SURE = Method(
 )
 ALL = {
     **{name: preset.method for name, preset in METHODS.items()},
-    "selected": SELECTED, "gated": GATED, "prefixes": PREFIXES, "sure": SURE,
-}  # fmt: skip
+    "selected": SELECTED,
+    "gated": GATED,
+    "prefixes": PREFIXES,
+    "sure": SURE,
+}
 every = pytest.mark.parametrize("name", ALL)
 CODEBOOK_VE = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
 

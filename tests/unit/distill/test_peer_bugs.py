@@ -90,8 +90,12 @@ def test_the_temperature_of_the_samples_is_not_that_of_the_loss(student, teacher
 def test_rewards_are_numbers(student, teacher, batch):
     """Training diverged: the advantage kept its graph, so the student was also taught to raise log p - log q."""
     value, part = loss_of(METHODS["opd"].method, student, teacher, batch)
-    lq, lp = (model.head(model(part.codes_BL, part.condition, part.plan)).log_softmax(-1)
-              .gather(2, part.codes_BL.unsqueeze(2)) for model in (student, teacher))  # fmt: skip
+    lq, lp = (
+        model.head(model(part.codes_BL, part.condition, part.plan))
+        .log_softmax(-1)
+        .gather(2, part.codes_BL.unsqueeze(2))
+        for model in (student, teacher)
+    )
     weight = student.head.weight
     (found,) = torch.autograd.grad(value, weight)
     (held,) = torch.autograd.grad(-((lp - lq).detach() * lq).mean(), weight, retain_graph=True)

@@ -149,8 +149,13 @@ def test_token_mix_has_the_students_and_the_teachers_law_at_its_ends(toys):
         assert part.behavior_logp_BL is not None and torch.equal(part.behavior_logp_BL, alone.logp_BL)
 
 
-SETS = [{"top_k": 1, "top_p": 1.0}, {"top_k": 2, "top_p": 1.0}, {"top_p": 0.35}, {"top_p": 0.6},
-        {"top_k": 2, "top_p": 0.45}]  # fmt: skip
+SETS = [
+    {"top_k": 1, "top_p": 1.0},
+    {"top_k": 2, "top_p": 1.0},
+    {"top_p": 0.35},
+    {"top_p": 0.6},
+    {"top_k": 2, "top_p": 0.45},
+]
 
 
 @pytest.mark.parametrize("how", SETS, ids=str)
@@ -180,9 +185,12 @@ def test_interleaved_keeps_what_the_teacher_allows_and_redraws_the_rest(toys, ho
 
 @settings(max_examples=40)
 @given(
-    seed=st.integers(0, 10**6), size=st.integers(2, 6), scale=st.floats(0.1, 5),
-    top_k=st.integers(0, 6), top_p=st.floats(0.05, 0.99),
-)  # fmt: skip
+    seed=st.integers(0, 10**6),
+    size=st.integers(2, 6),
+    scale=st.floats(0.1, 5),
+    top_k=st.integers(0, 6),
+    top_p=st.floats(0.05, 0.99),
+)
 def test_the_choice_of_two_models_covers_its_law(seed: int, size: int, scale: float, top_k: int, top_p: float):
     """A grid of uniform numbers visits every code as often as it is likely, up to the width of the grid."""
     logits = scale * torch.randn(2, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -279,8 +287,15 @@ def test_completions_follow_the_teacher_nearest_to_the_data(toys, prefix: float)
 
 # ---- all families
 
-SIZES: dict[str, Any] = {"vocab_size": 12, "num_classes": 3, "grid": (2, 3), "num_layers": 2, "dim": 16,
-                         "num_heads": 2, "ffn_dim": 24}  # fmt: skip
+SIZES: dict[str, Any] = {
+    "vocab_size": 12,
+    "num_classes": 3,
+    "grid": (2, 3),
+    "num_layers": 2,
+    "dim": 16,
+    "num_heads": 2,
+    "ffn_dim": 24,
+}
 KINDS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "llamagen": ("llamagen", {}, None),
     "var": ("var", {"grid": None, "scales": (1, 2, 3), "code_dim": 4}, None),
@@ -459,8 +474,10 @@ def kept_counts(sizes: tuple[int, ...]) -> list[int]:
 def test_leading_steps_by_brute_force(sizes: list[int], seed: int, data: st.DataObject):
     length, generator = sum(sizes), torch.Generator().manual_seed(seed)
     order_BL = torch.stack([torch.randperm(length, generator=generator) for _ in range(3)])
-    shares = [data.draw(st.one_of(st.floats(0, 1, width=32), st.integers(0, length).map(lambda n: n / length)))
-              for _ in range(3)]  # fmt: skip
+    shares = [
+        data.draw(st.one_of(st.floats(0, 1, width=32), st.integers(0, length).map(lambda n: n / length)))
+        for _ in range(3)
+    ]
     found_BL = leading(Plan(order_BL, tuple(sizes)), torch.tensor(shares).unsqueeze(1))
     for row, share in enumerate(torch.tensor(shares).tolist()):
         kept = max(count for count in kept_counts(tuple(sizes)) if count <= share * length + 1e-5 * length)
@@ -498,8 +515,11 @@ def test_restarts_read_no_code_behind_their_prefix(pair: Pair):
 
 
 def brute_distance(codes_L: list[int], gold_L: list[int], codebook: list[list[float]]) -> float:
-    return sum((a - b) ** 2 for code, gold in zip(codes_L, gold_L, strict=True)
-               for a, b in zip(codebook[code], codebook[gold], strict=True))  # fmt: skip
+    return sum(
+        (a - b) ** 2
+        for code, gold in zip(codes_L, gold_L, strict=True)
+        for a, b in zip(codebook[code], codebook[gold], strict=True)
+    )
 
 
 @pytest.mark.parametrize("prefix", [0.0, 0.5, 0.8])
@@ -512,8 +532,11 @@ def test_completions_are_the_nearest_continuations(pair: Pair, prefix: float):
     candidates, codebook = [], pair.codebook_VE.double().tolist()
     for nth in range(4):
         uniform_BL = Rng(0, 0).uniform(f"complete/{nth}", torch.arange(8), gold_BL.shape[1])
-        candidates.append(rollout(pair.teacher, pair.batch.condition, pair.plan, pair.sampler, uniform_BL,
-                                  gold_BL, kept_BL).codes_BL.tolist())  # fmt: skip
+        candidates.append(
+            rollout(
+                pair.teacher, pair.batch.condition, pair.plan, pair.sampler, uniform_BL, gold_BL, kept_BL
+            ).codes_BL.tolist()
+        )
     places = set()
     for row in range(8):
         distances = [brute_distance(codes[row], gold_BL[row].tolist(), codebook) for codes in candidates]
@@ -603,8 +626,16 @@ def test_a_fraction_of_nothing_calls_nobody(student, teacher, batch, monkeypatch
     assert part.source == "data" and torch.equal(part.codes_BL, batch.codes_BL)
 
 
-SAMPLED = [Rollout(), Rollout("teacher"), MixtureSampling(), SpeculativeSampling(), MixedRollout(0.0, 0.0), Replay(),
-           Replay(MixtureSampling()), Completions(2, 0.0)]  # fmt: skip
+SAMPLED = [
+    Rollout(),
+    Rollout("teacher"),
+    MixtureSampling(),
+    SpeculativeSampling(),
+    MixedRollout(0.0, 0.0),
+    Replay(),
+    Replay(MixtureSampling()),
+    Completions(2, 0.0),
+]
 
 
 @pytest.mark.parametrize("contexts", SAMPLED)

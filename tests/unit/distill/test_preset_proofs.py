@@ -479,7 +479,7 @@ SCORES: dict[str, dict[str, Callable[[Step], Tensor]]] = {
         lambda step: of(step.lp, step.gold_BL).exp(),
     ),
     "eopd": {"threshold/fkl": lambda step: -entropy(step.lp) / math.log(VOCAB)},
-}  # fmt: skip
+}
 """What is compared with a threshold; the tests put the threshold into the middle of it."""
 
 
@@ -526,13 +526,19 @@ def look(student: Backbone, teacher: Backbone, context: Context, codebook_tables
     parts = context.parts
 
     def stack(values: list[Tensor | None], blank: float | bool) -> Tensor:
-        return torch.cat([torch.full(part.codes_BL.shape, blank) if value is None else value
-                          for part, value in zip(parts, values, strict=True)])  # fmt: skip
+        return torch.cat(
+            [
+                torch.full(part.codes_BL.shape, blank) if value is None else value
+                for part, value in zip(parts, values, strict=True)
+            ]
+        )
 
     with torch.no_grad():
         teacher_BLV, null_BLV = full_logits(teacher, context), full_logits(teacher, context, null=True)
     return Step(
-        full_logits(student, context), teacher_BLV, null_BLV,
+        full_logits(student, context),
+        teacher_BLV,
+        null_BLV,
         code_BL=torch.cat([part.codes_BL for part in parts]),
         gold_BL=torch.cat([part.supervision_BL for part in parts]),
         source=tuple(part.source for part in parts for _ in range(len(part))),
@@ -544,7 +550,7 @@ def look(student: Backbone, teacher: Backbone, context: Context, codebook_tables
         row_B=torch.cat([part.row_B for part in parts]),
         codebook_tables=codebook_tables,
         counts_BL=stack([part.generated_BL for part in parts], True),
-    )  # fmt: skip
+    )
 
 
 def middle(step: Step, score_BL: Tensor, rows_B: Tensor, per_rank: bool) -> Tensor:
@@ -571,11 +577,17 @@ def case(name: str, family: str = "llamagen", drift: float = 0.0) -> Case:
     context = method.contexts(batch, inputs)
     if drift:
         noise = torch.Generator().manual_seed(5)
-        context = Context(tuple(
-            part if part.behavior_logp_BL is None else replace(part, behavior_logp_BL=part.behavior_logp_BL
-                + drift * torch.randn(part.codes_BL.shape, generator=noise))
-            for part in context.parts
-        ))  # fmt: skip
+        context = Context(
+            tuple(
+                part
+                if part.behavior_logp_BL is None
+                else replace(
+                    part,
+                    behavior_logp_BL=part.behavior_logp_BL + drift * torch.randn(part.codes_BL.shape, generator=noise),
+                )
+                for part in context.parts
+            )
+        )
     step = look(student, teacher, context, codebook_tables)
     for key, score in SCORES.get(name, {}).items():
         memory[key] = middle(step, score(step), step.on(step.source[0]), per_rank=name != "atkd").detach()

@@ -90,8 +90,10 @@ def test_taid_does_not_mind_a_loss_of_nothing():
 
 def test_taid_grows_faster_while_the_student_learns():
     time = TaidTime(alpha=0.01, momentum=0.5)
-    learning, stuck = ([float(m[0]) for m in taid_memories(losses, 10**6, time)]
-                       for losses in ([2.0 * 0.7**step for step in range(20)], [2.0] * 20))  # fmt: skip
+    learning, stuck = (
+        [float(m[0]) for m in taid_memories(losses, 10**6, time)]
+        for losses in ([2.0 * 0.7**step for step in range(20)], [2.0] * 20)
+    )
     assert learning[-1] > stuck[-1] > 0.4
 
 
@@ -138,11 +140,14 @@ DEEP = Method(
         Term("b", JSD(LinearSchedule(0.0, 1.0)), weight=0.5),
         Term("c", CrossEntropy(), on=("student",), credit=PrefixDiscrepancy(gamma=Plateau(0.1, 0.9))),
     ),
-    contexts=Mixture((
-        Share(Data(), "rest"), Share(MixtureSampling(alpha=Plateau(0.0, 0.5, step=0.2)), 0.25),
-        Share(Replay(fresh=TaidTime(start=0.3)), Plateau()),
-    )),
-)  # fmt: skip
+    contexts=Mixture(
+        (
+            Share(Data(), "rest"),
+            Share(MixtureSampling(alpha=Plateau(0.0, 0.5, step=0.2)), 0.25),
+            Share(Replay(fresh=TaidTime(start=0.3)), Plateau()),
+        )
+    ),
+)
 KEYS = {
     "adaptive.terms.0.divergence.time": 0.2,
     "adaptive.terms.0.weight": 0.25,

@@ -198,10 +198,20 @@ def test_a_code_that_the_teacher_excludes_is_never_accepted_and_equal_models_acc
 def test_each_model_runs_only_where_a_score_looks_at_it():
     s, z, code_N = both_logits()
     ran: list[str] = []
-    watched = ScoreInputs(code_N, lambda rows: (ran.append("teacher"), z[rows])[1],
-                    lambda rows: (ran.append("student"), s[rows])[1], torch.rand(len(code_N), 2))  # fmt: skip
-    alone = {StudentLogp(): {"student"}, TeacherLogp(): {"teacher"}, CodeProb(): {"teacher"}, Entropy(): {"teacher"},
-             TopKAgrees(2): {"student", "teacher"}, ProposalAccepted(): {"student", "teacher"}}  # fmt: skip
+    watched = ScoreInputs(
+        code_N,
+        lambda rows: (ran.append("teacher"), z[rows])[1],
+        lambda rows: (ran.append("student"), s[rows])[1],
+        torch.rand(len(code_N), 2),
+    )
+    alone = {
+        StudentLogp(): {"student"},
+        TeacherLogp(): {"teacher"},
+        CodeProb(): {"teacher"},
+        Entropy(): {"teacher"},
+        TopKAgrees(2): {"student", "teacher"},
+        ProposalAccepted(): {"student", "teacher"},
+    }
     for name, expected in alone.items():
         ran.clear()
         position_scores([name], watched, {}, 4)

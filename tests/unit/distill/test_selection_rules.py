@@ -157,10 +157,14 @@ def test_the_kept_share_is_the_way_from_the_floor_to_one():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Accepted(neighbors=0), lambda: Accepted(top_p=1.5), lambda: Accepted(floor=-1),
-        lambda: EntropyWeight(1.5), lambda: Random(LinearSchedule(0, 2)), lambda: Confidence(floor=2),
+        lambda: Accepted(neighbors=0),
+        lambda: Accepted(top_p=1.5),
+        lambda: Accepted(floor=-1),
+        lambda: EntropyWeight(1.5),
+        lambda: Random(LinearSchedule(0, 2)),
+        lambda: Confidence(floor=2),
     ],
-)  # fmt: skip
+)
 def test_nonsense_is_refused(make):
     with pytest.raises(VarkdError):
         make()

@@ -205,8 +205,9 @@ def data(batch, student) -> Part:
 
 
 def inputs_of(method: Method, student, teacher) -> StepInputs:
-    return StepInputs(method, student, teacher, {}, Rng(0), chunk_rows=7,
-                      codebook_tables=method.prepare(torch.randn(12, 3)))  # fmt: skip
+    return StepInputs(
+        method, student, teacher, {}, Rng(0), chunk_rows=7, codebook_tables=method.prepare(torch.randn(12, 3))
+    )
 
 
 def branch(model, whole: Part, condition: Condition) -> Tensor:
@@ -294,8 +295,11 @@ def test_sampled_rewards_under_a_truncated_teacher_are_refused_with_the_reason(c
     Method((Term("pg", ForwardKL(), credit=Importance()),), Rollout(), target=Truncated())  # reads the student alone
 
 
-@pytest.mark.parametrize("space", [Full(), Clusters(4, 0.3), TopK(3), TopK(3, "student"), TopK(3, tail=False),
-                                   TopK(2, "student", tail=False)], ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    "space",
+    [Full(), Clusters(4, 0.3), TopK(3), TopK(3, "student"), TopK(3, tail=False), TopK(2, "student", tail=False)],
+    ids=repr,
+)
 @pytest.mark.parametrize("divergence", ALLOWED, ids=repr)
 def test_the_others_stay_finite_under_the_narrowest_teacher(
     student, teacher, data, divergence: Divergence, space: Space

@@ -36,8 +36,11 @@ GROUPS = Clusters(factor=4, within=0.0, assignment="plain")
 
 def toy(family: str, seed: int, scale: float = 0.6) -> Backbone:
     draw = torch.Generator().manual_seed(9)
-    quantizer = {"codebook": torch.randn(VOCAB, 4, generator=draw),
-                 "phi.weight": torch.randn(2, 4, 4, 3, 3, generator=draw), "phi.bias": torch.zeros(2, 4)}  # fmt: skip
+    quantizer = {
+        "codebook": torch.randn(VOCAB, 4, generator=draw),
+        "phi.weight": torch.randn(2, 4, 4, 3, 3, generator=draw),
+        "phi.bias": torch.zeros(2, 4),
+    }
     sizes = {**SIZES, **GRIDS.get(family, {"grid": (3, 4)})}
     model = build(family, sizes, quantizer=quantizer if family == "var" else None).double()
     generator = torch.Generator().manual_seed(seed)
@@ -75,8 +78,9 @@ def test_a_mixed_rollout_keeps_a_quarter_to_three_quarters(family: str, by: Any)
         assert len({tuple(row) for row in kept_BL.tolist()}) > 20, "a random set for each row"
     model = student if by == "student" else teacher
     logp_BL = step_inputs(model, None, {}, RNG).logp("student", part).double()
-    torch.testing.assert_close(part.behavior_logp_BL.double()[part.generated_BL], logp_BL[part.generated_BL],
-                               rtol=1e-5, atol=1e-5)  # fmt: skip
+    torch.testing.assert_close(
+        part.behavior_logp_BL.double()[part.generated_BL], logp_BL[part.generated_BL], rtol=1e-5, atol=1e-5
+    )
 
 
 def group_divergence(kind: str, p: Tensor, q: Tensor, groups: list[list[int]]) -> Tensor:
@@ -129,8 +133,11 @@ def test_the_loss_is_the_published_equation(name: str, family: str, tau: float |
         cluster_V = tables[term.space.key]
         groups = [(cluster_V == k).nonzero().flatten().tolist() for k in range(int(cluster_V.max()) + 1)]
         assert len(groups) == 3
-    values = [value for part in sequences.parts
-              for value in published((student, teacher), part, tau, groups, term.divergence.kind)]  # fmt: skip
+    values = [
+        value
+        for part in sequences.parts
+        for value in published((student, teacher), part, tau, groups, term.divergence.kind)
+    ]
     expected, totals = torch.stack(values).mean(), denominators(inputs, sequences)
     assert totals[term.name] == len(values), "the denominator counts data and generated positions only"
     found, stats = distill_loss(inputs, sequences, totals)

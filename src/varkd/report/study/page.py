@@ -99,6 +99,12 @@ def _budget(study: Study, family: Family, budget: str, id: str) -> Budget:
     rows = tables.summary_rows(family, budget, columns)
     seed_columns, seed_rows = tables.seed_table(family, budget)
     return Budget(
-        budget, BUDGETS[budget], columns, rows, plots.figures_of(family, budget, f"{id}-{budget}"), seed_columns,
-        seed_rows, tables.control_rows(family, budget),
-    )  # fmt: skip
+        budget,
+        BUDGETS[budget],
+        columns,
+        rows,
+        plots.figures_of(family, budget, f"{id}-{budget}"),
+        seed_columns,
+        seed_rows,
+        tables.control_rows(family, budget),
+    )

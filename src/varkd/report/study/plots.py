@@ -18,9 +18,12 @@ _STYLES = {"varkd": 0, "baseline": 1, "ablation": 2, "control": 3, "method": 6}
 _NAMED = 24  # more labels than this cover each other
 _LINES = 6  # of a group of curves, beside the best baseline
 _OUTLINES = {
-    "o": "M1 5a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "s": "M1 1h8v8h-8z", "D": "M5 0l5 5l-5 5l-5-5z", "^": "M5 0l5 9h-10z",
+    "o": "M1 5a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
+    "s": "M1 1h8v8h-8z",
+    "D": "M5 0l5 5l-5 5l-5-5z",
+    "^": "M5 0l5 9h-10z",
     "v": "M0 1h10l-5 9z",
-}  # fmt: skip
+}
 Drawn = tuple[str, str]
 
 
@@ -133,10 +136,13 @@ def _group(name: str, group: Sequence[str], baseline: str | None, points: Mappin
         Line(method, style, list(points[method]), list(points[method].values())) for method, style in styles.items()
     ]
     key = [
-        (method, "currentColor" if style == TEACHER else f"var(--run-{style % NUM_COLORS})",
-         " ".join(str(length) for length in dash(style)))
+        (
+            method,
+            "currentColor" if style == TEACHER else f"var(--run-{style % NUM_COLORS})",
+            " ".join(str(length) for length in dash(style)),
+        )
         for method, style in styles.items()
-    ]  # fmt: skip
+    ]
     svg = lines(name, drawn, "update", "validation cross-entropy", _limits(points))
     return Curves(svg, key)
 

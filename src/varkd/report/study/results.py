@@ -19,9 +19,12 @@ FORMAT, VERSION = "varkd-study", 1
 RESULTS = "results.json"
 BUDGETS: dict[str, str] = {"updates": "At equal updates", "time": "At equal time"}
 ROLES: dict[str, str] = {
-    "baseline": "baseline", "varkd": "VarKD", "ablation": "ablation of VarKD", "control": "control of VarKD",
+    "baseline": "baseline",
+    "varkd": "VarKD",
+    "ablation": "ablation of VarKD",
+    "control": "control of VarKD",
     "method": "method",
-}  # fmt: skip
+}
 
 PARTS = ("rows", "summary", "controls", "sweeps", "samplers")
 

@@ -10,20 +10,26 @@ from varkd.report.study.results import ROLES, Family
 from varkd.report.tables import Cell, Column, Row, make_cell, mark_best
 
 FD = Column(
-    "fd", "FD", "FD",
+    "fd",
+    "FD",
+    "FD",
     "Fréchet distance between the features of the samples and those of the reference images, averaged over training "
-    "seeds", "lower",
-)  # fmt: skip
+    "seeds",
+    "lower",
+)
 _DIFFERENCE = "the mean over training seeds of its FD minus that of {} at the same seed; below 0 is better"
 _QUALITY = (
     Column("precision", "Precision (%)", "prec%", "samples that lie among the reference images", "higher", 100),
     Column("recall", "Recall (%)", "rec%", "reference images that lie among the samples", "higher", 100),
     Column("accuracy", "Accuracy (%)", "acc%", "samples that the feature network takes for their label", "higher", 100),
     Column(
-        "student_kl", "KL on own samples", "KL",
-        "KL(teacher || student) on the student's own samples, in nats per code", "lower",
+        "student_kl",
+        "KL on own samples",
+        "KL",
+        "KL(teacher || student) on the student's own samples, in nats per code",
+        "lower",
     ),
-)  # fmt: skip
+)
 _COST = (
     Column("num_seeds", "Seeds", "seeds", "training seeds behind the means", kind="whole"),
     Column("updates", "Updates", "steps", "optimizer steps, mean over seeds", kind="whole"),

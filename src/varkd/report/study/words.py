@@ -87,9 +87,11 @@ def _lowest(family: Family, budget: str) -> list[str]:
     result = f"{_BUDGET[budget]} {first['method']} has the lowest mean FD, {interval(first['fd'])}"
     if baseline is None:
         return [f"{result}; there is no baseline to set it against."]
-    sentences = [f"{result}: it is the best baseline itself."] if first["method"] == baseline else [
-        f"{result}, {_paired(first, baseline)}."
-    ]  # fmt: skip
+    sentences = (
+        [f"{result}: it is the best baseline itself."]
+        if first["method"] == baseline
+        else [f"{result}, {_paired(first, baseline)}."]
+    )
     others = [entry for entry in entries if entry["role"] == "varkd" and entry is not first]
     return sentences + [
         f"{_BUDGET[budget]} {entry['method']} is at {interval(entry['fd'])}, {_paired(entry, baseline)}."
@@ -149,15 +151,20 @@ def protocol(study: Study) -> list[tuple[str, str]]:
         ("Updates", number(facts["updates"])),
         ("Training seeds", ", ".join(number(seed) for seed in facts["seeds"]) or MISSING),
         ("Samples N of a run", number(facts["num_samples"])),
-        (f"Chosen on validation seed {number(facts['validation_seed'])}",
-         "the training setting of every method by a short training, then its sampler, both by the lowest FD; the "
-         "seeds of the results chose nothing"),
-        ("Equal time", f"the last checkpoint of the same training runs within the seconds of the cheapest method "
-                       f"({budgets}); their schedules are unfinished there"),
+        (
+            f"Chosen on validation seed {number(facts['validation_seed'])}",
+            "the training setting of every method by a short training, then its sampler, both by the lowest FD; the "
+            "seeds of the results chose nothing",
+        ),
+        (
+            "Equal time",
+            f"the last checkpoint of the same training runs within the seconds of the cheapest method "
+            f"({budgets}); their schedules are unfinished there",
+        ),
         ("Gap closed", f"counted from {gap_name(facts['gap_baseline'])} (0 %) to the teacher (100 %)"),
         ("Machine", f"{number(machine.get('cores'))} cores, runs at once: {number(machine.get('workers'))}"),
         ("The whole study took", number(machine.get("seconds"), " s")),
-    ]  # fmt: skip
+    ]
     versions = machine.get("versions")
     items = versions.items() if isinstance(versions, Mapping) else []
     return result + [(f"Version of {name}", as_text(value)) for name, value in items]
