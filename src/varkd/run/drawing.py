@@ -79,7 +79,8 @@ class Drawing:
         """What decides the bytes; a part of another request is not taken up."""
         return {
             "weights": weights_hash(self.model), "tokenizer": self.tokenizer.hash, "num": self.num, "seed": self.seed,
-            "labels_hash": sha256_of(self.label_N.numpy().tobytes()), "sampler": vars(self.sampler), "resize": self.resize,
+            "labels_hash": sha256_of(self.label_N.numpy().tobytes()), "sampler": vars(self.sampler),
+            "resize": self.resize,
             "batch_size": self.batch_size, "order": self.order, "layout": layout,
         }  # fmt: skip
 
