@@ -20,7 +20,6 @@ from varkd.distill.divergences import (
     ForwardKL,
     Ranking,
     ReverseKL,
-    SequenceSkew,
     SkewKL,
     SkewReverseKL,
     TeacherArgmax,
@@ -43,6 +42,7 @@ from varkd.distill.prefixes import (
 from varkd.distill.replay import Replay
 from varkd.distill.schedule import ExponentialSchedule, LinearSchedule, Plateau, TaidTime
 from varkd.distill.selection import Accepted, Confidence, EntropyWeight, Random
+from varkd.distill.skew import SequenceSkew
 from varkd.distill.spaces import Clusters
 from varkd.distill.target import Guided
 from varkd.rollout import Sampler

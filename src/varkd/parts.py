@@ -15,7 +15,6 @@ from varkd.distill.divergences import (
     ForwardKL,
     Ranking,
     ReverseKL,
-    SequenceSkew,
     SkewKL,
     SkewReverseKL,
     TargetRows,
@@ -39,6 +38,7 @@ from varkd.distill.prefixes import (
 from varkd.distill.replay import Replay
 from varkd.distill.schedule import ExponentialSchedule, LinearSchedule, Plateau, TaidTime
 from varkd.distill.selection import Accepted, All, Confidence, EntropyWeight, Random
+from varkd.distill.skew import SequenceSkew
 from varkd.distill.spaces import Clusters, Full, TopK
 from varkd.distill.target import Guided, Plain, Temperature, Truncated
 

@@ -164,22 +164,27 @@ class _Skewed(DivergenceRule):
 
     alpha: Schedule | SequenceSkew
 
-    def _check_alpha(self, owner: str) -> None:
-        if not isinstance(self.alpha, SequenceSkew):
-            check_range(owner, "alpha", self.alpha, 0, 1)
-
     @property
     def skew(self) -> SequenceSkew | None:
         return self.alpha if isinstance(self.alpha, SequenceSkew) else None
 
     @property
+    def number(self) -> Schedule | None:
+        """`alpha`, where it is one number for all."""
+        return None if isinstance(self.alpha, SequenceSkew) else self.alpha
+
+    def _check_alpha(self, owner: str) -> None:
+        if self.number is not None:
+            check_range(owner, "alpha", self.number, 0, 1)
+
+    @property
     def _alpha_words(self) -> str:
-        return self.alpha.summary if isinstance(self.alpha, SequenceSkew) else words(self.alpha)
+        return self.skew.summary if self.skew else words(self.number or 0.0)
 
     def _share(self, rows: TargetRows) -> float | Tensor:
         """The skew as one number, or as one per row (N, 1)."""
-        if not isinstance(self.alpha, SequenceSkew):
-            return float(value_of(self.alpha))
+        if self.number is not None:
+            return float(value_of(self.number))
         if rows.alpha_N is None:
             raise ValueError("a sequence skew needs the skew of every row (Rows.alpha_N)")
         return rows.alpha_N.unsqueeze(1)
@@ -222,7 +227,7 @@ class SkewReverseKL(_Skewed):
 
     @property
     def needs_support(self) -> bool:
-        return not isinstance(self.alpha, SequenceSkew) and bounds(self.alpha)[0] == 0
+        return self.number is not None and bounds(self.number)[0] == 0
 
     @property
     def summary(self) -> str:

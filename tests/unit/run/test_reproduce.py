@@ -33,7 +33,7 @@ def test_a_row_trains_the_published_student(name: str, places: Places):
     assert (run.train.batch_size, run.train.optim.lr, run.train.updates) == (256, 5e-5, KD_UPDATES)
     assert run.train.optim.lr_at(0, KD_UPDATES) == run.train.optim.lr_at(KD_UPDATES - 1, KD_UPDATES) == 5e-5
     assert zoo.entry(row.teacher).resolution == known.resolution and zoo.entry(row.teacher).params > known.params
-    assert run.train.label_drop == 0.1 and run.train.dropout == 0.1
+    assert run.train.label_drop == 0.1 and run.train.dropout == 0  # varkd distills without dropout
 
 
 @pytest.mark.parametrize("name", ROWS)
