@@ -24,7 +24,7 @@ from PIL import Image
 
 import varkd
 from varkd.backbones import zoo
-from varkd.run.reproduce import Places, commands, row
+from varkd.run.reproduce import Places, already_made, commands, row
 from varkd.tokenizers.vq import VQ, VQConfig
 
 SHORT = ("train.updates=2", "train.batch_size=2", "train.micro_batches=1", "train.validate_every=2",
@@ -45,7 +45,7 @@ def main() -> None:
     for name in (chosen.student, chosen.teacher):
         make_model(zoo.entry(name), places.downloads)
     for command in commands(args.row, places):
-        if "evaluate" in command:
+        if "evaluate" in command or already_made(command):
             continue
         words = command[command.index("varkd") + 1 :]
         if words[0] == "encode":

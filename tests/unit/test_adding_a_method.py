@@ -39,7 +39,7 @@ def page() -> Iterator[dict[str, Any]]:
 
 
 def test_the_page_runs_and_its_methods_train(page: dict[str, Any]):
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     for method in (METHODS["sure_reverse"].method, page["hellinger"]):
         losses = page["train"](method, updates=3)
         assert len(losses) == 3 and all(math.isfinite(loss) and loss > 0 for loss in losses)

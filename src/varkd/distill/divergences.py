@@ -12,61 +12,17 @@ ToDi (2025, 2505.16297); TAID (Shing et al. 2025, 2501.16937); TIE-KD (2023, 230
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from varkd.distill.divergence_rule import DivergenceRule, TargetRows
 from varkd.distill.logspace import log_mass, log_mixture, renormalized
 from varkd.distill.schedule import Schedule, TaidTime, bounds, check_range, value_of, words
 from varkd.distill.skew import SequenceSkew
 from varkd.errors import VarkdError
-
-
-@dataclass(frozen=True)
-class TargetRows:
-    """What a divergence may know of its rows beside the two distributions: the target code of each (in the space's own
-    numbering; None in a space that has left some out) and a skew that differs between sequences (`SequenceSkew`)."""
-
-    code_N: Tensor | None
-    alpha_N: Tensor | None = None
-
-    @property
-    def target_N(self) -> Tensor:
-        """The target code of each row.
-
-        Raises:
-            VarkdError: the space has left some of them out.
-        """
-        if self.code_N is None:
-            raise VarkdError(
-                "top_k without its tail has no place for every target code: set space.tail=true, or take "
-                "a divergence that does not read the code"
-            )
-        return self.code_N
-
-
-class DivergenceRule(ABC):
-    """Base of all divergences: what most of them have in common; subclasses change what differs."""
-
-    needs_teacher: ClassVar[bool] = True
-
-    @property
-    @abstractmethod
-    def summary(self) -> str:
-        """What it is, in words and with its settings."""
-
-    @property
-    def needs_support(self) -> bool:
-        """Whether it is infinite where the teacher excludes a code."""
-        return False
-
-    @property
-    def skew(self) -> SequenceSkew | None:
-        """Its skew, where that differs between sequences."""
-        return None
 
 
 class _Reverse(DivergenceRule):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
 from varkd.distill.credit import Credit, NoCredit
+from varkd.distill.divergence_rule import DivergenceRule, Own
 from varkd.distill.divergences import Divergence
 from varkd.distill.filtering import AllImages, DifferenceSampling
 from varkd.distill.inputs import State
@@ -37,6 +38,7 @@ class Term:
     `credit` multiplies D at each position by a sampled reward (policy gradients).
     `normalizer` is the denominator over the whole optimizer step and all ranks: `total` counts every position of those
     parts, `selected` the selection weights (which needs the scores of the whole step before the first gradient).
+    The divergence may also be any callable (student_NK, teacher_NK, rows) -> value_N of log-probabilities.
     With `generated_only` the codes that a mixed rollout keeps from the data neither count nor weigh (eq. 7).
     """
 
@@ -52,6 +54,8 @@ class Term:
 
     def __post_init__(self) -> None:
         check_range(f"term '{self.name}'", "weight", self.weight, 0, float("inf"))
+        if not isinstance(self.divergence, DivergenceRule):
+            object.__setattr__(self, "divergence", Own(self.divergence))
         self.selection.reads(self.space)  # refuses a score that this space does not have
 
     def positions_BL(self, part: Part) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def row(name: str) -> Row:
 
 
 def commands(name: str, places: Places) -> list[list[str]]:
-    """Every command of a row in order; each resumes or reuses what is done."""
+    """Every command of a row in order; `reproduce` leaves out what is made, and the others resume."""
     chosen = row(name)
     for method in places.methods:
         if method not in METHODS:
@@ -182,6 +182,13 @@ def describe(name: str, places: Places) -> str:
     ])  # fmt: skip
 
 
+def already_made(command: Sequence[str]) -> bool:
+    """Whether an import or a conversion is done; every other command finds out by itself."""
+    if "import" not in command and "convert" not in command:
+        return False
+    return (Path(command[list(command).index("--out") + 1]) / "config.json").is_file()
+
+
 def reproduce(name: str, places: Places) -> None:
     """Run every command of a row, one after the other.
 
@@ -192,6 +199,8 @@ def reproduce(name: str, places: Places) -> None:
     if absent:
         raise VarkdError(f"{name} cannot start, missing: {'; '.join(absent)} (--dry-run prints the commands)")
     for command in commands(name, places):
+        if already_made(command):
+            continue
         console.print(shlex.join(command))
         code = subprocess.run(command, check=False).returncode
         if code:
