@@ -82,6 +82,9 @@ class RunConfig:
 
 
 PATHS = ("data", "tokenizer", "teacher", "init")
+FREE = ("out", "device", "name", "evaluation", "train.keep", "train.log_every", "train.checkpoint_every",
+        "train.grid_every", "train.tensorboard")  # fmt: skip
+"""Settings that change no number of the training itself: they may change whenever a run goes on."""
 Tree = dict[str, Any]
 T = TypeVar("T")
 _TEXT = {item.name: str(item.type) for item in fields(RunConfig) if str(item.type) in ("str", "str | None")}
@@ -129,12 +132,14 @@ def dump(run: RunConfig) -> str:
     return dump_value(run)
 
 
-def differences(
-    first: RunConfig, second: RunConfig, ignore: frozenset[str] = frozenset({"out", "device", "name", *PATHS})
-) -> list[str]:
-    """`key: old -> new` for every leaf in which two runs differ; paths aside, for hashes tell what stands there."""
+def differences(first: RunConfig, second: RunConfig) -> list[str]:
+    """`key: old -> new` for every leaf in which two runs differ, apart from `FREE` settings and paths.
+
+    What stands at a path is for hashes to tell.
+    """
     old, new = (dict(_leaves(_plain(asdict(run)))) for run in (first, second))
-    keys = [key for key in {**old, **new} if key.split(".")[0] not in ignore]
+    ignored = (*FREE, *PATHS)
+    keys = [key for key in {**old, **new} if not any(key == name or key.startswith(f"{name}.") for name in ignored)]
     return [f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}" for key in keys if old.get(key) != new.get(key)]
 
 

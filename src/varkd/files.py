@@ -159,6 +159,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
+def file_hash(path: Path) -> str:
+    """The hex SHA-256 of a file."""
+    with read_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sha256_of(*chunks: bytes | memoryview) -> str:
     """The hex SHA-256 of the chunks in order."""
     digest = hashlib.sha256()
