@@ -157,6 +157,11 @@ def _begun(pid: int) -> str | None:
         return None
 
 
+def expand(text: str) -> str:
+    """`~` and `~user` as shells read them, which leave `out=~/run` alone; unknown users stay as they are."""
+    return os.path.expanduser(text)  # noqa: PTH111 - Path.expanduser raises for unknown users
+
+
 def relative(path: str | Path, folder: Path) -> str:
     """How a file in `folder` records `path`."""
     return Path(os.path.relpath(Path(path).resolve(), folder.resolve())).as_posix()
