@@ -7,13 +7,15 @@ Exit codes: 0 done; 2 something that the user can put right (one line on stderr)
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from varkd.errors import VarkdError, did_you_mean, missing_extra
-from varkd.run.options import adm_options, sampler_of, sampler_options
+from varkd.errors import VarkdError, check_seed, did_you_mean, missing_extra
+from varkd.files import refusal
+from varkd.run.options import adm_options, export_options, place, reproduce_options, sampler_of, sampler_options
 from varkd.version import VERSION
 
 _DATA = ("digits, an image folder, .parquet or .tar files (one, train,validation, a folder or '*.tar' of them), or a "
@@ -23,7 +25,11 @@ _DATA = ("digits, an image folder, .parquet or .tar files (one, train,validation
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parsed = parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # arrows and names go through any terminal
     try:
+        check_seed("--seed", getattr(parsed, "seed", None) or 0)
         return parsed.run(parsed) or 0
     except VarkdError as error:
         print(f"varkd: error: {error}", file=sys.stderr)
@@ -41,13 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # the reader (head, less) has seen enough
         return 0
     except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT, wherever they strike
-            print("varkd: error: the disk is full: free some space and run the same command again", file=sys.stderr)
-            return 2
         if error.errno is None:
             raise
-        about = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        print(f"varkd: error: the system refuses ({about}): put it right and run again", file=sys.stderr)
+        print(f"varkd: error: {refusal(error)}", file=sys.stderr)
         return 2
 
 
@@ -57,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"varkd {VERSION}")
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
-    _demo(_verb(verbs, "demo", _run_demo, "teacher, student and four methods on embedded real images, with a report"))
+    _demo(_verb(verbs, "demo", _run_demo, "teacher, student and five methods on embedded real images, with a report"))
     _tokenizer(verbs)
     _encode(_verb(verbs, "encode", _run_encode, "images -> code shards, with a reconstruction check"))
     _train(_verb(verbs, "train", _run_train, "train a teacher, or distil a student (the same command resumes)"))
@@ -72,8 +74,10 @@ def parser() -> argparse.ArgumentParser:
     _methods(_verb(verbs, "methods", _run_methods, "list the method presets"))
     _zoo(_verb(verbs, "zoo", _run_zoo, "list the published models that varkd reads"))
     _convert(_verb(verbs, "convert", _run_convert, "an official checkpoint -> a model folder, with a key report"))
-    _export(_verb(verbs, "export", _run_export, "the model of a run -> a model folder, or an official file"))
-    _reproduce(_verb(verbs, "reproduce", _run_reproduce, "the commands of a row of the VarKD paper's ImageNet table"))
+    export_options(_verb(verbs, "export", _run_export, "the model of a run -> a model folder, or an official file"))
+    reproduce_options(
+        _verb(verbs, "reproduce", _run_reproduce, "the commands of a row of the VarKD paper's ImageNet table")
+    )
     return top
 
 
@@ -84,7 +88,7 @@ def _verb(verbs, name: str, run: Callable[[argparse.Namespace], int | None], tex
 
 
 def _demo(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
+    verb.add_argument("--out", type=place, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--overwrite", action="store_true", help="start anew instead of resuming or reusing")
 
@@ -101,7 +105,7 @@ def _tokenizer(verbs) -> None:
     inner = group.add_subparsers(title="verbs", metavar="VERB", required=True)
     fit = _verb(inner, "fit", _run_tokenizer_fit, "train a tokenizer by reconstruction")
     fit.add_argument("data", help=_DATA)
-    fit.add_argument("--out", type=Path, required=True, help="folder of the tokenizer")
+    fit.add_argument("--out", type=place, required=True, help="folder of the tokenizer")
     fit.add_argument(
         "--kind", choices=("vq", "multiscale"), default="vq", help="one grid of codes, or VAR's maps of growing size"
     )
@@ -119,8 +123,8 @@ def _tokenizer(verbs) -> None:
 
 
 def _tokenizer_import(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("file", type=Path, help="vq_ds16_c2i.pt, vae_ch160v4096z32.pth, maskgit-vqgan-*.bin or the like")
-    verb.add_argument("--out", type=Path, required=True, help="folder of the tokenizer")
+    verb.add_argument("file", type=place, help="vq_ds16_c2i.pt, vae_ch160v4096z32.pth, maskgit-vqgan-*.bin or the like")
+    verb.add_argument("--out", type=place, required=True, help="folder of the tokenizer")
     verb.add_argument("--image-size", type=int, default=256, help="side of the images (default: %(default)s)")
     verb.add_argument("--kind", choices=("vq", "multiscale", "maskgit"), default=None,
                       help="LlamaGen's, VAR's or MaskGIT's (default: recognized by the tensors)")  # fmt: skip
@@ -152,14 +156,14 @@ def _run_tokenizer_import(arguments: argparse.Namespace) -> None:
 def _encode(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("data", help=_DATA)
     verb.add_argument("--tokenizer", required=True, help="tokenizer folder, or 'pixels' for small gray images")
-    verb.add_argument("--out", type=Path, required=True, help="codes folder")
+    verb.add_argument("--out", type=place, required=True, help="codes folder")
     verb.add_argument("--flip", action="store_true", help="encode mirror images too")
     verb.add_argument("--shifts", type=int, default=0, help="encode shifts of up to this many pixels too")
     verb.add_argument("--ten-crop", type=float, default=None, metavar="RATIO",
                       help="LlamaGen's ten crops, of images this much larger (1.1)")  # fmt: skip
     verb.add_argument("--batch-size", type=int, default=256)
     verb.add_argument("--shard-size", type=int, default=4096, help="images per shard (default: %(default)s)")
-    verb.add_argument("--class-map", type=Path, default=None, metavar="FILE",
+    verb.add_argument("--class-map", type=place, default=None, metavar="FILE",
                       help="each class's number in a teacher of more classes: JSON or text (docs/data.md)")  # fmt: skip
     _image_options(verb)
 
@@ -217,8 +221,8 @@ def _run_train(arguments: argparse.Namespace) -> int:
 
 
 def _sample(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run_folder", type=Path, metavar="RUN")
-    verb.add_argument("--out", type=Path, required=True, help="folder of the samples")
+    verb.add_argument("run_folder", type=place, metavar="RUN")
+    verb.add_argument("--out", type=place, required=True, help="folder of the samples")
     verb.add_argument("--num", "--num-images", type=int, default=100, help="number of images (default: %(default)s; "
                       "under torchrun write --num-images: it takes --num for one of its own options)")  # fmt: skip
     verb.add_argument("--labels", type=int, nargs="+", default=None, help="class labels (default: all, balanced)")
@@ -244,11 +248,11 @@ def _run_sample(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run_folder", type=Path, metavar="RUN", help="a run; or, with --reference, an .npz or a folder")
+    verb.add_argument("run_folder", type=place, metavar="RUN", help="a run; or, with --reference, an .npz or a folder")
     verb.add_argument("--num", "--num-images", type=int, default=None, help="number of samples (default: the run's)")
     verb.add_argument("--seed", type=int, default=None, help="sampling seed (default: the run's own)")
-    verb.add_argument("--features", type=Path, default=None, help="feature network folder (default: beside the codes)")
-    verb.add_argument("--teacher", type=Path, default=None, help="model to compare with (default: the run's teacher)")
+    verb.add_argument("--features", type=place, default=None, help="feature network folder (default: beside the codes)")
+    verb.add_argument("--teacher", type=place, default=None, help="model to compare with (default: the run's teacher)")
     verb.add_argument("--device", default="auto")
     sampler_options(verb)
     adm_options(verb)
@@ -261,11 +265,11 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _analyze(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run_folder", type=Path, metavar="RUN", help="a student's run folder, or a model folder")
-    verb.add_argument("--out", type=Path, required=True, help="folder of the page and of the CSV files")
-    verb.add_argument("--teacher", type=Path, default=None, help="teacher's run or model folder (default: the run's)")
-    verb.add_argument("--second", type=Path, default=None, help="a second teacher: do teachers agree with each other?")
-    verb.add_argument("--data", type=Path, default=None, help="codes folder (default: the run's own)")
+    verb.add_argument("run_folder", type=place, metavar="RUN", help="a student's run folder, or a model folder")
+    verb.add_argument("--out", type=place, required=True, help="folder of the page and of the CSV files")
+    verb.add_argument("--teacher", type=place, default=None, help="teacher's run or model folder (default: the run's)")
+    verb.add_argument("--second", type=place, default=None, help="a second teacher: do teachers agree with each other?")
+    verb.add_argument("--data", type=place, default=None, help="codes folder (default: the run's own)")
     verb.add_argument("--num", type=int, default=1000, help="sequences in each context (default: %(default)s)")
     verb.add_argument("--split", choices=("validation", "train"), default="validation", help="where data come from")
     verb.add_argument("--seed", type=int, default=0)
@@ -297,8 +301,8 @@ def _run_study(arguments: argparse.Namespace) -> None:
 
 
 def _report(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    verb.add_argument("--out", type=Path, required=True, help="folder of the report")
+    verb.add_argument("runs", type=place, nargs="+", metavar="RUN")
+    verb.add_argument("--out", type=place, required=True, help="folder of the report")
     verb.add_argument("--title", default="varkd report")
 
 
@@ -367,8 +371,8 @@ def _run_zoo(arguments: argparse.Namespace) -> None:
 
 
 def _convert(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("file", type=Path, help="the official file (.pt, .pth, .bin, .safetensors), or an FSDP folder")
-    verb.add_argument("--out", type=Path, required=True, help="model folder")
+    verb.add_argument("file", type=place, help="the official file (.pt, .pth, .bin, .safetensors), or an FSDP folder")
+    verb.add_argument("--out", type=place, required=True, help="model folder")
     verb.add_argument("--family", default=None, help="default: recognized by the tensors")
     verb.add_argument("--model", default=None, metavar="NAME", help="which model of `varkd zoo` the weights are")
     verb.add_argument("--heads", type=int, default=None, help="attention heads, where neither file nor zoo tells")
@@ -378,7 +382,7 @@ def _convert(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--scales", type=int, nargs="+", default=None, metavar="SIDE", help="var: sides of the maps")
     verb.add_argument("--num-classes", type=int, default=None, help="replace the class table by a new one for so many")
     verb.add_argument("--seed", type=int, default=0, help="of the new class table")
-    verb.add_argument("--tokenizer", type=Path, default=None, help="tokenizer folder: needed for var, else recorded")
+    verb.add_argument("--tokenizer", type=place, default=None, help="tokenizer folder: needed for var, else recorded")
     verb.add_argument("--weights", choices=("model", "ema"), default="model", help="which of the weights in the file")
 
 
@@ -390,26 +394,10 @@ def _run_convert(arguments: argparse.Namespace) -> None:
     print("\n".join([*lines, str(arguments.out)]))
 
 
-def _export(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run_folder", type=Path, metavar="RUN", help="run folder (its selected weights) or model folder")
-    verb.add_argument("--out", type=Path, required=True, help="model folder, or with --official a file")
-    verb.add_argument("--official", action="store_true", help="write the file that the family's official code loads")
-
-
 def _run_export(arguments: argparse.Namespace) -> None:
     from varkd.run.official import export
 
     print(f"{export(arguments.run_folder, arguments.out, arguments.official)}\n{arguments.out}")
-
-
-def _reproduce(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("row", help="llamagen-b-from-l, llamagen-l-from-xl, arpg-l-from-xl, ... (docs/imagenet.md)")
-    verb.add_argument("--images", type=Path, default=Path("imagenet/train"), help="training images, a folder per class")
-    verb.add_argument("--downloads", type=Path, default=Path("downloads"), help="folder of the official files")
-    verb.add_argument("--out", type=Path, default=Path("runs/imagenet"), help="folder of everything that is made")
-    verb.add_argument("--gpus", type=int, default=8, help="of this machine (default: %(default)s)")
-    verb.add_argument("--methods", nargs="+", default=["varkd"], help="second stages (default: varkd)")
-    verb.add_argument("--dry-run", action="store_true", help="print the commands and what is missing; run nothing")
 
 
 def _run_reproduce(arguments: argparse.Namespace) -> None:
@@ -430,7 +418,7 @@ def leave(code: int) -> None:
     """End the process. Under torchrun without the interpreter's shutdown: there, on a loaded machine, a thread that a
     library has not joined aborts a rank now and then whose work is done and on disk, and torchrun calls the run failed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -16,8 +16,9 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from varkd.distill.method import Method
-from varkd.errors import VarkdError, did_you_mean
+from varkd.errors import VarkdError, check_seed, did_you_mean
 from varkd.files import read_errors
+from varkd.folders import expand
 from varkd.methods import METHODS
 from varkd.rollout import Sampler
 from varkd.train.loop import TrainConfig
@@ -53,6 +54,7 @@ class EvaluationConfig:
     resamples: int = 200
 
     def __post_init__(self) -> None:
+        check_seed("evaluation.seed", self.seed)
         for name in ("num_samples", "batch_size", "resamples"):
             if getattr(self, name) < 1:
                 raise VarkdError(f"evaluation: {name} must be at least 1, got {getattr(self, name)}")
@@ -80,8 +82,14 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
+
 
 PATHS = ("data", "tokenizer", "teacher", "init")
+FREE = ("out", "device", "name", "evaluation", "train.keep", "train.log_every", "train.checkpoint_every",
+        "train.grid_every", "train.tensorboard")  # fmt: skip
+"""Settings that change no number of the training itself: they may change whenever a run goes on."""
 Tree = dict[str, Any]
 T = TypeVar("T")
 _TEXT = {item.name: str(item.type) for item in fields(RunConfig) if str(item.type) in ("str", "str | None")}
@@ -129,12 +137,14 @@ def dump(run: RunConfig) -> str:
     return dump_value(run)
 
 
-def differences(
-    first: RunConfig, second: RunConfig, ignore: frozenset[str] = frozenset({"out", "device", "name", *PATHS})
-) -> list[str]:
-    """`key: old -> new` for every leaf in which two runs differ; paths aside, for hashes tell what stands there."""
+def differences(first: RunConfig, second: RunConfig) -> list[str]:
+    """`key: old -> new` for every leaf in which two runs differ, apart from `FREE` settings and paths.
+
+    What stands at a path is for hashes to tell.
+    """
     old, new = (dict(_leaves(_plain(asdict(run)))) for run in (first, second))
-    keys = [key for key in {**old, **new} if key.split(".")[0] not in ignore]
+    ignored = (*FREE, *PATHS)
+    keys = [key for key in {**old, **new} if not any(key == name or key.startswith(f"{name}.") for name in ignored)]
     return [f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}" for key in keys if old.get(key) != new.get(key)]
 
 
@@ -188,7 +198,15 @@ def read_recipe(recipe: str | Path) -> Tree:
     tree = _read_yaml(path)
     if not isinstance(tree, dict):
         raise VarkdError(f"{path}: a recipe is a mapping of keys to values")
-    return tree
+    return _expanded(tree)
+
+
+def _expanded(tree: Any) -> Any:
+    """The tree with `~` expanded where a path stands."""
+    if not isinstance(tree, dict):
+        return tree
+    return {key: expand(value) if key in ("out", *PATHS) and isinstance(value, str) else _expanded(value)
+            for key, value in tree.items()}  # fmt: skip
 
 
 def _recipe_folders() -> list[Path]:
@@ -219,6 +237,8 @@ def _split(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise VarkdError(f"'{override}' is not key=value (example: train.updates=500)")
+    if key.split(".")[-1] in ("out", *PATHS):
+        text = expand(text)
     if text == "" or key in _TEXT:  # paths and names are text, whatever they look like
         return key, None if text in ("", "null") and "None" in _TEXT.get(key, "None") else text
     try:

@@ -26,6 +26,12 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
     return extra and f"this needs {library}, which is not installed: pip install 'varkd[{extra}]'"
 
 
+def check_seed(name: str, seed: int) -> None:
+    """Raise `VarkdError` unless generators take `seed`: 64 bits with a sign."""
+    if not -(2**63) <= seed < 2**63:
+        raise VarkdError(f"{name}={seed} is too large: give a seed below {2**63}")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown `name`: the closest of `known`, else all of them."""
     known = sorted(known)

@@ -128,6 +128,14 @@ def _system_advice(path: Path, number: int) -> str:
     return f"cannot read {path} ({os.strerror(number)}): the file may be good; check the disk and run again"
 
 
+def refusal(error: OSError) -> str:
+    """The line for a refusal of the system that no place nearer to it has put into words."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full: free some space and run the same command again"
+    about = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"the system refuses ({about}): put it right and run again"
+
+
 def _temporary(path: Path) -> Path:
     """A hidden name beside `path`; long names are cut, so that whatever name the system takes can be written."""
     return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.tmp")
@@ -157,6 +165,12 @@ def read_json(path: Path) -> Any:
     """
     with read_errors(path, "is not valid JSON: it may be truncated"):
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+def file_hash(path: Path) -> str:
+    """The hex SHA-256 of a file."""
+    with read_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of(*chunks: bytes | memoryview) -> str:

@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 from varkd.errors import VarkdError
 
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\.old)?")
-"""What a process that was killed while it wrote (`files.atomic_*`) may have left behind."""
+LOCK = ".lock"
+_UNFINISHED = re.compile(rf"\..+\.[0-9a-f]{{8}}\.tmp(\.old)?|\{LOCK}")
+"""What a process that was killed (while it wrote, `files.atomic_*`) may have left behind."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Own:
             return
         if not folder.is_dir():
             raise VarkdError(f"{folder} is a file: choose another {option}")
-        found = sorted(path.name for path in folder.iterdir() if not _UNFINISHED.fullmatch(path.name))
+        found = contents(folder)
         if found and not self._is_own(folder):
             raise VarkdError(f"{folder} holds other things than {self.what} ({found[0]}): choose another {option}")
         for name in found:
@@ -80,6 +83,83 @@ class Own:
             except UnicodeDecodeError:
                 continue
         return False
+
+
+def contents(folder: Path) -> list[str]:
+    """The names in a folder, sorted, apart from what a killed process may have left behind."""
+    return sorted(path.name for path in folder.iterdir() if not _UNFINISHED.fullmatch(path.name))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder while the block runs; the folder is made where there is none.
+
+    The system drops the lock of a process that died, so none is ever stale. `.lock` says who holds it, and where a file
+    system knows no locks, what it says decides: a process that no longer runs on this machine holds nothing.
+
+    Raises:
+        VarkdError: another process works in the folder.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _refuse_holder(file, folder)
+        except OSError:  # a file system without locks
+            if _is_alive(_holder(file)):
+                _refuse_holder(file, folder)
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            break
+        file.close()  # its holder has just ended and removed it
+    try:
+        file.truncate(0)
+        json.dump({"host": platform.node(), "pid": os.getpid(), "begun": _begun(os.getpid())}, file)
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _holder(file: TextIO) -> dict[str, Any]:
+    file.seek(0)
+    try:
+        found = json.loads(file.read() or "{}")
+    except json.JSONDecodeError:  # it is being written
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _refuse_holder(file: TextIO, folder: Path) -> NoReturn:
+    holder = _holder(file)
+    file.close()
+    raise VarkdError(f"process {holder.get('pid', '?')} on {holder.get('host', '?')} is at work in {folder}: wait for "
+                     "it, stop it, or choose another folder")  # fmt: skip
+
+
+def _is_alive(holder: dict[str, Any]) -> bool:
+    """Whether the process still runs; one on another machine is taken to."""
+    if not holder:
+        return False
+    return holder.get("host") != platform.node() or _begun(holder.get("pid", -1)) == holder.get("begun")
+
+
+def _begun(pid: int) -> str | None:
+    """When a process of this machine began (ticks since boot), which tells it from a later one of the same number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def expand(text: str) -> str:
+    """`~` and `~user` as shells read them, which leave `out=~/run` alone; unknown users stay as they are."""
+    return os.path.expanduser(text)  # noqa: PTH111 - Path.expanduser raises for unknown users
 
 
 def relative(path: str | Path, folder: Path) -> str:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from varkd.errors import VarkdError
+
 
 @dataclass(frozen=True)
 class World:
@@ -25,11 +27,20 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """What `torchrun` set, or a single process. Starts the process group on first use."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
+        """What `torchrun` set, or a single process. Starts the process group on first use.
+
+        Raises:
+            VarkdError: an environment that only looks like torchrun's.
+        """
+        told = os.environ.get("WORLD_SIZE", "1")
+        if told == "1":
             return cls()
         if not dist.is_initialized():
+            lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+            if lacking or not told.isdecimal() or not os.environ["RANK"].isdecimal():
+                wrong = f"without {', '.join(lacking)}" if lacking else f"RANK={os.environ['RANK']}"
+                raise VarkdError(f"WORLD_SIZE={told} {wrong} is no group of processes: start them by torchrun, or "
+                                 "unset WORLD_SIZE")  # fmt: skip
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())
 

@@ -21,7 +21,7 @@ from varkd.backbones.rar import RAR
 from varkd.backbones.var import VAR
 from varkd.containers import check_finite, read_tensors
 from varkd.errors import VarkdError, did_you_mean
-from varkd.files import read_json
+from varkd.files import file_hash, read_json
 from varkd.types import state_hash
 
 FAMILIES: dict[str, type[Backbone]] = {model.family: model for model in (LlamaGen, VAR, ARPG, RandAR, RAR)}
@@ -91,7 +91,9 @@ def load_backbone(folder: str | Path, device: str = "cpu", step: int | None = No
     sizes = sizes_of(info)
     with torch.device("meta"):
         model = _construct(info.get("family", "?"), sizes, dropout=0.0)
-    load_weights(model, _weights_path(folder) if step is None else checkpoint_path(folder, step) / "ema.safetensors")
+    path = _weights_path(folder) if step is None else checkpoint_path(folder, step) / "ema.safetensors"
+    check_hash(path)
+    load_weights(model, path)
     model.tokenizer_hash = info.get("tokenizer_hash")
     model.class_names = tuple(info["class_names"]) if info.get("class_names") else None
     return model.to(device).eval(), info
@@ -152,6 +154,15 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:08d}"
 
 
+def check_hash(path: Path) -> None:
+    """Raise `VarkdError` where a file of a checkpoint is not what was written (by a bit that flipped, or a person)."""
+    state = path.with_name("state.json")
+    expected = read_json(state).get("sha256", {}).get(path.name) if state.is_file() else None
+    if expected is not None and path.is_file() and file_hash(path) != expected:
+        raise VarkdError(f"{path} is not what was written (its hash differs): move {path.parent} away to go on from "
+                         "the checkpoint before it")  # fmt: skip
+
+
 def _weights_path(folder: Path) -> Path:
     if (folder / "model.safetensors").is_file():
         return folder / "model.safetensors"
@@ -159,4 +170,8 @@ def _weights_path(folder: Path) -> Path:
     if not selected.is_file():
         raise VarkdError(f"{folder} holds neither model.safetensors nor a finished checkpoint: train it first")
     choice = read_json(selected)
-    return folder / "checkpoints" / choice["checkpoint"] / f"{choice['weights']}.safetensors"
+    chosen = folder / "checkpoints" / choice["checkpoint"]
+    if not chosen.is_dir():
+        raise VarkdError(f"{chosen} is gone, which {selected} names: run the same `varkd train` again, it goes on from "
+                         "the newest checkpoint that is there")  # fmt: skip
+    return chosen / f"{choice['weights']}.safetensors"

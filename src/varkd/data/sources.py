@@ -16,7 +16,7 @@ from varkd.data.image_folders import read_folder
 from varkd.data.rows import Source, TargetRows
 from varkd.data.tables import BUILDERS, read_files, read_hub, splits_of
 from varkd.errors import VarkdError
-from varkd.folders import relative
+from varkd.folders import expand, relative
 
 DIGITS = "builtin:digits"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -60,7 +60,7 @@ def load_source(source: str, label: str | None = None) -> Source:
     Raises:
         VarkdError: it does not exist, holds no images, cannot be read or cannot be downloaded.
     """
-    source = ",".join(str(Path(part).expanduser()) if part.startswith("~") else part for part in _parts(source))
+    source = ",".join(expand(part) for part in _parts(source))
     if source == "digits" and Path(source).exists():
         raise VarkdError(f"digits is the embedded data set, and a folder here: give ./digits or {DIGITS}")
     if source in ("digits", DIGITS):

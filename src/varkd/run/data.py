@@ -19,6 +19,7 @@ from varkd.data.images import ImageSet, Split, open_checked, open_images
 from varkd.data.sources import locate_source
 from varkd.data.views import ten_crop_names, view_names
 from varkd.errors import VarkdError
+from varkd.folders import expand
 from varkd.tokenizers.multiscale import MultiScaleConfig
 from varkd.tokenizers.pixels import Pixels, PixelsConfig
 from varkd.tokenizers.protocol import Tokenizer
@@ -98,7 +99,7 @@ def pick_device(name: str) -> torch.device:
 def pick_tokenizer(name: str, images: ImageSet) -> tuple[Tokenizer, str | None]:
     """A tokenizer folder, or `pixels` (17 gray levels at the images' size), and its path."""
     if name != "pixels":
-        return load_tokenizer(name), name
+        return load_tokenizer(expand(name)), expand(name)
     channels, height, width = images.image_shape
     if channels != 1:
         raise VarkdError(f"the pixels tokenizer takes gray images, these have {channels} channels: use "

@@ -1,4 +1,4 @@
-"""Options of `varkd evaluate` and `varkd sample`; imports nothing heavy."""
+"""Options that verbs share, and those of some verbs; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,33 +6,42 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from varkd.folders import expand
+
 if TYPE_CHECKING:
     from varkd.rollout import Sampler
+
+
+def place(text: str) -> Path:
+    """A path of the command line; `~` is the home folder."""
+    return Path(expand(text))
 
 
 def adm_options(verb: argparse.ArgumentParser) -> None:
     """The options of `varkd evaluate` that concern ADM's numbers."""
     group = verb.add_argument_group("ADM's FID, sFID, IS, precision and recall (docs/evaluation.md)")
-    group.add_argument("--reference", type=Path, default=None, metavar="REF",
+    group.add_argument("--reference", type=place, default=None, metavar="REF",
                        help="OpenAI's .npz, a folder of real images, or what --save-reference wrote")  # fmt: skip
-    group.add_argument("--inception", type=Path, default=None, metavar="FILE",
+    group.add_argument("--inception", type=place, default=None, metavar="FILE",
                        help="weights of the 2015 Inception network (default: downloaded once)")  # fmt: skip
     group.add_argument("--distances", choices=("adm", "float32"), default="adm",
                        help="precision and recall: rounded to float16 as published, or not")  # fmt: skip
     group.add_argument("--resamples", type=int, default=200, help="bootstrap draws behind intervals, 0 for none")
     group.add_argument("--extras", action="store_true", help="KID and FID-infinity too")
-    group.add_argument("--save-reference", type=Path, default=None, metavar="DIR", help="keep the reference's features")
-    group.add_argument("--compare", type=Path, default=None, metavar="JSON",
+    group.add_argument(
+        "--save-reference", type=place, default=None, metavar="DIR", help="keep the reference's features"
+    )
+    group.add_argument("--compare", type=place, default=None, metavar="JSON",
                        help="an earlier result: printed beside, refused under another protocol")  # fmt: skip
     group.add_argument("--protocol", choices=("llamagen", "var", "arpg", "randar", "rar", "own"), default=None,
                        help="draw samples as the family's official evaluation does (own: as the run)")  # fmt: skip
-    group.add_argument("--tokenizer", type=Path, default=None, metavar="DIR", help="of a model folder that is no run")
+    group.add_argument("--tokenizer", type=place, default=None, metavar="DIR", help="of a model folder that is no run")
     group.add_argument("--search-guidance", type=float, nargs="*", default=None, metavar="SCALE",
                        help="find the scale first, on 10,000 samples of another seed")  # fmt: skip
     group.add_argument("--search-num", type=int, default=10_000, help="samples of that search (default: %(default)s)")
     group.add_argument("--batch-size", type=int, default=250, help="images drawn at a time (default: %(default)s)")
     group.add_argument("--json", action="store_true", help="print one JSON object")
-    group.add_argument("--out", type=Path, default=None, metavar="JSON", help="write the result there too")
+    group.add_argument("--out", type=place, default=None, metavar="JSON", help="write the result there too")
 
 
 def sampler_options(verb: argparse.ArgumentParser) -> None:
@@ -61,3 +70,21 @@ def sampler_of(arguments: argparse.Namespace) -> Sampler | None:
              "window")  # fmt: skip
     given = {name: value for name, value in ((name, getattr(arguments, name)) for name in names) if value is not None}
     return replace(read_run(arguments.run_folder).evaluation.sampler, **given) if given else None
+
+
+def export_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run_folder", type=place, metavar="RUN", help="run folder (its selected weights) or model folder")
+    verb.add_argument("--out", type=place, required=True, help="model folder, or with --official a file")
+    verb.add_argument("--official", action="store_true", help="write the file that the family's official code loads")
+
+
+def reproduce_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("row", help="llamagen-b-from-l, llamagen-l-from-xl, arpg-l-from-xl, ... (docs/imagenet.md)")
+    verb.add_argument(
+        "--images", type=place, default=Path("imagenet/train"), help="training images, a folder per class"
+    )
+    verb.add_argument("--downloads", type=place, default=Path("downloads"), help="folder of the official files")
+    verb.add_argument("--out", type=place, default=Path("runs/imagenet"), help="folder of everything that is made")
+    verb.add_argument("--gpus", type=int, default=8, help="of this machine (default: %(default)s)")
+    verb.add_argument("--methods", nargs="+", default=["varkd"], help="second stages (default: varkd)")
+    verb.add_argument("--dry-run", action="store_true", help="print the commands and what is missing; run nothing")

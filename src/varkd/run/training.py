@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from varkd.distill.filtering import difference_scores
 from varkd.errors import VarkdError
 from varkd.evaluate.agreement import cross_entropy
 from varkd.files import atomic_file, read_json, write_errors, write_json, write_text
-from varkd.folders import Own, relative
+from varkd.folders import Own, contents, locked, relative
 from varkd.progress import console, track
 from varkd.run.data import Codes, open_codes, pick_device
 from varkd.run.environment import environment
@@ -63,13 +64,15 @@ def train_run(run: RunConfig, *, overwrite: bool = False, quiet: bool = False) -
     made_of = identity(run, codes, objects)
     if not overwrite:
         check_same(folder, made_of)
-    claim_folder(run, folder, overwrite, world)  # only now: bad input leaves no trace, and deletes nothing
-    _record(run, codes, folder, objects, made_of, world)
-    if objects.distiller.reference is not None:
-        _note_start(run, "best_of", world, quiet)
-    images = chosen_images(run, codes, objects.distiller.teacher, folder, world, device, quiet)
-    job.batches = DataLoader(codes.split("train"), run.train.batch_size, run.seed, world, images)
-    return train(job)
+    with write_errors(folder), locked(folder) if world.is_main else nullcontext():
+        # Only now: bad input leaves no trace, and deletes nothing.
+        claim_folder(run, folder, overwrite, world, quiet)
+        _record(run, codes, folder, objects, made_of, world)
+        if objects.distiller.reference is not None:
+            _note_start(run, "best_of", world, quiet)
+        images = chosen_images(run, codes, objects.distiller.teacher, folder, world, device, quiet)
+        job.batches = DataLoader(codes.split("train"), run.train.batch_size, run.seed, world, images)
+        return train(job)
 
 
 def chosen_images(
@@ -116,7 +119,8 @@ def check_folder(run: RunConfig, folder: Path, overwrite: bool, world: World) ->
         _check_apart(run, folder)
         if (folder / "run.yaml").is_file():
             RUN.check(folder, "out=")
-            changed = [] if overwrite else differences(read_run(folder), run)
+            before = None if overwrite else read_run(folder)
+            changed = [] if before is None else differences(_grown(before, run), run)
             if changed:
                 raise VarkdError(f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): choose another "
                                  "out=, or --overwrite to start it anew")  # fmt: skip
@@ -140,10 +144,29 @@ def _check_apart(run: RunConfig, folder: Path) -> None:
 
 def _foreign(folder: Path) -> bool:
     """Whether anything stands there but codes, which answer for themselves."""
-    return folder.is_dir() and any(path.name != "codes" for path in folder.iterdir())
+    return folder.is_dir() and any(name != "codes" for name in contents(folder))
 
 
-def claim_folder(run: RunConfig, folder: Path, overwrite: bool, world: World) -> None:
+def _grown(before: RunConfig, run: RunConfig) -> RunConfig:
+    """The former settings with more updates, where there are more: a finished run may be trained longer."""
+    updates = max(before.train.updates, run.train.updates)
+    return replace(before, train=replace(before.train, updates=updates))
+
+
+def extension(before: RunConfig, run: RunConfig) -> str | None:
+    """What it means that a run is given more updates, in words; None where it is not."""
+    old, new = before.train.updates, run.train.updates
+    if new <= old:
+        return None
+    was, now = (run.train.optim.lr_at(old - 1, updates) for updates in (old, new))
+    moved = [f"the learning rate goes from {was:.3g} to {now:.3g}"] if was != now else []
+    moved += ["so do the schedules of the method"] if run.method.at(0.0) != run.method.at(1.0) else []
+    told = f"schedules now end there ({', '.join(moved)}), so this is not a run of {new} from the start" if moved else (
+        f"no schedule depends on it, so this is a run of {new} from the start")  # fmt: skip
+    return f"train.updates {old} -> {new}: {told}"
+
+
+def claim_folder(run: RunConfig, folder: Path, overwrite: bool, world: World, quiet: bool = False) -> None:
     """Make the run folder ours, with `overwrite` emptied of a former run.
 
     Raises:
@@ -153,6 +176,9 @@ def claim_folder(run: RunConfig, folder: Path, overwrite: bool, world: World) ->
         with write_errors(folder):
             if overwrite:
                 _empty(folder)
+            longer = extension(read_run(folder), run) if (folder / "run.yaml").is_file() else None
+            if longer and not quiet:
+                console.print(f"note: {longer}", markup=False)
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "run.yaml", dump(run))
     world.barrier()

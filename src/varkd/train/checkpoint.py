@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from varkd.backbones.protocol import Backbone
-from varkd.backbones.store import checkpoint_path
+from varkd.backbones.store import check_hash, checkpoint_path
 from varkd.containers import read_tensors
 from varkd.distill.inputs import State
 from varkd.errors import VarkdError
-from varkd.files import atomic_folder, read_json, write_json
+from varkd.files import atomic_folder, file_hash, read_json, write_json
 from varkd.folders import Own, json_with
 from varkd.train.optim import Ema
 from varkd.train.parallel import (
@@ -87,25 +87,44 @@ class Checkpoints:
         with atomic_folder(self.path(progress.step), CHECKPOINT) as temporary:
             for name, values in tensors.items():
                 _save_tensors(values, temporary / f"{name}.safetensors")
-            write_json(temporary / "state.json", vars(progress))
-        chosen = progress.best_step if self.select == "best" and progress.best_value is not None else progress.step
-        write_json(self.folder / "selected.json", {"checkpoint": self.path(chosen).name, "weights": "ema"})
+            hashes = {path.name: file_hash(path) for path in sorted(temporary.glob("*.safetensors"))}
+            write_json(temporary / "state.json", {**vars(progress), "sha256": hashes})
+        chosen = self._select(progress)
         for old in self.steps()[: -self.keep]:
             if old not in (progress.best_step, chosen):
                 shutil.rmtree(self.path(old), ignore_errors=True)
+
+    def _select(self, progress: Progress) -> int:
+        """Name the checkpoint that is read by default; returns its step."""
+        chosen = progress.best_step if self.select == "best" and progress.best_value is not None else progress.step
+        path, named = self.folder / "selected.json", {"checkpoint": self.path(chosen).name, "weights": "ema"}
+        if not path.is_file() or read_json(path) != named:
+            write_json(path, named)
+        return chosen
 
     def load(
         self, step: int, model: Backbone, ema: Ema, optimizer: torch.optim.Optimizer, rows: range
     ) -> tuple[State, Progress]:
         """Restore models and optimizer in place; returns this rank's part of the method's state, and the counters."""
         folder = self.path(step)
+        for name in ("student", "ema", "optimizer", "method"):
+            check_hash(folder / f"{name}.safetensors")
         load_model_state(model, load_tensors(folder / "student.safetensors"))
         average = load_tensors(folder / "ema.safetensors")
         ema.load({name: like(average[name], pattern) for name, pattern in ema.average.items()})
         load_optimizer_state(model, optimizer, load_tensors(folder / "optimizer.safetensors"))
         device = model.head.weight.device
         method = {name: value.to(device) for name, value in load_tensors(folder / "method.safetensors").items()}
-        return _own_rows(method, rows), Progress(**read_json(folder / "state.json"))
+        counters = {name: value for name, value in read_json(folder / "state.json").items() if name != "sha256"}
+        return _own_rows(method, rows), self._without_lost(Progress(**counters))
+
+    def _without_lost(self, progress: Progress) -> Progress:
+        """Checkpoints may have been moved away: forget a best one that is gone, and select one that is there."""
+        if progress.best_value is not None and not self.path(progress.best_step).is_dir():
+            progress.best_step, progress.best_value = 0, None
+        if self.world.is_main:
+            self._select(progress)
+        return progress
 
     def path(self, step: int) -> Path:
         return checkpoint_path(self.folder.parent, step)
