@@ -75,9 +75,7 @@ def parser() -> argparse.ArgumentParser:
     _zoo(_verb(verbs, "zoo", _run_zoo, "list the published models that varkd reads"))
     _convert(_verb(verbs, "convert", _run_convert, "an official checkpoint -> a model folder, with a key report"))
     export_options(_verb(verbs, "export", _run_export, "the model of a run -> a model folder, or an official file"))
-    reproduce_options(
-        _verb(verbs, "reproduce", _run_reproduce, "the commands of a row of the paper's ImageNet table")
-    )
+    reproduce_options(_verb(verbs, "reproduce", _run_reproduce, "the commands of a row of the paper's ImageNet table"))
     return top
 
 

@@ -163,13 +163,13 @@ METHODS: dict[str, Preset] = {
     ),
     "scheduled_sampling": Preset(
         "Scheduled sampling, Bengio et al. 2015, arXiv 1506.03099, sequential",
-        "-log q(x_t) on data with student codes strewn in (share 0 -> 1/2)",
+        "-log q(x_t) on data with student codes mixed in (share 0 -> 1/2)",
         "Predicts the data from prefixes in which more and more codes are the student's own.",
         Method((Term("ce", CrossEntropy()),), ScheduledSampling(LinearSchedule(0.0, 0.5))),
     ),
     "scheduled_sampling_parallel": Preset(
         "Scheduled sampling in one pass, after Mihaylova & Martins 2019, arXiv 1906.07651",
-        "-log q(x_t) on data with one-step student codes strewn in (share 0 -> 1/2)",
+        "-log q(x_t) on data with one-step student codes mixed in (share 0 -> 1/2)",
         "Scheduled sampling with codes predicted from the data's prefixes at once: two forward passes, no decoding.",
         Method((Term("ce", CrossEntropy()),), ParallelSampling(LinearSchedule(0.0, 0.5))),
     ),

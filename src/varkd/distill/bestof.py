@@ -25,7 +25,7 @@ class BestOf(Prefixes):
     `score="difference"`: the mean over positions of log p - log r, r being the student as it was at the start of the
     run. Difference sampling (MiniPLM, 2410.17215) on samples instead of data: what makes an image likely under any
     model cancels. `"teacher"` is log p alone, which prefers smooth images without detail to others of the same class.
-    `shuffle=True` is the control: the scores are dealt out among a label's samples by chance.
+    `shuffle=True` is the control: the scores are randomly permuted among a label's samples.
     All are decoded in one pass, so the cache takes `count` times the memory of a plain rollout's.
     """
 
@@ -43,7 +43,7 @@ class BestOf(Prefixes):
     @property
     def summary(self) -> str:
         best = "log p - log r, r the student at its start" if self.score == "difference" else "log p"
-        dealt = ", the scores dealt out by chance" if self.shuffle else ""
+        dealt = ", the scores randomly permuted" if self.shuffle else ""
         return f"{self.rollout.summary}; of {self.count} for each label, the one with the largest {best}{dealt}"
 
     @property

@@ -78,7 +78,7 @@ class Share:
 class Mixture(Prefixes):
     """Several sources in one batch, with a fixed number of rows each (no coin flips: constant cost, no rank skew).
 
-    Fractions are relative to their sum. Rows are dealt out so that every prefix of the batch holds the mixture to
+    Fractions are relative to their sum. Rows are assigned so that every prefix of the batch holds the mixture to
     within one row per source.
     """
 

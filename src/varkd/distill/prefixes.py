@@ -5,7 +5,7 @@
     MixtureSampling           every code from the teacher or the student  MiniLLM (Gu et al. 2023, 2306.08543)
     SpeculativeSampling        the student proposes, the teacher vetoes    SKD (Xu et al. 2024, 2410.11325)
     MixedRollout       data prefix, student continuation           VarKD (2606.06078, eq. 6), Pozzi et al. 2025
-    ScheduledSampling  data with student codes strewn in           Bengio et al. 2015, 1506.03099
+    ScheduledSampling  data with student codes mixed in           Bengio et al. 2015, 1506.03099
     ParallelSampling   the same in one pass per round              TIE-KD (2305.08096) feeds back the argmax
     Completions        teacher continuations nearest to the data   Seq-Inter (Kim & Rush 2016, 1606.07947)
 
@@ -267,7 +267,7 @@ class MixedRollout(Prefixes):
 class ScheduledSampling(Prefixes):
     """Data sequences in which every code is, with probability `share`, one that the student sampled in its place.
 
-    Sequential: the student sees the codes that were strewn in before. The data's codes stay the targets everywhere.
+    Sequential: the student sees the codes that were mixed in before. The data's codes stay the targets everywhere.
     """
 
     share: Schedule = 0.25

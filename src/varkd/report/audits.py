@@ -40,7 +40,7 @@ def swap(found: Analysis) -> Section:
         )
     return Section(
         "D10", "Prefix swap", "Can the teacher complete what the student began?",
-        "Drawn is the quality of images whose first k codes come from data or from the student and whose other "
+        "The plot shows the quality of images whose first k codes come from data or from the student and whose other "
         "codes the teacher samples, by the share k; at 0 both are the teacher's own images, at 1 nothing is "
         "completed.",
         f"After half of the codes from the student the Fréchet distance is {told(half)}, after half from data "
@@ -72,7 +72,7 @@ def teachers(found: Analysis) -> Section:
         "D11",
         title,
         question,
-        "Drawn is the Jensen-Shannon divergence between the teacher and a second one, in nats (at most ln 2 = "
+        "The plot shows the Jensen-Shannon divergence between the teacher and a second one, in nats (at most ln 2 = "
         "0.693), by position, on data, teacher and student samples.",
         f"It is {plain(found.mean('student', 'second_jsd').value)} on student samples and "
         f"{plain(found.mean('data', 'second_jsd').value)} on data, a difference of {told(gap)}, so {verdict}; on "
@@ -155,8 +155,8 @@ def selection(found: Analysis) -> Section:
     shown = [(label, panel) for label, panel in panels if panel is not None]
     return Section(
         "D13", title, question,
-        "Drawn is the share of positions that the method's selection gives full weight, with the thresholds of its "
-        f"last checkpoint (update {about['checkpoint']}), the share of the forward KL at those positions, where they "
+        "The plot shows the share of positions that the method's selection gives full weight, with the thresholds of "
+        f"its last checkpoint (update {about['checkpoint']}), the share of the forward KL at those positions, where they "
         "lie, and what training logged.",
         f"Kept are: {told_of}; so {verdict}.",
         [

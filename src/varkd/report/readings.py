@@ -83,7 +83,7 @@ def entropy(found: Analysis) -> Section:
         "D1",
         "Entropy of the teacher",
         "Is the teacher still certain on prefixes that the student made?",
-        "Drawn is H(p), the teacher's entropy in nats per code (at most ln V = "
+        "The plot shows H(p), the teacher's entropy in nats per code (at most ln V = "
         f"{log(found.info['vocab_size']):.2f}), by position, on prefixes of data, of the teacher and of the student; "
         "the second figure is the student's own entropy.",
         f"On average it is {plain(means['student'].value)} on student samples against "
@@ -119,8 +119,8 @@ def drift(found: Analysis) -> Section:
         "D2",
         "Drift: how the teacher sees the codes",
         "Would the teacher have written this?",
-        "Drawn is the teacher's -log p of each code and the typicality z = (-log p(x) - H(p)) / sd of -log p, whose "
-        "mean is 0 for codes that the teacher sampled itself at temperature 1.",
+        "The plot shows the teacher's -log p of each code and the typicality z = (-log p(x) - H(p)) / sd of -log p, "
+        "whose mean is 0 for codes that the teacher sampled itself at temperature 1.",
         f"z is {told(student)} on student samples and {told(own)} on the teacher's own (difference {told(gap)}), so "
         f"{verdict}; it is {plain(early)} in the first half of the positions and {plain(late)} in the second.",
         [
@@ -194,7 +194,7 @@ def accumulation(found: Analysis) -> Section:
     begin = found.info["sequence_length"] // 8
     return Section(
         "D4", "Accumulated error", "Do errors feed on each other?",
-        "Drawn is R(l), the reverse KL summed over the first l codes, on student samples and on data, and the "
+        "The plot shows R(l), the reverse KL summed over the first l codes, on student samples and on data, and the "
         "excess of the first over the second in per cent (ExAccErr).",
         f"After all {found.info['sequence_length']} codes R is {plain(total.value)} nats against "
         f"{plain(data.value)}, an excess of {told(Number(*(100 * part for part in last)), ' %')}, so {verdict}.",
@@ -221,8 +221,8 @@ def choice(found: Analysis) -> Section:
     share_of_misses = (cluster.value - top.value) / max(1 - top.value, 1e-9)
     return Section(
         "D5", "Agreement on the first choice", "Do both prefer the same code, or at least a similar one?",
-        "Drawn is the share of positions at which both models rank the same code first, the student's first code is "
-        "among the teacher's five likeliest, and both first codes lie in one of "
+        "The plot shows the share of positions at which both models rank the same code first, the student's first code "
+        "is among the teacher's five likeliest, and both first codes lie in one of "
         f"{found.info['code_space']['clusters']} clusters of the codebook.",
         f"On student samples the first codes agree at {share(top.value)} of the positions (difference to data "
         f"{told(gap)}: {verdict}) and their clusters at {share(cluster.value)}, so {share(share_of_misses)} of the "
@@ -258,8 +258,8 @@ def acceptance(found: Analysis) -> Section:
     )
     return Section(
         "D6", "Acceptance", "How often would speculative sampling keep the student's code?",
-        "Drawn is sum min(p, q), the rate at which a draft of the student is accepted, and the same with the mass "
-        f"of up to {space['neighbors']} nearest codes added (LANTERN, at most {space['slack']:g} more).",
+        "The plot shows sum min(p, q), the rate at which a draft of the student is accepted, and the same with the "
+        f"mass of up to {space['neighbors']} nearest codes added (LANTERN, at most {space['slack']:g} more).",
         f"On student samples {told(plain_rate)} of the codes are accepted, and {told(wide)} with neighbors, a gain "
         f"of {plain(wide.value - plain_rate.value)}; student samples minus data is {told(gap)}: {verdict}.",
         [("Acceptance by position.", figures.lines("d6", [

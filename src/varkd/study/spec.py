@@ -240,7 +240,7 @@ _FREE = ("out", "workers", "executor", "ray_address", "device")
 
 
 def claim(study: Study, folder: Path) -> None:
-    """Write `study.yaml`; a folder that holds the same study, or a smaller one, is gone on with.
+    """Write `study.yaml`; a folder that holds the same study, or a smaller one, is resumed.
 
     Raises:
         VarkdError: it holds another study, or foreign files.
