@@ -156,8 +156,8 @@ def selection(found: Analysis) -> Section:
     return Section(
         "D13", title, question,
         "The plot shows the share of positions that the method's selection gives full weight, with the thresholds of "
-        f"its last checkpoint (update {about['checkpoint']}), the share of the forward KL at those positions, where they "
-        "lie, and what training logged.",
+        f"its last checkpoint (update {about['checkpoint']}), the share of the forward KL at those positions, where "
+        "they lie, and what training logged.",
         f"Kept are: {told_of}; so {verdict}.",
         [
             ("What is kept now.", figures.bars("d13-kept", names, series, "share kept")),
