@@ -276,6 +276,11 @@ def code_logp(head: nn.Linear, hidden_BLD: Tensor, codes_BL: Tensor, chunk_rows:
     return torch.cat(parts).view(codes_BL.shape)
 
 
+def affordable_rows(vocab_size: int) -> int:
+    """Rows of V logits whose chunk takes about 256 MiB: eight float32 tensors of 2^23 numbers; at most 2,048 rows."""
+    return max(64, min(2048, 2**23 // vocab_size))
+
+
 def chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
     """Slices of at most `chunk_rows` rows."""
     for begin in range(0, num_rows, chunk_rows):

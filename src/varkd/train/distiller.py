@@ -16,6 +16,7 @@ from varkd.distill.audit import Stats, StepStats
 from varkd.distill.inputs import State, StepInputs
 from varkd.distill.loss import denominators, distill_loss
 from varkd.distill.method import Method
+from varkd.distill.scores import affordable_rows
 from varkd.distill.spaces import CodebookTables
 from varkd.errors import VarkdError, did_you_mean
 from varkd.methods import METHODS
@@ -46,7 +47,7 @@ class Distiller:
         teacher: never changed. Needed by every method but the supervised ones.
         tokenizer: a tokenizer, or its codebook (V, E).
         label_drop: the probability of replacing a row's label by the null label (classifier-free guidance).
-        chunk_rows: positions per chunk of logits; the loss does not depend on it.
+        chunk_rows: positions per chunk of logits, by default what takes about 256 MiB; the loss does not depend on it.
         precision: "bf16" computes under `torch.autocast`. With "fp32" an autocast of your own stays in force.
         reference: the student as it was at the start, for methods that compare with it. A frozen copy by default.
         codebook_tables: what `method.prepare` returns, if you already have it.
@@ -58,7 +59,7 @@ class Distiller:
     def __init__(
         self, method: str | Method, student: Backbone, teacher: Backbone | None = None,
         tokenizer: Tokenizer | Tensor | None = None, *, updates: int, seed: int = 0, label_drop: float = 0.1,
-        chunk_rows: int = 2048, precision: Literal["fp32", "bf16"] = "fp32", world: World | None = None,
+        chunk_rows: int | None = None, precision: Literal["fp32", "bf16"] = "fp32", world: World | None = None,
         reference: Backbone | None = None, codebook_tables: CodebookTables | None = None,
     ) -> None:  # fmt: skip
         if updates < 1 or not 0 <= label_drop <= 1:
@@ -66,7 +67,8 @@ class Distiller:
         self.method = _method(method)
         self.student, self.teacher = student, teacher
         self.updates, self.seed, self.label_drop = updates, seed, label_drop
-        self.chunk_rows, self.precision, self.world = chunk_rows, precision, world or World()
+        self.chunk_rows = chunk_rows or affordable_rows(student.vocab_size)
+        self.precision, self.world = precision, world or World()
         if teacher is None and self.method.needs_teacher:
             raise VarkdError("this method needs a teacher: pass the model to distil from")
         self.method.check(student, teacher)

@@ -31,7 +31,10 @@ from varkd.world import World
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at once, and how often to look. Counts are optimizer updates and sequences."""
+    """How long, how much at once, and how often to look. Counts are optimizer updates and sequences.
+
+    `chunk_rows` positions have their logits in memory at once; None takes about 256 MiB of them.
+    """
 
     updates: int = 1000
     batch_size: int = 64
@@ -45,7 +48,7 @@ class TrainConfig:
     select: Literal["last", "best"] = "last"
     log_every: int = 10
     grid_every: int = 0
-    chunk_rows: int = 2048
+    chunk_rows: int | None = None
     replicas: int = 1
     tensorboard: bool = True
     optim: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -56,7 +59,7 @@ class TrainConfig:
         positive = ("updates", "batch_size", "micro_batches", "validate_every", "checkpoint_every", "keep", "log_every",
                     "chunk_rows", "replicas")  # fmt: skip
         for name in positive:
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise VarkdError(f"train: {name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.micro_batches:
             raise VarkdError(f"train: batch_size {self.batch_size} must divide into {self.micro_batches} micro-batches")

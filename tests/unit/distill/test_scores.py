@@ -22,6 +22,7 @@ from varkd.distill.scores import (
     StudentLogp,
     TeacherLogp,
     TopKAgrees,
+    affordable_rows,
     chunks,
     code_logp,
     position_scores,
@@ -87,6 +88,11 @@ def test_the_surest_teacher_scores_highest():
 def test_no_rows():
     head, hidden_ND = head_and_hidden()
     assert teacher_scores([Entropy()], head, hidden_ND[:0], {}, 4)[Entropy()].shape == (0,)
+
+
+@pytest.mark.parametrize(("vocab_size", "rows"), [(256, 2048), (4096, 2048), (16384, 512), (2**20, 64)])
+def test_chunks_fit_into_their_memory(vocab_size: int, rows: int):
+    assert affordable_rows(vocab_size) == rows
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, 100])
