@@ -55,6 +55,20 @@ def test_other_images_make_other_floors(home: Path):
     assert evaluate(home)["floors"] == first
 
 
+def test_a_feature_network_of_former_codes(home: Path, refused: Refused):
+    """The codes were made anew, and only what `encode` writes was taken away before."""
+    evaluate(home)
+    for path in (*(home / "codes").glob("*.npy"), home / "codes" / "manifest.json"):
+        path.unlink()
+    shutil.rmtree(home / "codes" / "tokenizer")
+    folder_of(home / "images", num=25)
+    shutil.move(home / "codes", home / "old")
+    assert main([str(part) for part in encode(home / "images", home / "codes")]) == 0
+    shutil.move(home / "old" / "features", home / "codes" / "features")
+    train(home / "new", home / "codes", *STEPS)
+    refused(["evaluate", home / "new", "--num", "8"], "fitted on other images", "move it away")
+
+
 def read_only(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """As a mounted archive: root may write anywhere else."""
     import errno

@@ -180,8 +180,14 @@ class Judge:
 
 def feature_network(codes: Codes, folder: Path, device: str, quiet: bool = False) -> tuple[FeatureNet, dict[str, Any]]:
     """The small network that sees samples: read from `folder`, or fitted on the data set and saved there."""
+    fingerprint = codes.manifest["source"]["fingerprints"]["train"]
     if (folder / "config.json").is_file():
         net, record = load_features(folder)
+        own = folder.resolve() == (codes.folder / "features").resolve()  # another folder was chosen on purpose
+        if own and record.get("images", fingerprint) != fingerprint:
+            raise VarkdError(
+                f"{folder} was fitted on other images than these codes: move it away, and it is fitted anew"
+            )
     else:
         FEATURES.check_replaceable(folder, "--features")
         check_writable(folder.parent, _MOVE_CACHES)
@@ -191,6 +197,7 @@ def feature_network(codes: Codes, folder: Path, device: str, quiet: bool = False
         flip = has_flips(codes.manifest["views"])
         net, record = fit_features(*images, FitFeatures(flip=flip),
                                    device=pick_device(device), quiet=quiet)  # fmt: skip
+        record["images"] = fingerprint
         save_features(net, record, folder)
     return net.to(pick_device(device)), record
 
