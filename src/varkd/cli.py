@@ -104,14 +104,10 @@ def _tokenizer(verbs) -> None:
     fit = _verb(inner, "fit", _run_tokenizer_fit, "train a tokenizer by reconstruction")
     fit.add_argument("data", help=_DATA)
     fit.add_argument("--out", type=place, required=True, help="folder of the tokenizer")
-    fit.add_argument(
-        "--kind", choices=("vq", "multiscale"), default="vq", help="one grid of codes, or VAR's maps of growing size"
-    )
+    fit.add_argument("--kind", choices=("vq", "multiscale"), default="vq", help="one grid of codes, or VAR's maps")
     fit.add_argument("--scales", type=int, nargs="+", default=None, metavar="SIDE",
                      help="multiscale: sides of the maps (default: 1 2 4 ... to the last)")  # fmt: skip
-    fit.add_argument(
-        "--codes", type=int, default=512, dest="vocab_size", help="codebook entries (default: %(default)s)"
-    )
+    fit.add_argument("--codes", type=int, default=512, dest="vocab_size", help="codebook size (default: %(default)s)")
     fit.add_argument("--downsampling", type=int, default=4, help="pixels per code side (default: %(default)s)")
     fit.add_argument("--steps", type=int, default=None, help="training steps")
     fit.add_argument("--no-flip", action="store_false", dest="flip", help="do not mirror training images")
@@ -374,9 +370,7 @@ def _convert(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--family", default=None, help="default: recognized by the tensors")
     verb.add_argument("--model", default=None, metavar="NAME", help="which model of `varkd zoo` the weights are")
     verb.add_argument("--heads", type=int, default=None, help="attention heads, where neither file nor zoo tells")
-    verb.add_argument(
-        "--grid", type=int, nargs="+", default=None, metavar="SIDE", help="codes per column and row (or one number)"
-    )
+    verb.add_argument("--grid", type=int, nargs="+", default=None, metavar="SIDE", help="codes per column (and row)")
     verb.add_argument("--scales", type=int, nargs="+", default=None, metavar="SIDE", help="var: sides of the maps")
     verb.add_argument("--num-classes", type=int, default=None, help="replace the class table by a new one for so many")
     verb.add_argument("--seed", type=int, default=0, help="of the new class table")

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -80,6 +81,16 @@ def write_errors(path: Path) -> Iterator[None]:
                            errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY):  # fmt: skip
             raise VarkdError(f"cannot write {path} ({error.strerror}): choose another folder") from error
         raise
+
+
+def check_writable(folder: Path, advice: str) -> None:
+    """Raise `VarkdError` with advice unless a file can be made in `folder`: before the work that shall end up there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise VarkdError(f"cannot write into {folder} ({error.strerror}): {advice}") from error
 
 
 @contextmanager

@@ -91,6 +91,7 @@ def test_an_interrupted_download(tmp_path: Path, refused: Refused, monkeypatch: 
         raise ConnectionError("connection reset by peer\nwhile reading shard 3")
 
     monkeypatch.setattr(datasets, "load_dataset", interrupted)
+    monkeypatch.setattr("varkd.data.tables.hub_answers", lambda: True)
     refused(
         encode("org/name", tmp_path / "codes"),
         "no folder org/name here",

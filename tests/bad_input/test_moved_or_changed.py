@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,12 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "imgs").mkdir()
     refused(encode(path, tmp_path / "codes"), "no such", path, untouched=tmp_path)
+
+
+def test_without_a_network_the_answer_comes_at_once(tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch):
+    """The library alone tries six times, for half a minute."""
+    monkeypatch.setattr("varkd.data.tables.hub_answers", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    begun = time.monotonic()
+    refused(encode("no-such/images", tmp_path / "codes"), "no folder no-such/images here", untouched=tmp_path)
+    assert time.monotonic() - begun < 8

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -271,6 +271,29 @@ class ImageSet:
         if self._rows.keys is not None:
             encoded = chain(encoded, ("\0".join(self._rows.keys[int(row)] for row in self._index_N).encode(),))
         return sha256_of(head.encode(), np.ascontiguousarray(self.labels).tobytes(), *encoded)[:12]
+
+
+class ArchivedImages(ImageSet):
+    """Images that are no longer there: known by what codes record of them, which is all that a cache is asked for."""
+
+    def __init__(self, name: str, split: Split, class_names: tuple[str, ...], fingerprint: str, num: int) -> None:
+        self.name, self.split, self.class_names, self.fingerprint, self._num = (
+            name,
+            split,
+            class_names,
+            fingerprint,
+            num,
+        )
+
+    def __len__(self) -> int:
+        return self._num
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64] | Tensor) -> Tensor:
+        del indices
+        self.refuse()
+
+    def refuse(self) -> NoReturn:
+        raise VarkdError(f"no images at {self.name}, where the codes come from: put them back")
 
 
 def _open(rows: TargetRows, row: int) -> Image.Image:

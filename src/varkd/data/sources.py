@@ -34,6 +34,13 @@ def locate_source(recorded: str, folder: Path, given: str) -> str:
     return ",".join(there) if all(map(_is_here, there)) else given
 
 
+def is_gone(source: str) -> bool:
+    """Whether a source that was read once lies on this disk no more."""
+    if source in ("digits", DIGITS) or all(map(_is_here, _parts(source))):
+        return False
+    return Path(source).is_absolute() or not _HUB_ID.fullmatch(source)
+
+
 def _parts(source: str) -> list[str]:
     """The files of `train,validation`; a comma may also belong to a name."""
     return [source] if Path(source).exists() else source.split(",")

@@ -6,7 +6,7 @@ import glob
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ def read_hub(source: str, label: str | None) -> Source:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    with _quiet_datasets():
+    with _quiet_datasets(), nullcontext() if hub_answers() else _offline():
         try:
             splits = datasets.load_dataset(source)
         except FileNotFoundError as error:
@@ -94,6 +94,33 @@ def read_hub(source: str, label: str | None) -> Source:
                 "check the name, or run it again"
             ) from error
     return _of_splits(source, {str(name): rows for name, rows in splits.items()}, label)
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached at all, asked once: the library asks six times, for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # of whatever HTTP client the library uses
+        return False
+    return True
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """What was downloaded before, and nothing else; at once."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def _reason(error: BaseException) -> str:

@@ -15,8 +15,8 @@ from varkd.backbones.protocol import Layout
 from varkd.config import RunConfig
 from varkd.data.classes import read_class_map
 from varkd.data.codes import CodeDataset, check_tokenizer, codes_hash, open_tokenizer, read_manifest
-from varkd.data.images import ImageSet, Split, open_checked, open_images
-from varkd.data.sources import locate_source
+from varkd.data.images import ArchivedImages, ImageSet, Split, open_checked, open_images
+from varkd.data.sources import is_gone, locate_source
 from varkd.data.views import ten_crop_names, view_names
 from varkd.errors import VarkdError
 from varkd.folders import expand
@@ -67,17 +67,22 @@ class Codes:
     def split(self, split: Split) -> CodeDataset:
         return CodeDataset(self.folder, split)
 
-    def images(self, split: Split) -> ImageSet:
-        """The images that were encoded.
+    def images(self, split: Split, needed: bool = True) -> ImageSet:
+        """The images that were encoded; where they are gone but not `needed`, what is known of them (`ArchivedImages`).
 
         Raises:
             VarkdError: they cannot be read, or are not the ones that were encoded.
         """
         source = self.manifest["source"]
         name = locate_source(source.get("path", source["name"]), self.folder, source["name"])
+        fingerprint = source["fingerprints"][split]
+        if is_gone(name):
+            num = self.manifest["splits"][split]["num"]
+            gone = ArchivedImages(name, split, tuple(self.manifest["class_names"]), fingerprint, num)
+            return gone if not needed else gone.refuse()
         images = open_images(name, split, image_size=source["image_size"], validation=source["validation"],
                              seed=source["seed"], label=source.get("label"), skip=source.get("skipped"))  # fmt: skip
-        if images.fingerprint != source["fingerprints"][split]:
+        if images.fingerprint != fingerprint:
             raise VarkdError(f"{name} no longer holds the images that were encoded into {self.folder}: put them back, "
                              "or encode what is there now into another folder")  # fmt: skip
         return images

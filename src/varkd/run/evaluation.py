@@ -30,7 +30,7 @@ from varkd.evaluate.features import (
 from varkd.evaluate.fid import frechet_distance, gaussian
 from varkd.evaluate.samples import ReferenceSet, floors, reference_set, sample_metrics
 from varkd.evaluate.speed import samples_per_second
-from varkd.files import read_json, write_json
+from varkd.files import check_writable, read_json, sha256_of, write_json
 from varkd.progress import console
 from varkd.rollout import Sampler
 from varkd.run.data import Codes, pick_device
@@ -41,6 +41,7 @@ from varkd.sampling import generate_with_codes
 from varkd.types import Batch
 
 _GRID_ROWS = 4
+_MOVE_CACHES = "give --features DIR/features, the other caches are kept in DIR too"
 _AGREEMENT_SEQUENCES = 512
 
 
@@ -105,12 +106,14 @@ class Judge:
     net: FeatureNet
     record: dict[str, Any]
     reference: ReferenceSet
+    caches: Path
 
     @classmethod
     def of(cls, codes: Codes, device: str = "auto", features: Path | None = None, quiet: bool = False) -> Judge:
-        """Read from beside the codes, or fitted there on first use."""
-        net, record = feature_network(codes, features or codes.folder / "features", device, quiet)
-        return cls(codes, net, record, reference_for(codes, net, quiet))
+        """Read from beside the codes (or where `features` says), or fitted there on first use."""
+        folder = features or codes.folder / "features"
+        net, record = feature_network(codes, folder, device, quiet)
+        return cls(codes, net, record, reference_for(codes, net, quiet, folder.parent), folder.parent)
 
     def see(self, model: Backbone, settings: EvaluationConfig, label: str = "sample", quiet: bool = False) -> Seen:
         """Sample as the settings say, and measure."""
@@ -153,7 +156,17 @@ class Judge:
         return means, curves
 
     def floors(self) -> dict[str, float | None]:
-        """What real held-out images, and the tokenizer's reconstructions of them, reach."""
+        """What real held-out images, and the tokenizer's reconstructions of them, reach; kept with the caches."""
+        cache = self.caches / f"floors-{self.net.hash[:8]}.json"
+        key = sha256_of(f"{self.reference.key}/{self.codes.hash}".encode())
+        found = read_json(cache) if cache.is_file() else {}
+        if found.get("key") != key:
+            check_writable(self.caches, _MOVE_CACHES)
+            found = {"key": key, "floors": self._floors()}
+            write_json(cache, found)
+        return found["floors"]
+
+    def _floors(self) -> dict[str, float | None]:
         images = self.codes.images("validation")
         tokenizer = self.codes.tokenizer.to(self.net.device).eval()
         lossless = self.codes.manifest["reconstruction"]["psnr"] >= 99
@@ -166,25 +179,38 @@ class Judge:
 
 def feature_network(codes: Codes, folder: Path, device: str, quiet: bool = False) -> tuple[FeatureNet, dict[str, Any]]:
     """The small network that sees samples: read from `folder`, or fitted on the data set and saved there."""
+    fingerprint = codes.manifest["source"]["fingerprints"]["train"]
     if (folder / "config.json").is_file():
         net, record = load_features(folder)
+        own = folder.resolve() == (codes.folder / "features").resolve()  # another folder was chosen on purpose
+        if own and record.get("images", fingerprint) != fingerprint:
+            raise VarkdError(
+                f"{folder} was fitted on other images than these codes: move it away, and it is fitted anew"
+            )
     else:
         FEATURES.check_replaceable(folder, "--features")
+        check_writable(folder.parent, _MOVE_CACHES)
         images = codes.images("train"), codes.images("validation")
         if not quiet:
             console.print(f"fitting the feature network on {codes.manifest['source']['name']} (once; kept in {folder})")
         flip = has_flips(codes.manifest["views"])
         net, record = fit_features(*images, FitFeatures(flip=flip),
                                    device=pick_device(device), quiet=quiet)  # fmt: skip
+        record["images"] = fingerprint
         save_features(net, record, folder)
     return net.to(pick_device(device)), record
 
 
-def reference_for(codes: Codes, net: FeatureNet, quiet: bool = False) -> ReferenceSet:
-    """The training images as the reference, kept beside the codes."""
+def reference_for(
+    codes: Codes, net: FeatureNet, quiet: bool = False, folder: Path | None = None
+) -> ReferenceSet:  # fmt: skip
+    """The training images as the reference, kept in `folder`, by default beside the codes."""
     flips = has_flips(codes.manifest["views"])
-    cache = codes.folder / f"reference-{net.hash[:8]}"
-    return reference_set(codes.images("train"), codes.images("validation"), net, flips=flips, cache=cache, quiet=quiet)
+    cache = (folder or codes.folder) / f"reference-{net.hash[:8]}"
+    if not (cache / "config.json").is_file():
+        check_writable(cache.parent, _MOVE_CACHES)
+    images = codes.images("train", needed=False), codes.images("validation", needed=False)
+    return reference_set(*images, net, flips=flips, cache=cache, quiet=quiet)
 
 
 def _data_batches(codes: Codes) -> list[Batch]:
