@@ -102,7 +102,7 @@ def test_manifest_is_as_documented(tmp_path: Path) -> None:
         "reconstruction",
     ]  # fmt: skip
     assert manifest["format"] == "varkd-codes" and manifest["version"] == 1
-    assert set(manifest["tokenizer"]) == {"path", "given", "hash", "kind", "vocab_size"}
+    assert set(manifest["tokenizer"]) == {"path", "hash", "kind", "vocab_size"}
     assert manifest["image_shape"] == [1, 8, 8] and manifest["grid"] == [8, 8]
     source = manifest["source"]
     assert (source["name"], source["image_size"], source["seed"], source["validation"]) == ("digits", None, 3, 0.1)
