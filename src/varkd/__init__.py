@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from varkd.errors import VarkdError
     from varkd.methods import METHODS
     from varkd.rollout import Sampler
+    from varkd.run.data import encode
     from varkd.run.models import load
     from varkd.run.official import export, load_official
     from varkd.sampling import generate
@@ -42,8 +43,9 @@ _MODULE_OF = {
     "METHODS": "methods", "Method": "distill.method", "Plan": "types", "RAR": "backbones.rar",
     "RARConfig": "backbones.rar", "RandAR": "backbones.randar", "RandARConfig": "backbones.randar", "Rng": "world",
     "Sampler": "rollout", "Term": "distill.method", "VAR": "backbones.var", "VARConfig": "backbones.var",
-    "VarkdError": "errors", "World": "world", "build": "backbones.store", "export": "run.official",
-    "generate": "sampling", "load": "run.models", "load_official": "run.official", "load_tokenizer": "tokenizers.store",
+    "VarkdError": "errors", "World": "world", "build": "backbones.store", "encode": "run.data",
+    "export": "run.official", "generate": "sampling", "load": "run.models", "load_official": "run.official",
+    "load_tokenizer": "tokenizers.store",
     "open_images": "data.images", "save_tokenizer": "tokenizers.store",
 }  # fmt: skip
 _MODULES = ("divergences", "metrics", "parts")
@@ -51,8 +53,9 @@ _MODULES = ("divergences", "metrics", "parts")
 __all__ = [
     "ARPG", "METHODS", "RAR", "VAR", "ARPGConfig", "Backbone", "Batch", "CodeDataset", "Condition", "DataLoader",
     "Distiller", "ImageSet", "LlamaGen", "LlamaGenConfig", "Method", "Plan", "RARConfig", "RandAR", "RandARConfig",
-    "Rng", "Sampler", "Term", "VARConfig", "VarkdError", "World", "__version__", "build", "divergences", "export",
-    "generate", "load", "load_official", "load_tokenizer", "metrics", "open_images", "parts", "save_tokenizer",
+    "Rng", "Sampler", "Term", "VARConfig", "VarkdError", "World", "__version__", "build", "divergences", "encode",
+    "export", "generate", "load", "load_official", "load_tokenizer", "metrics", "open_images", "parts",
+    "save_tokenizer",
 ]  # fmt: skip
 
 

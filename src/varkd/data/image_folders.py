@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from varkd.data.rows import VALIDATION_NAMES, Source, TargetRows
+from varkd.data.rows import VALIDATION_NAMES, ImageRows, Source
 from varkd.errors import VarkdError
 from varkd.files import read_errors
 
@@ -127,7 +127,7 @@ def _ending(path: Path) -> str:
     return path.suffix.lower() or path.name
 
 
-def _rows(root: Path, by_class: Files, all_classes: Files) -> TargetRows:
+def _rows(root: Path, by_class: Files, all_classes: Files) -> ImageRows:
     label_of = {name: label for label, name in enumerate(all_classes)}
     files = [path for paths in by_class.values() for path in paths]
     label_N = np.array([label_of[name] for name, paths in by_class.items() for _ in paths], dtype=np.int64)
@@ -137,4 +137,4 @@ def _rows(root: Path, by_class: Files, all_classes: Files) -> TargetRows:
         with read_errors(files[row]):
             return files[row].read_bytes()
 
-    return TargetRows(encoded, lambda row: str(files[row]), label_N, keys)
+    return ImageRows(encoded, lambda row: str(files[row]), label_N, keys)

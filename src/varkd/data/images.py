@@ -23,8 +23,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from varkd import progress
-from varkd.data.rows import TargetRows
-from varkd.data.sources import load_source
+from varkd.data.memory import Indexed
+from varkd.data.rows import ImageRows
+from varkd.data.sources import load_source, source_name
 from varkd.errors import VarkdError
 from varkd.files import sha256_of
 from varkd.world import Rng, World
@@ -47,13 +48,14 @@ class BadImage(VarkdError):
 
 
 def open_images(
-    source: str, split: Split, *, image_size: int | None = None, validation: float = 0.1, seed: int = 0,
+    source: str | Indexed, split: Split, *, image_size: int | None = None, validation: float = 0.1, seed: int = 0,
     label: str | None = None, skip: Skipped | None = None,
 ) -> ImageSet:  # fmt: skip
     """One split of `source`.
 
-    `source` is "digits", a folder, `a.parquet`, `train.parquet,validation.parquet`, `shards-*.tar` or a hub id
-    `org/name`; `label` names the label column of a table ("none": one class). `skip` names images to leave out.
+    `source` may be in memory (`data.memory.Indexed`), or is "digits", a folder, `a.parquet`,
+    `train.parquet,validation.parquet`, `shards-*.tar` or a hub id `org/name`; `label` names the label column of a table
+    ("none": one class). `skip` names images to leave out.
 
     A validation (else test) split of the source is used as it is. Otherwise a share `validation` of the images, at
     least one, is held out, the same ones for the same seed: of a folder those whose names have small hashes (images
@@ -82,17 +84,23 @@ def open_images(
         rows = train
         settings |= {"validation": validation, "seed": seed}
         if len(rows) < 2:
-            raise VarkdError(f"{source} holds one image: training and validation need at least one each")
+            raise VarkdError(f"{source_name(source)} holds one image: training and validation need at least one each")
         held_N = (_held_out(rows.label_N, validation, seed) if rows.keys is None
                   else _held_out_by_name(rows.keys, validation, seed))  # fmt: skip
         index_N = np.flatnonzero(held_N if split == "validation" else ~held_N)
     shape = _image_shape(train, image_size)
-    return ImageSet(source, split, rows, index_N, found.class_names, shape, image_size, settings, found.skipped,
+    name = source_name(source)
+    return ImageSet(name, split, rows, index_N, found.class_names, shape, image_size, settings, found.skipped,
                     "train" if own is None else split)  # fmt: skip
 
 
 def open_checked(
-    source: str, *, skip_corrupt: bool = False, world: World | None = None, quiet: bool = False, **options: Any
+    source: str | Indexed,
+    *,
+    skip_corrupt: bool = False,
+    world: World | None = None,
+    quiet: bool = False,
+    **options: Any,
 ) -> tuple[dict[Split, ImageSet], Skipped]:
     """Both splits of `source` once every image has been decoded, and what was left out (`skip` of `open_images`).
 
@@ -151,7 +159,7 @@ def _held_out_by_name(keys: Sequence[str], fraction: float, seed: int) -> NDArra
     return held_N
 
 
-def _image_shape(rows: TargetRows, image_size: int | None) -> tuple[int, int, int]:
+def _image_shape(rows: ImageRows, image_size: int | None) -> tuple[int, int, int]:
     """(C, H, W): the size of the first image; gray only if none of a spread of images has color. Bad ones do not count.
 
     Raises:
@@ -182,7 +190,7 @@ class ImageSet:
     """
 
     def __init__(
-        self, name: str, split: Split, rows: TargetRows, index_N: NDArray[np.int64], class_names: tuple[str, ...],
+        self, name: str, split: Split, rows: ImageRows, index_N: NDArray[np.int64], class_names: tuple[str, ...],
         image_shape: tuple[int, int, int], image_size: int | None, settings: dict[str, object],
         ignored: Mapping[str, int] | None = None, part: Split = "train",
     ) -> None:  # fmt: skip
@@ -296,14 +304,14 @@ class ArchivedImages(ImageSet):
         raise VarkdError(f"no images at {self.name}, where the codes come from: put them back")
 
 
-def _open(rows: TargetRows, row: int) -> Image.Image:
+def _open(rows: ImageRows, row: int) -> Image.Image:
     encoded = rows.encoded(row)  # what the system refuses is not the image's fault
     with _decoding(rows, row):
         return Image.open(io.BytesIO(encoded))
 
 
 @contextmanager
-def _decoding(rows: TargetRows, row: int) -> Iterator[None]:
+def _decoding(rows: ImageRows, row: int) -> Iterator[None]:
     """What a decoder says of bytes that lie in memory: they are no image, or only a part of one, or a huge one."""
     try:
         yield
@@ -315,7 +323,7 @@ def _decoding(rows: TargetRows, row: int) -> Iterator[None]:
         raise BadImage(f"cannot decode {rows.name(row)}: it is corrupt or truncated; repair or remove it") from error
 
 
-def _pixels(rows: TargetRows, row: int, channels: int, image_size: int | None) -> NDArray[np.uint8]:
+def _pixels(rows: ImageRows, row: int, channels: int, image_size: int | None) -> NDArray[np.uint8]:
     """Decode one image: uint8 (H, W, channels)."""
     image = _open(rows, row)
     if image.mode in _DEEP_MODES:

@@ -14,7 +14,7 @@ VALIDATION_NAMES = ("validation", "val", "valid", "test")  # in the order of pre
 
 
 @dataclass(frozen=True)
-class TargetRows:
+class ImageRows:
     """The labeled images of one split, still encoded. `name(i)` says where row i lies, for messages.
 
     `keys` name images that are files of their own (class and file name): who is held out follows from them, so that
@@ -33,11 +33,11 @@ class TargetRows:
         """Names a row among the others, also in a record on disk."""
         return str(row) if self.keys is None else self.keys[row]
 
-    def without(self, keys: Collection[str]) -> TargetRows:
+    def without(self, keys: Collection[str]) -> ImageRows:
         """The rows whose `key` is none of these."""
         left_N = np.array([row for row in range(len(self)) if self.key(row) not in set(keys)], dtype=np.int64)
         kept = None if self.keys is None else tuple(self.keys[row] for row in left_N)
-        return TargetRows(lambda row: self.encoded(int(left_N[row])), lambda row: self.name(int(left_N[row])),
+        return ImageRows(lambda row: self.encoded(int(left_N[row])), lambda row: self.name(int(left_N[row])),
                           self.label_N[left_N], kept)  # fmt: skip
 
 
@@ -48,14 +48,14 @@ class Source:
     `skipped` counts files by their endings that were not read as images.
     """
 
-    train: TargetRows
-    validation: TargetRows | None
+    train: ImageRows
+    validation: ImageRows | None
     class_names: tuple[str, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, name: str, train: TargetRows, validation: TargetRows | None, class_names: tuple[str, ...],
+        cls, name: str, train: ImageRows, validation: ImageRows | None, class_names: tuple[str, ...],
         skipped: Mapping[str, int] | None = None,
     ) -> Source:  # fmt: skip
         """Check the labels.

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from varkd.data.image_folders import read_folder
-from varkd.data.rows import Source, TargetRows
+from varkd.data.memory import Indexed, memory_name, read_memory
+from varkd.data.rows import ImageRows, Source
 from varkd.data.tables import BUILDERS, read_files, read_hub, splits_of
 from varkd.errors import VarkdError
 from varkd.folders import expand, relative
@@ -23,8 +24,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FORMS = "an image folder, .parquet or .tar files, a folder or a pattern (*.parquet) of them"
 
 
-def relative_source(source: str, folder: Path) -> str:
+def relative_source(source: str | Indexed, folder: Path) -> str:
     """A source as a file in `folder` records it: parts that lie on this disk as seen from there, others as they are."""
+    if not isinstance(source, str):
+        return memory_name(source)
     return ",".join(relative(part, folder) if _is_here(part) else part for part in _parts(source))
 
 
@@ -57,7 +60,12 @@ def _matches(pattern: str) -> list[Path]:
     return sorted(Path(path) for path in glob.glob(pattern, recursive=True))  # noqa: PTH207 - any root, any depth
 
 
-def load_source(source: str, label: str | None = None) -> Source:
+def source_name(source: str | Indexed) -> str:
+    """What a source is called: a path, pattern or id as it was given."""
+    return source if isinstance(source, str) else memory_name(source)
+
+
+def load_source(source: str | Indexed, label: str | None = None) -> Source:
     """Find out what `source` names and list its rows.
 
     Args:
@@ -67,6 +75,8 @@ def load_source(source: str, label: str | None = None) -> Source:
     Raises:
         VarkdError: it does not exist, holds no images, cannot be read or cannot be downloaded.
     """
+    if not isinstance(source, str):
+        return read_memory(source)
     source = ",".join(expand(part) for part in _parts(source))
     if source == "digits" and Path(source).exists():
         raise VarkdError(f"digits is the embedded data set, and a folder here: give ./digits or {DIGITS}")
@@ -127,5 +137,5 @@ def _digits() -> Source:
         Image.fromarray(pixels_NHW[row]).save(buffer, format="PNG")
         return buffer.getvalue()
 
-    rows = TargetRows(encoded, lambda row: f"digit {row}", bunch.target.astype(np.int64))
+    rows = ImageRows(encoded, lambda row: f"digit {row}", bunch.target.astype(np.int64))
     return Source.of("digits", rows, None, tuple(str(name) for name in bunch.target_names))

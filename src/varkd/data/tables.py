@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from varkd.data.rows import VALIDATION_NAMES, Source, TargetRows
+from varkd.data.rows import VALIDATION_NAMES, ImageRows, Source
 from varkd.errors import VarkdError, did_you_mean
 from varkd.files import read_errors
 
@@ -223,7 +223,7 @@ def _classes(
     return tuple(str(value) for value in known), [np.searchsorted(known, array) for array in arrays]
 
 
-def _rows(source: str, dataset: datasets.Dataset, image: str, label_N: np.ndarray) -> TargetRows:
+def _rows(source: str, dataset: datasets.Dataset, image: str, label_N: np.ndarray) -> ImageRows:
     """Rows straight from the memory-mapped Arrow columns: the library's row access costs more than decoding."""
     struct_N = dataset.data.column(image)
 
@@ -244,4 +244,4 @@ def _rows(source: str, dataset: datasets.Dataset, image: str, label_N: np.ndarra
         with read_errors(Path(path)):
             return Path(path).read_bytes()
 
-    return TargetRows(encoded, place, label_N.astype(np.int64))
+    return ImageRows(encoded, place, label_N.astype(np.int64))

@@ -16,6 +16,7 @@ from varkd.config import RunConfig
 from varkd.data.classes import read_class_map
 from varkd.data.codes import CodeDataset, check_tokenizer, codes_hash, open_tokenizer, read_manifest
 from varkd.data.images import ArchivedImages, ImageSet, Split, open_checked, open_images
+from varkd.data.memory import Indexed
 from varkd.data.sources import is_gone, locate_source
 from varkd.data.views import ten_crop_names, view_names
 from varkd.errors import VarkdError
@@ -113,9 +114,9 @@ def pick_tokenizer(name: str, images: ImageSet) -> tuple[Tokenizer, str | None]:
 
 
 def encode(
-    data: str, tokenizer: str, out: Path, *, image_size: int | None = None, validation: float = 0.1, seed: int = 0,
-    flip: bool = False, shifts: int = 0, ten_crop: float | None = None, device: str = "auto", batch_size: int = 256,
-    shard_size: int = 4096, class_map: Path | None = None, label: str | None = None,
+    data: str | Indexed, tokenizer: str, out: Path, *, image_size: int | None = None, validation: float = 0.1,
+    seed: int = 0, flip: bool = False, shifts: int = 0, ten_crop: float | None = None, device: str = "auto",
+    batch_size: int = 256, shard_size: int = 4096, class_map: Path | None = None, label: str | None = None,
     skip_corrupt: bool = False, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """`varkd encode`: images -> code shards and a reconstruction check. Returns the manifest.

@@ -17,6 +17,7 @@ from torch import Tensor
 from varkd import pictures, progress
 from varkd.data.codes import MANIFEST, PARTIAL, CodeDataset, read_manifest
 from varkd.data.images import ImageSet, Skipped, Split, open_checked, open_images
+from varkd.data.memory import Indexed
 from varkd.data.sources import relative_source
 from varkd.data.views import apply_view, check_views, load_size
 from varkd.data.writer import CodeWriter, Manifest, plan_manifest
@@ -33,8 +34,9 @@ _SHOWN_IMAGES = 16
 
 
 def encode_images(
-    source: str, tokenizer: Tokenizer, tokenizer_path: str | None, out: Path, *, image_size: int | None = None,
-    validation: float = 0.1, seed: int = 0, views: tuple[str, ...] = ("identity",), batch_size: int = 256,
+    source: str | Indexed, tokenizer: Tokenizer, tokenizer_path: str | None, out: Path, *,
+    image_size: int | None = None, validation: float = 0.1, seed: int = 0, views: tuple[str, ...] = ("identity",),
+    batch_size: int = 256,
     shard_size: int = 4096, class_map: list[int] | None = None, label: str | None = None, skip_corrupt: bool = False,
     device: str | torch.device = "cpu", world: World | None = None, quiet: bool = False,
 ) -> Manifest:  # fmt: skip
@@ -70,7 +72,7 @@ def encode_images(
         class_names=train.class_names,
         views=views,
         source={
-            "name": source,
+            "name": train.name,
             "path": relative_source(source, out),
             "image_size": image_size,
             "seed": seed,
@@ -102,7 +104,7 @@ def encode_images(
 
 
 def _sets(
-    source: str, out: Path, skip_corrupt: bool, world: World, quiet: bool, options: dict[str, Any]
+    source: str | Indexed, out: Path, skip_corrupt: bool, world: World, quiet: bool, options: dict[str, Any]
 ) -> tuple[dict[Split, ImageSet], Skipped]:
     """Both splits, and what was left out of them. A job that goes on has been checked, and leaves out the same ones."""
     begun = next((out / name for name in (MANIFEST, PARTIAL) if (out / name).is_file()), None)
