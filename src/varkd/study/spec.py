@@ -165,6 +165,7 @@ def _check(study: Study) -> None:
         if unknown:
             raise VarkdError(f"pairs.{name}.methods: '{unknown[0]}' is no method of this study: "
                              f"{did_you_mean(unknown[0], study.methods)}")  # fmt: skip
+        second_stage_run(study, name, study.seeds[0], "", "")
         for method in study.methods_of(name):
             for setting in study.settings(method):
                 student_run(study, name, method, setting, study.seeds[0], study.updates, "")

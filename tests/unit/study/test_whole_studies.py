@@ -260,3 +260,35 @@ def test_load_study_is_what_the_command_runs(recipe: Path):
     assert load_study(recipe, ["workers=2"]).workers == 2
     with pytest.raises(VarkdError, match="unknown key 'worker'"):
         load_study(recipe, ["worker=2"])
+
+
+def with_stage(recipe: Path, folder: Path, **stage: Any) -> Path:
+    found = yaml.safe_load(recipe.read_text())
+    found |= {"seeds": [0], "methods": {"ce": None}, "sweep": [[]]}
+    found["pairs"]["digits"]["start"] = stage
+    path = folder / "staged.yaml"
+    path.write_text(yaml.safe_dump(found))
+    return path
+
+
+def test_a_start_has_a_second_stage(recipe: Path, tmp_path: Path):
+    """Cross-entropy, then KD to its best checkpoint: every method goes on from that one (VarKD, section 4.1)."""
+    out = tmp_path / "out"
+    staged = with_stage(recipe, tmp_path, method="kd", updates=3, select="best", set=["train.optim.lr*=0.5"])
+    assert main(["study", str(staged), f"out={out}"]) == 0
+    warm, start = out / "digits" / "start-warm", out / "digits" / "start"
+    first, second = (yaml.safe_load((folder / "run.yaml").read_text()) for folder in (warm, start))
+    assert (first["preset"], first["train"]["updates"]) == ("ce", 4)
+    assert (second["preset"], second["train"]["updates"], second["train"]["select"]) == ("kd", 3, "best")
+    assert second["train"]["optim"]["lr"] == pytest.approx(first["train"]["optim"]["lr"] / 2)
+    log = [json.loads(line) for line in (start / "log.jsonl").read_text().splitlines()]
+    before = [json.loads(line) for line in (warm / "log.jsonl").read_text().splitlines()]
+    ends = [line["ce"] for line in before if line["split"] == "validation"]
+    assert next(line["ce"] for line in log if line["split"] == "validation") == pytest.approx(ends[-1])
+
+
+def test_a_second_stage_is_checked_before_anything_runs(recipe: Path, tmp_path: Path):
+    with pytest.raises(VarkdError, match="start: updates must be at least 1"):
+        load_study(with_stage(recipe, tmp_path, updates=0))
+    with pytest.raises(VarkdError, match="unknown method 'kdd'"):
+        load_study(with_stage(recipe, tmp_path, method="kdd"))
