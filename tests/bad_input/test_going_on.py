@@ -189,9 +189,9 @@ def test_obeying_the_message_helps(tmp_path: Path, codes: Path, refused: Refused
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
     path.write_bytes(content[:-7] if damage == "cut" else content)
-    before = snapshot(run / "checkpoints")
-    line = refused(arguments(run, codes, "train.keep=3"), str(path), f"move {newest} away")
-    assert "delete" not in line and snapshot(run / "checkpoints") == before
+    before = snapshot(run)
+    line = refused(arguments(run, codes, "train.keep=3", "train.updates=9"), str(path), f"move {newest} away")
+    assert "delete" not in line and snapshot(run) == before, "the refused command has not made it a run of nine"
     shutil.move(newest, tmp_path / "aside")
     refused(["sample", run, "--out", tmp_path / "out"], "is gone", "run the same `varkd train` again")
     train(run, codes, "train.keep=3")

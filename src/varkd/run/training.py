@@ -28,7 +28,7 @@ from varkd.run.environment import environment
 from varkd.run.models import Objects, build_objects, new_student
 from varkd.run.sampling import balanced_labels
 from varkd.sampling import generate_with_codes
-from varkd.train.checkpoint import Progress
+from varkd.train.checkpoint import Checkpoints, Progress
 from varkd.train.loop import Job, train
 from varkd.train.parallel import gathered
 from varkd.types import state_hash
@@ -64,6 +64,9 @@ def train_run(run: RunConfig, *, overwrite: bool = False, quiet: bool = False) -
     made_of = identity(run, codes, objects)
     if not overwrite:
         check_same(folder, made_of)
+        checkpoints = Checkpoints(folder, world, run.train.keep, run.train.select)
+        if world.is_main and (latest := checkpoints.latest()) is not None:
+            checkpoints.check(latest)
     with write_errors(folder), locked(folder) if world.is_main else nullcontext():
         # Only now: bad input leaves no trace, and deletes nothing.
         claim_folder(run, folder, overwrite, world, quiet)

@@ -107,8 +107,7 @@ class Checkpoints:
     ) -> tuple[State, Progress]:
         """Restore models and optimizer in place; returns this rank's part of the method's state, and the counters."""
         folder = self.path(step)
-        for name in ("student", "ema", "optimizer", "method"):
-            check_hash(folder / f"{name}.safetensors")
+        self.check(step)
         load_model_state(model, load_tensors(folder / "student.safetensors"))
         average = load_tensors(folder / "ema.safetensors")
         ema.load({name: like(average[name], pattern) for name, pattern in ema.average.items()})
@@ -117,6 +116,11 @@ class Checkpoints:
         method = {name: value.to(device) for name, value in load_tensors(folder / "method.safetensors").items()}
         counters = {name: value for name, value in read_json(folder / "state.json").items() if name != "sha256"}
         return _own_rows(method, rows), self._without_lost(Progress(**counters))
+
+    def check(self, step: int) -> None:
+        """Raise `VarkdError` unless every file of a checkpoint is what was written."""
+        for name in ("student", "ema", "optimizer", "method"):
+            check_hash(self.path(step) / f"{name}.safetensors")
 
     def _without_lost(self, progress: Progress) -> Progress:
         """Checkpoints may have been moved away: forget a best one that is gone, and select one that is there."""
