@@ -111,11 +111,12 @@ def draw_to(
         raise VarkdError(f"the ranks see no common folder {partial.parent}: write to a shared one")
     place_of_N = np.argsort(drawing.row_of_N)
     mine = [part for part in range(drawing.num_parts) if part % world.size == world.rank]
-    with bar("sample", len(mine) * drawing.batch_size, quiet or not world.is_main) as running:
+    sizes = [min(drawing.batch_size, drawing.num - part * drawing.batch_size) for part in mine]
+    with bar("sample", sum(sizes), quiet or not world.is_main) as running:
         for done, part in enumerate(mine, 1):
             if not _codes(partial, part).is_file():
                 _draw_part(drawing, partial, part, layout, place_of_N)
-            running.update(done * drawing.batch_size)
+            running.update(sum(sizes[:done]))
     world.barrier()
     if world.is_main:
         _finish(drawing, partial, out, layout, {**(about or {}), **request})
