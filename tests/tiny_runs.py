@@ -91,15 +91,27 @@ def assert_same_state(run: Path, other: Path, step: int) -> None:
     assert progress(run, step) == progress(other, step)
 
 
-def largest_difference(run: Path, other: Path, step: int, part: str = "student") -> float:
-    """max |a - b| over the tensors of one part of two checkpoints.
+def both_weights(run: Path, other: Path, step: int, part: str) -> tuple[Tensor, Tensor]:
+    """All numbers of one part of two checkpoints, end to end.
 
     RAR's key bias shifts all logits of a query alike: its gradient is zero but for rounding, which Adam blows up.
     """
     first, second = checkpoint(run, step), checkpoint(other, step)
     names = [name for name in first if name.startswith(f"{part}/") and not name.endswith("k_norm.bias")]
     assert names and first.keys() == second.keys()
-    return max(float((first[name] - second[name]).abs().max()) for name in names)
+    return torch.cat([first[name].flatten() for name in names]), torch.cat([second[name].flatten() for name in names])
+
+
+def largest_difference(run: Path, other: Path, step: int, part: str = "student") -> float:
+    """max |a - b|."""
+    first, second = both_weights(run, other, step, part)
+    return float((first - second).abs().max())
+
+
+def relative_difference(run: Path, other: Path, step: int, part: str = "student") -> float:
+    """||a - b|| / ||a||: not moved by the few smallest gradients, whose rounding Adam enlarges."""
+    first, second = both_weights(run, other, step, part)
+    return float((first - second).norm() / first.norm())
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:

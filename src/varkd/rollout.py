@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from varkd.backbones.protocol import Backbone, GuidanceKind, Nucleus
+from varkd.backbones.protocol import Backbone, GuidanceKind, Nucleus, SlotDecoder
 from varkd.errors import VarkdError
 from varkd.types import Condition, Plan
 from varkd.world import Rng
@@ -61,15 +61,23 @@ class Sampler:
         if self.window < 1:
             raise VarkdError(f"sampler: window must be at least 1 code, got {self.window}")
 
+    def check(self, model: Backbone) -> None:
+        """Raise `VarkdError` where `model` cannot decode in parallel as asked."""
+        if self.parallel == "zipar" and not isinstance(model, SlotDecoder):
+            raise VarkdError(f"parallel=zipar is for llamagen; {model.family} decodes in parallel in its own way: use "
+                             "parallel=auto, or steps= where it has them")  # fmt: skip
+
+    def decodes_rows_at_once(self, width: int) -> bool:
+        """Whether rows of a grid this wide are decoded together: a full window is the sequential order itself."""
+        return self.parallel != "off" and self.window < width
+
     def plan(self, model: Backbone, rng: Rng, row_B: Tensor, order_BL: Tensor | None = None) -> Plan:
         """How `model` decodes one sequence for each of `row_B`.
 
         Raises:
             VarkdError: the model cannot decode like that.
         """
-        if self.parallel == "zipar" and not model.slots:
-            raise VarkdError(f"parallel=zipar is for llamagen; {model.family} decodes in parallel in its own way: use "
-                             "parallel=auto, or steps= where it has them")  # fmt: skip
+        self.check(model)
         return model.plan(len(row_B), rng, row_B, self.steps, order_BL, self.step_schedule)
 
 
@@ -120,10 +128,11 @@ def rollout(
     Raises:
         VarkdError: the plan or the sampler is none that the models know.
     """
+    sampler.check(model)  # a teacher may be of another family than the student that made the plan
     given_BL, kept_rank_BL, prefix_steps = _kept_by_rank(plan, kept_codes_BL, kept_BL)
     if prefix_steps == len(plan.sizes):
         return Samples(given_BL.gather(1, plan.rank_BL), torch.zeros_like(uniform_BL))
-    if _by_waves(model, sampler):
+    if isinstance(model, SlotDecoder) and sampler.decodes_rows_at_once(model.config.grid[1]):
         if joint is not None:
             raise VarkdError("parallel=zipar decodes one model alone: use parallel=off where two decode together")
         return _rollout_waves(model, condition, plan, sampler, uniform_BL, given_BL, kept_rank_BL)
@@ -153,13 +162,8 @@ def rollout(
     return _in_raster_order(plan, given_BL, found)
 
 
-def _by_waves(model: Backbone, sampler: Sampler) -> bool:
-    """Whether rows of the grid are decoded at once. A window as wide as the grid is the sequential order itself."""
-    return sampler.parallel != "off" and model.slots and sampler.window < model.config.grid[1]
-
-
 def _rollout_waves(
-    model: Backbone, condition: Condition, plan: Plan, sampler: Sampler, uniform_BL: Tensor, codes_BL: Tensor,
+    model: SlotDecoder, condition: Condition, plan: Plan, sampler: Sampler, uniform_BL: Tensor, codes_BL: Tensor,
     kept_BL: Tensor,
 ) -> Samples:  # fmt: skip
     """ZipAR: as `rollout`, with every open row of the grid in each step. Raster order, so ranks are positions."""

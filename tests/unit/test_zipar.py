@@ -14,6 +14,7 @@ from varkd.backbones.layers import rope_table, rotate
 from varkd.backbones.llamagen import LlamaGen
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import build
+from varkd.distill.prefixes import MixtureSampling, SpeculativeSampling
 from varkd.errors import VarkdError
 from varkd.rollout import JointDecoding, Sampler, rollout, sample_inverse_cdf
 from varkd.types import Condition
@@ -178,7 +179,7 @@ def test_a_full_window_draws_the_sequential_codes(sampler: Sampler, monkeypatch:
     zipar = replace(sampler, parallel="zipar", window=GRID[1])
     samples = rollout(model, condition, plan, zipar, uniform_BL, codes_BL, kept_BL)
     assert samples.codes_BL.equal(expected.codes_BL) and samples.logp_BL.equal(expected.logp_BL)
-    monkeypatch.setattr("varkd.rollout._by_waves", lambda *_: True)
+    monkeypatch.setattr(Sampler, "decodes_rows_at_once", lambda *_: True)
     waves = rollout(model, condition, plan, zipar, uniform_BL, codes_BL, kept_BL)
     assert waves.codes_BL.equal(expected.codes_BL)
     torch.testing.assert_close(waves.logp_BL, expected.logp_BL, rtol=1e-6, atol=1e-7)
@@ -219,9 +220,11 @@ def test_a_model_that_reads_its_guidance_decodes_in_one_branch():
 # ---- refusals
 
 
+OTHER_SIZES = {"vocab_size": VOCAB, "num_classes": CLASSES, "grid": (4, 4), "num_layers": 2, "dim": 16, "num_heads": 2}
+
+
 def other(family: str) -> Backbone:
-    return build(family, {"vocab_size": VOCAB, "num_classes": CLASSES, "grid": (4, 4), "num_layers": 2, "dim": 16,
-                          "num_heads": 2}, seed=0)  # fmt: skip
+    return build(family, OTHER_SIZES, seed=0)
 
 
 @pytest.mark.parametrize("family", ["arpg", "randar", "rar"])
@@ -240,6 +243,21 @@ def test_two_models_do_not_decode_together_by_waves():
     joint = JointDecoding(model, lambda *_: pytest.fail("decoded"), uniform_BL)
     with pytest.raises(VarkdError, match="parallel=off where two decode together"):
         rollout(model, condition, model.plan(ROWS), Sampler(parallel="zipar"), uniform_BL, joint=joint)
+
+
+@pytest.mark.parametrize("kind", [MixtureSampling, SpeculativeSampling])
+def test_methods_of_two_models_refuse_it_before_anything_runs(kind: type):
+    with pytest.raises(VarkdError, match=r"use sampler\.parallel=off"):
+        kind(sampler=Sampler(parallel="auto"))
+
+
+def test_a_teacher_of_another_family_is_not_decoded_in_silence():
+    """The plan is the student's, so that only the decode itself meets the teacher."""
+    teacher, plan = other("randar"), build("llamagen", OTHER_SIZES, seed=0).plan(2)
+    with pytest.raises(VarkdError, match="randar decodes in parallel in its own way"):
+        rollout(
+            teacher, Condition(torch.zeros(2, dtype=torch.long)), plan, Sampler(parallel="zipar"), torch.rand(2, 16)
+        )
 
 
 def test_a_window_holds_a_code():

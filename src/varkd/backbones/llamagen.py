@@ -27,7 +27,7 @@ from varkd.backbones.layers import (
     rotate,
     swiglu_width,
 )
-from varkd.backbones.protocol import Backbone
+from varkd.backbones.protocol import SlotDecoder
 from varkd.containers import count_numbered
 from varkd.errors import VarkdError
 from varkd.types import Condition, Plan
@@ -90,11 +90,10 @@ class SlotState:
     written_BS: Tensor
 
 
-class LlamaGen(Backbone):
+class LlamaGen(SlotDecoder):
     """The model. `dropout` applies to embeddings, attention output and FFN output, in training mode only."""
 
     family: ClassVar[str] = "llamagen"
-    slots: ClassVar[bool] = True
     config_class: ClassVar[type[Any]] = LlamaGenConfig
     official_extras: ClassVar[tuple[str, ...]] = ("freqs_cis", r"layers\.\d+\.attention\.kv_cache\..*", "causal_mask")
 

@@ -62,8 +62,6 @@ class Backbone(nn.Module, ABC):
     nucleus: ClassVar[Nucleus] = "descending"
     official_extras: ClassVar[tuple[str, ...]] = ()
     """Regular expressions (full match) of tensors in official files that we recompute or do not need."""
-    slots: ClassVar[bool] = False
-    """Whether the model decodes any slots of its cache (`prefill`, `run_slots`): what ZipAR needs."""
     residual_codes: ClassVar[bool] = False
     """Whether later codes encode what earlier ones left over (next scale): then no code can be exchanged alone."""
     config: Any
@@ -181,19 +179,6 @@ class Backbone(nn.Module, ABC):
     def step(self, state: State, codes_Bn: Tensor) -> Tensor:
         """Consume the codes just sampled (in order); return the hidden_BnD of the next step."""
 
-    def prefill(self, condition: Condition, codes_BL: Tensor, kept_B: Tensor) -> State:
-        """Begin to decode by slots after `kept_B` leading codes of each row. Only for models with `slots`."""
-        raise NotImplementedError(f"{self.family} does not decode by slots")
-
-    def run_slots(self, state: State, slot_Bn: Tensor, code_Bn: Tensor, live_Bn: Tensor) -> Tensor:
-        """Write codes into slots of the cache and return the hidden_BnD that they predict with.
-
-        Slot p + 1 holds the code of raster position p and predicts position p + 1; slot 0 holds the class, whatever its
-        code. Every query sees the slots at or before its own that were ever written; rows that are not `live_Bn` are
-        written nowhere, and their hidden states mean nothing.
-        """
-        raise NotImplementedError(f"{self.family} does not decode by slots")
-
     @classmethod
     def sizes_for(cls, layout: Layout) -> dict[str, Any]:
         """The config fields that the codes determine.
@@ -244,3 +229,20 @@ class Backbone(nn.Module, ABC):
             raise VarkdError(f"{len(codes_BL)} sequences but labels of shape {tuple(condition.label_B.shape)}")
         if condition.guidance_B is not None and condition.guidance_B.shape != codes_BL.shape[:1]:
             raise VarkdError(f"{len(codes_BL)} sequences but scales of shape {tuple(condition.guidance_B.shape)}")
+
+
+class SlotDecoder(Backbone):
+    """A raster model that also decodes at any positions of its cache: what ZipAR needs (`rollout`)."""
+
+    @abstractmethod
+    def prefill(self, condition: Condition, codes_BL: Tensor, kept_B: Tensor) -> State:
+        """Begin to decode by slots after `kept_B` leading codes of each row."""
+
+    @abstractmethod
+    def run_slots(self, state: State, slot_Bn: Tensor, code_Bn: Tensor, live_Bn: Tensor) -> Tensor:
+        """Write codes into slots of the cache and return the hidden_BnD that they predict with.
+
+        Slot p + 1 holds the code of raster position p and predicts position p + 1; slot 0 holds the class, whatever its
+        code. Every query sees the slots at or before its own that were ever written; rows that are not `live_Bn` are
+        written nowhere, and their hidden states mean nothing.
+        """

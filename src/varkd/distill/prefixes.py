@@ -54,8 +54,26 @@ class Data(Prefixes):
         return Context((Part.of("data", batch.codes_BL, batch.condition, plan, batch.row_B),))
 
 
+class _Sampled(Prefixes):
+    """Sequences that are decoded by one sampler, in whole or in part."""
+
+    sampler: Sampler
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        return (self.sampler,)
+
+
+class _Drawn(_Sampled):
+    """Sequences whose every code is drawn under a known law."""
+
+    def no_reward(self, source: Source) -> str | None:
+        del source
+        return filtered(self.sampler)
+
+
 @dataclass(frozen=True)
-class Rollout(Prefixes):
+class Rollout(_Drawn):
     """Sequences that the student (or the teacher) samples now, for the labels of the batch."""
 
     by: Literal["student", "teacher"] = "student"
@@ -79,14 +97,6 @@ class Rollout(Prefixes):
     def sources(self) -> tuple[Source, ...]:
         return (self.by,)
 
-    @property
-    def samplers(self) -> tuple[Sampler, ...]:
-        return (self.sampler,)
-
-    def no_reward(self, source: Source) -> str | None:
-        del source
-        return filtered(self.sampler)
-
     def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
         plan = self.sampler.plan(inputs.student, inputs.rng, batch.row_B)
         uniform_BL = inputs.rng.uniform(f"rollout/{self.by}", batch.row_B, plan.order_BL.shape[1])
@@ -96,10 +106,14 @@ class Rollout(Prefixes):
 
 
 @dataclass(frozen=True)
-class _TwoModels(Prefixes):
+class _TwoModels(_Drawn):
     """Student and teacher decode the same sequences in lock-step; subclasses say whose code is taken."""
 
     sampler: Sampler = Sampler()
+
+    def __post_init__(self) -> None:
+        if self.sampler.parallel != "off":
+            raise VarkdError("two models decode together one code after the other: use sampler.parallel=off")
 
     @property
     def cost(self) -> Cost:
@@ -108,14 +122,6 @@ class _TwoModels(Prefixes):
     @property
     def needs_teacher(self) -> bool:
         return True
-
-    @property
-    def samplers(self) -> tuple[Sampler, ...]:
-        return (self.sampler,)
-
-    def no_reward(self, source: Source) -> str | None:
-        del source
-        return filtered(self.sampler)
 
     @abstractmethod
     def choose(
@@ -145,6 +151,7 @@ class MixtureSampling(_TwoModels):
     kind: Literal["mixture_sampling"] = "mixture_sampling"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("mixture_sampling", "alpha", self.alpha, 0, 1)
 
     @property
@@ -174,6 +181,7 @@ class SpeculativeSampling(_TwoModels):
     kind: Literal["speculative_sampling"] = "speculative_sampling"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.top_k >= 0 and 0 < self.top_p <= 1) or (self.top_k == 0 and self.top_p == 1):
             raise VarkdError(
                 "speculative_sampling: need top_k > 0 or top_p in (0, 1), "
@@ -203,7 +211,7 @@ class SpeculativeSampling(_TwoModels):
 
 
 @dataclass(frozen=True)
-class MixedRollout(Prefixes):
+class MixedRollout(_Sampled):
     """The first part of a data sequence, continued by the student or the teacher: VarKD's mixed rollouts.
 
     How many codes are kept is drawn for each row, uniformly between the shares `low` and `high` of the sequence, and
@@ -242,10 +250,6 @@ class MixedRollout(Prefixes):
     def sources(self) -> tuple[Source, ...]:
         return (self.by,)
 
-    @property
-    def samplers(self) -> tuple[Sampler, ...]:
-        return (self.sampler,)
-
     def no_reward(self, source: Source) -> str | None:
         del source
         return "their first codes come from the data"
@@ -264,7 +268,7 @@ class MixedRollout(Prefixes):
 
 
 @dataclass(frozen=True)
-class ScheduledSampling(Prefixes):
+class ScheduledSampling(_Sampled):
     """Data sequences in which every code is, with probability `share`, one that the student sampled in its place.
 
     Sequential: the student sees the codes that were mixed in before. The data's codes stay the targets everywhere.
@@ -291,10 +295,6 @@ class ScheduledSampling(Prefixes):
 
     def __post_init__(self) -> None:
         check_range("scheduled_sampling", "share", self.share, 0, 1)
-
-    @property
-    def samplers(self) -> tuple[Sampler, ...]:
-        return (self.sampler,)
 
     def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
         plan, length = self.sampler.plan(inputs.student, inputs.rng, batch.row_B), batch.codes_BL.shape[1]
@@ -375,7 +375,7 @@ class ParallelSampling(Prefixes):
 
 
 @dataclass(frozen=True)
-class Completions(Prefixes):
+class Completions(_Sampled):
     """Of `count` teacher continuations of a data prefix, the one nearest to the image's own.
 
     Distance: the sum over positions of the squared distance between codebook vectors. The prefix is the share `prefix`
@@ -411,10 +411,6 @@ class Completions(Prefixes):
     @property
     def sources(self) -> tuple[Source, ...]:
         return ("teacher",)
-
-    @property
-    def samplers(self) -> tuple[Sampler, ...]:
-        return (self.sampler,)
 
     def prepare(self, codebook_VE: Tensor) -> CodebookTables:
         return {CODEBOOK: codebook_VE.detach().float()}

@@ -7,6 +7,7 @@ what training reports; their memory is a tensor in the method's state, so a resu
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from fractions import Fraction
@@ -69,21 +70,21 @@ class ExponentialSchedule:
         return self.end + (self.start - self.end) * self.base**-progress
 
 
-class Adaptive:
+class Adaptive(ABC):
     """Base of the numbers that training itself moves. `memory` is float64; its first entry is the number."""
 
     start: float
     end: float
 
     @property
+    @abstractmethod
     def summary(self) -> str:
         """From where to where, and by what."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def rule(self) -> str:
         """How training moves it, as a sentence."""
-        raise NotImplementedError
 
     def at(self, memory: Tensor | None) -> float:
         return self.start if memory is None else float(memory[0])

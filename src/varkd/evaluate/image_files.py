@@ -10,6 +10,7 @@ import hashlib
 import re
 import struct
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ _LABELS = ("arr_1", "label", "labels")
 
 
 @dataclass
-class ImageFiles:
+class ImageFiles(ABC):
     """N images of one size. `warnings` holds what a person should know of them, one line each.
 
     Gray images (one channel) are given out as RGB with three equal channels.
@@ -44,13 +45,13 @@ class ImageFiles:
     labels: NDArray[np.int64] | None = None
     warnings: list[str] = field(default_factory=list)
 
+    @abstractmethod
     def batches(self, begin: int, end: int, size: int) -> Iterator[Tensor]:
         """Images `begin` to `end` in order, as uint8 (B, 3, H, W) with B = `size` but for the last."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hash(self) -> str:
         """SHA-256 that names the images and their order."""
-        raise NotImplementedError
 
     def statistics(self) -> dict[str, NDArray[np.float64]]:
         """What is stored beside the images of mu, sigma, mu_s and sigma_s."""

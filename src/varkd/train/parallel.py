@@ -1,8 +1,8 @@
 """Several processes under `torchrun`: the only file that names FSDP.
 
 A model is sharded layer by layer with `fully_shard` on a (replicate, shard) mesh. FSDP's hooks fire on `forward` only,
-so `start` and `step` (decoding) are registered as forward methods too; the root group, which holds embeddings and head,
-stays unsharded from forward to backward, so the chunked loss can use the head directly.
+so the methods that decode are registered as forward methods too; the root group, which holds embeddings and head, stays
+unsharded from forward to backward, so the chunked loss can use the head directly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from varkd.backbones.protocol import Backbone
+from varkd.backbones.protocol import Backbone, SlotDecoder
 from varkd.errors import VarkdError
 from varkd.world import World
 
@@ -48,8 +48,9 @@ def distribute(model: Backbone, world: World, replicas: int = 1) -> Backbone:
     for layer in model.transformer_blocks:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    register_fsdp_forward_method(model, "start")
-    register_fsdp_forward_method(model, "step")
+    slots = ("prefill", "run_slots") if isinstance(model, SlotDecoder) else ()
+    for name in ("start", "step", *slots):
+        register_fsdp_forward_method(model, name)
     return model
 
 
