@@ -92,7 +92,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def run(arguments: object) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "_run_methods", run)
+    monkeypatch.setattr(cli.training, "_run_methods", run)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,32 @@
-"""Options that verbs share, and those of some verbs; imports nothing heavy."""
+"""What verbs share: how one is declared, and the options that several have; imports nothing heavy."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from varkd.folders import expand
 
 if TYPE_CHECKING:
     from varkd.rollout import Sampler
+
+Verbs = Any
+"""The object that `add_subparsers` returns: argparse keeps its class private."""
+
+
+def add_verb(
+    verbs: Verbs, name: str, run: Callable[[argparse.Namespace], int | None], text: str
+) -> argparse.ArgumentParser:
+    added = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    added.set_defaults(run=run)
+    return added
+
+
+def chosen(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The values of some options, by name: what a function behind a verb takes."""
+    return {name: getattr(arguments, name) for name in names}
 
 
 def place(text: str) -> Path:
@@ -70,21 +87,3 @@ def sampler_of(arguments: argparse.Namespace) -> Sampler | None:
              "window")  # fmt: skip
     given = {name: value for name, value in ((name, getattr(arguments, name)) for name in names) if value is not None}
     return replace(read_run(arguments.run_folder).evaluation.sampler, **given) if given else None
-
-
-def export_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run_folder", type=place, metavar="RUN", help="run folder (its selected weights) or model folder")
-    verb.add_argument("--out", type=place, required=True, help="model folder, or with --official a file")
-    verb.add_argument("--official", action="store_true", help="write the file that the family's official code loads")
-
-
-def reproduce_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("row", help="llamagen-b-from-l, llamagen-l-from-xl, arpg-l-from-xl, ... (docs/imagenet.md)")
-    verb.add_argument(
-        "--images", type=place, default=Path("imagenet/train"), help="training images, a folder per class"
-    )
-    verb.add_argument("--downloads", type=place, default=Path("downloads"), help="folder of the official files")
-    verb.add_argument("--out", type=place, default=Path("runs/imagenet"), help="folder of everything that is made")
-    verb.add_argument("--gpus", type=int, default=8, help="of this machine (default: %(default)s)")
-    verb.add_argument("--methods", nargs="+", default=["varkd"], help="second stages (default: varkd)")
-    verb.add_argument("--dry-run", action="store_true", help="print the commands and what is missing; run nothing")

@@ -1,0 +1,120 @@
+"""Verbs that make data: demo, tokenizer, encode."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from varkd.cli.options import Verbs, add_verb, chosen, place
+
+_DATA = ("digits, an image folder, .parquet or .tar files (one, train,validation, a folder or '*.tar' of them), or a "
+         "Hugging Face id")  # fmt: skip
+
+
+def add(verbs: Verbs) -> None:
+    _demo(
+        add_verb(verbs, "demo", _run_demo, "teacher, student and five methods on embedded real images, with a report")
+    )
+    _tokenizer(verbs)
+    _encode(add_verb(verbs, "encode", _run_encode, "images -> code shards, with a reconstruction check"))
+
+
+def _run_demo(arguments: argparse.Namespace) -> None:
+    from varkd.demo import demo
+
+    demo(arguments.out, seed=arguments.seed, overwrite=arguments.overwrite)
+
+
+def _demo(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--out", type=place, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--overwrite", action="store_true", help="start anew instead of resuming or reusing")
+
+
+def _tokenizer(verbs: Verbs) -> None:
+    text = "train a tokenizer on images, or import an official one"
+    group = verbs.add_parser("tokenizer", help=text, description=text[0].upper() + text[1:] + ".")
+    inner = group.add_subparsers(title="verbs", metavar="VERB", required=True)
+    fit = add_verb(inner, "fit", _run_tokenizer_fit, "train a tokenizer by reconstruction")
+    fit.add_argument("data", help=_DATA)
+    fit.add_argument("--out", type=place, required=True, help="folder of the tokenizer")
+    fit.add_argument("--kind", choices=("vq", "multiscale"), default="vq", help="one grid of codes, or VAR's maps")
+    fit.add_argument("--scales", type=int, nargs="+", default=None, metavar="SIDE",
+                     help="multiscale: sides of the maps (default: 1 2 4 ... to the last)")  # fmt: skip
+    fit.add_argument("--codes", type=int, default=512, dest="vocab_size", help="codebook size (default: %(default)s)")
+    fit.add_argument("--downsampling", type=int, default=4, help="pixels per code side (default: %(default)s)")
+    fit.add_argument("--steps", type=int, default=None, help="training steps")
+    fit.add_argument("--no-flip", action="store_false", dest="flip", help="do not mirror training images")
+    fit.add_argument("--overwrite", action="store_true")
+    _image_options(fit)
+    _tokenizer_import(add_verb(inner, "import", _run_tokenizer_import, "an official tokenizer -> a tokenizer folder"))
+
+
+def _tokenizer_import(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("file", type=place, help="vq_ds16_c2i.pt, vae_ch160v4096z32.pth, maskgit-vqgan-*.bin or the like")
+    verb.add_argument("--out", type=place, required=True, help="folder of the tokenizer")
+    verb.add_argument("--image-size", type=int, default=256, help="side of the images (default: %(default)s)")
+    verb.add_argument("--kind", choices=("vq", "multiscale", "maskgit"), default=None,
+                      help="LlamaGen's, VAR's or MaskGIT's (default: recognized by the tensors)")  # fmt: skip
+    verb.add_argument("--scales", type=int, nargs="+", default=None, metavar="SIDE",
+                      help="multiscale: sides of the maps (default: the published ones for 256 or 512)")  # fmt: skip
+    verb.add_argument("--overwrite", action="store_true")
+
+
+def _run_tokenizer_fit(arguments: argparse.Namespace) -> None:
+    from varkd.run.data import fit
+
+    names = ("kind", "scales", "vocab_size", "downsampling", "steps", "flip", "overwrite",
+             "label", "skip_corrupt", "image_size", "validation", "seed", "device")  # fmt: skip
+    record = fit(arguments.data, arguments.out, **chosen(arguments, *names))
+    print(f"PSNR {record['psnr']:.2f} dB on {record['num']} held-out images, {record['seconds']:.0f} s")
+    print(f"{record['codes_used']:.0%} of the codes used\n{arguments.out}")
+
+
+def _run_tokenizer_import(arguments: argparse.Namespace) -> None:
+    from varkd.run.data import import_official
+
+    options = chosen(arguments, "image_size", "kind", "scales", "overwrite")
+    tokenizer = import_official(arguments.file, arguments.out, **options)
+    sides = [f"{side}x{side}" for side in tokenizer.scales or tokenizer.grid[:1]]
+    where = f"maps of {', '.join(sides)}" if tokenizer.scales else f"a {sides[0]} grid"
+    print(f"{tokenizer.kind}: {tokenizer.vocab_size} codes on {where}, hash {tokenizer.hash[:12]}\n{arguments.out}")
+
+
+def _encode(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("data", help=_DATA)
+    verb.add_argument("--tokenizer", required=True, help="tokenizer folder, or 'pixels' for small gray images")
+    verb.add_argument("--out", type=place, required=True, help="codes folder")
+    verb.add_argument("--flip", action="store_true", help="encode mirror images too")
+    verb.add_argument("--shifts", type=int, default=0, help="encode shifts of up to this many pixels too")
+    verb.add_argument("--ten-crop", type=float, default=None, metavar="RATIO",
+                      help="LlamaGen's ten crops, of images this much larger (1.1)")  # fmt: skip
+    verb.add_argument("--batch-size", type=int, default=256)
+    verb.add_argument("--shard-size", type=int, default=4096, help="images per shard (default: %(default)s)")
+    verb.add_argument("--class-map", type=place, default=None, metavar="FILE",
+                      help="each class's number in a teacher of more classes: JSON or text (docs/data.md)")  # fmt: skip
+    _image_options(verb)
+
+
+def _run_encode(arguments: argparse.Namespace) -> None:
+    from varkd.run.data import describe_codes, encode
+    from varkd.world import World
+
+    names = ("flip", "shifts", "ten_crop", "batch_size", "shard_size", "class_map", "label", "skip_corrupt",
+             "image_size", "validation", "seed", "device")  # fmt: skip
+    world = World.from_environment()
+    try:
+        encode(arguments.data, arguments.tokenizer, arguments.out, **chosen(arguments, *names))
+    finally:
+        world.close()
+    if world.is_main:
+        print("\n".join([*describe_codes(arguments.out), str(arguments.out)]))
+
+
+def _image_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--image-size", type=int, default=None, help="resize and center-crop to this side")
+    verb.add_argument("--label", default=None, metavar="NAME", help="label column of a table (none: one class)")
+    verb.add_argument("--skip-corrupt", action="store_true", help="leave out images that cannot be decoded")
+    verb.add_argument("--validation", type=float, default=0.1, help="share held out where the data has no such split")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--device", default="auto", help="auto, cpu or cuda")

@@ -1,0 +1,91 @@
+"""Verbs that look at a model: sample, evaluate, analyze, report."""
+
+from __future__ import annotations
+
+import argparse
+
+from varkd.cli.options import Verbs, add_verb, adm_options, chosen, place, sampler_of, sampler_options
+
+
+def add(verbs: Verbs) -> None:
+    _sample(add_verb(verbs, "sample", _run_sample, "draw images from a run"))
+    _evaluate(add_verb(verbs, "evaluate", _run_evaluate, "measure a run: samples, agreement with the teacher, speed"))
+    _analyze(
+        add_verb(verbs, "analyze", _run_analyze, "diagnose a student and its teacher, position by position, as a page")
+    )
+    _report(add_verb(verbs, "report", _run_report, "one self-contained HTML page that compares runs"))
+
+
+def _sample(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run_folder", type=place, metavar="RUN")
+    verb.add_argument("--out", type=place, required=True, help="folder of the samples")
+    verb.add_argument("--num", "--num-images", type=int, default=100, help="number of images (default: %(default)s; "
+                      "under torchrun write --num-images: it takes --num for one of its own options)")  # fmt: skip
+    verb.add_argument("--labels", type=int, nargs="+", default=None, help="class labels (default: all, balanced)")
+    verb.add_argument("--seed", type=int, default=None)
+    verb.add_argument("--batch-size", type=int, default=250)
+    verb.add_argument("--format", choices=("npz", "png"), default="npz", help="one .npz, or a folder of PNGs")
+    verb.add_argument("--device", default="auto")
+    sampler_options(verb)
+
+
+def _run_sample(arguments: argparse.Namespace) -> None:
+    from varkd.run.sampling import sample_run
+    from varkd.world import World
+
+    options, world = chosen(arguments, "seed", "labels", "batch_size", "device"), World.from_environment()
+    try:
+        out = sample_run(arguments.run_folder, arguments.out, arguments.num, sampler=sampler_of(arguments),
+                         layout=arguments.format, world=world, **options)  # fmt: skip
+    finally:
+        world.close()
+    if world.is_main:
+        print(out)
+
+
+def _evaluate(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run_folder", type=place, metavar="RUN", help="a run; or, with --reference, an .npz or a folder")
+    verb.add_argument("--num", "--num-images", type=int, default=None, help="number of samples (default: the run's)")
+    verb.add_argument("--seed", type=int, default=None, help="sampling seed (default: the run's own)")
+    verb.add_argument("--features", type=place, default=None, help="feature network folder (default: beside the codes)")
+    verb.add_argument("--teacher", type=place, default=None, help="model to compare with (default: the run's teacher)")
+    verb.add_argument("--device", default="auto")
+    sampler_options(verb)
+    adm_options(verb)
+
+
+def _run_evaluate(arguments: argparse.Namespace) -> None:
+    from varkd.run.judging import evaluate_verb
+
+    evaluate_verb(arguments, sampler_of)
+
+
+def _analyze(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run_folder", type=place, metavar="RUN", help="a student's run folder, or a model folder")
+    verb.add_argument("--out", type=place, required=True, help="folder of the page and of the CSV files")
+    verb.add_argument("--teacher", type=place, default=None, help="teacher's run or model folder (default: the run's)")
+    verb.add_argument("--second", type=place, default=None, help="a second teacher: do teachers agree with each other?")
+    verb.add_argument("--data", type=place, default=None, help="codes folder (default: the run's own)")
+    verb.add_argument("--num", type=int, default=1000, help="sequences in each context (default: %(default)s)")
+    verb.add_argument("--split", choices=("validation", "train"), default="validation", help="where data come from")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def _run_analyze(arguments: argparse.Namespace) -> None:
+    from varkd.run.analysis import analyze_run
+
+    names = ("teacher", "second", "data", "num", "split", "seed", "device")
+    print(analyze_run(arguments.run_folder, arguments.out, **chosen(arguments, *names)))
+
+
+def _report(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("runs", type=place, nargs="+", metavar="RUN")
+    verb.add_argument("--out", type=place, required=True, help="folder of the report")
+    verb.add_argument("--title", default="varkd report")
+
+
+def _run_report(arguments: argparse.Namespace) -> None:
+    from varkd.report import write_report
+
+    print(write_report(arguments.runs, arguments.out, title=arguments.title))

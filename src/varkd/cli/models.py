@@ -1,0 +1,63 @@
+"""Verbs that turn one model into another: zoo, convert, export."""
+
+from __future__ import annotations
+
+import argparse
+
+from varkd.cli.options import Verbs, add_verb, chosen, place
+
+
+def add(verbs: Verbs) -> None:
+    _zoo(add_verb(verbs, "zoo", _run_zoo, "list the published models that varkd reads"))
+    _convert(add_verb(verbs, "convert", _run_convert, "an official checkpoint -> a model folder, with a key report"))
+    _export(add_verb(verbs, "export", _run_export, "the model of a run -> a model folder, or an official file"))
+
+
+def _zoo(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="machine-readable, with sizes and sampling settings")
+    verb.add_argument("--tokenizers", action="store_true", help="list the published tokenizers instead")
+
+
+def _run_zoo(arguments: argparse.Namespace) -> None:
+    import json
+
+    from varkd.backbones import zoo
+
+    if arguments.json:
+        print(json.dumps(zoo.describe(arguments.tokenizers), indent=1))
+    else:
+        print(zoo.format_tokenizers() if arguments.tokenizers else zoo.format_zoo())
+
+
+def _convert(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("file", type=place, help="the official file (.pt, .pth, .bin, .safetensors), or an FSDP folder")
+    verb.add_argument("--out", type=place, required=True, help="model folder")
+    verb.add_argument("--family", default=None, help="default: recognized by the tensors")
+    verb.add_argument("--model", default=None, metavar="NAME", help="which model of `varkd zoo` the weights are")
+    verb.add_argument("--heads", type=int, default=None, help="attention heads, where neither file nor zoo tells")
+    verb.add_argument("--grid", type=int, nargs="+", default=None, metavar="SIDE", help="codes per column (and row)")
+    verb.add_argument("--scales", type=int, nargs="+", default=None, metavar="SIDE", help="var: sides of the maps")
+    verb.add_argument("--num-classes", type=int, default=None, help="replace the class table by a new one for so many")
+    verb.add_argument("--seed", type=int, default=0, help="of the new class table")
+    verb.add_argument("--tokenizer", type=place, default=None, help="tokenizer folder: needed for var, else recorded")
+    verb.add_argument("--weights", choices=("model", "ema"), default="model", help="which of the weights in the file")
+
+
+def _run_convert(arguments: argparse.Namespace) -> None:
+    from varkd.run.official import convert_file
+
+    names = ("family", "model", "heads", "grid", "scales", "num_classes", "seed", "tokenizer", "weights")
+    lines = convert_file(arguments.file, arguments.out, **chosen(arguments, *names))
+    print("\n".join([*lines, str(arguments.out)]))
+
+
+def _run_export(arguments: argparse.Namespace) -> None:
+    from varkd.run.official import export
+
+    print(f"{export(arguments.run_folder, arguments.out, arguments.official)}\n{arguments.out}")
+
+
+def _export(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run_folder", type=place, metavar="RUN", help="run folder (its selected weights) or model folder")
+    verb.add_argument("--out", type=place, required=True, help="model folder, or with --official a file")
+    verb.add_argument("--official", action="store_true", help="write the file that the family's official code loads")
