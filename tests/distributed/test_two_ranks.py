@@ -84,6 +84,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, codes: Path, scale_codes: Pat
         "parts": (*OTHER_PARTS, "train.micro_batches=2", f"teacher={teacher}"),
         "replicas": (*best, "train.replicas=2"),
         "clipped": ("method=kd", f"teacher={teacher}", "train.optim.clip=0.05", "train.micro_batches=2"),
+        "quantized": ("method=kd", f"teacher={teacher}", "train.quantize=int8"),
         "from_two": best,
         "from_one": best,
     }
@@ -127,7 +128,7 @@ def assert_same_run(one: Path, two: Path, updates: int = 6) -> None:
     assert sorted(checkpoint(one, updates)) == sorted(checkpoint(two, updates))
 
 
-@pytest.mark.parametrize("name", ["best_of_n", "few", "parts", "replicas", "clipped", *OTHERS])
+@pytest.mark.parametrize("name", ["best_of_n", "few", "parts", "replicas", "clipped", "quantized", *OTHERS])
 def test_two_ranks_train_like_one(runs: Path, name: str):
     assert_same_run(runs / "one" / name, runs / "two" / name)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from varkd.backbones.arpg import ARPG
 from varkd.backbones.llamagen import LlamaGen
 from varkd.backbones.protocol import Backbone
+from varkd.backbones.quantized import dequantized
 from varkd.backbones.randar import RandAR
 from varkd.backbones.rar import RAR
 from varkd.backbones.var import VAR
@@ -91,7 +92,7 @@ def load_backbone(folder: str | Path, device: str = "cpu", step: int | None = No
     sizes = sizes_of(info)
     with torch.device("meta"):
         model = _construct(info.get("family", "?"), sizes, dropout=0.0)
-    path = _weights_path(folder) if step is None else checkpoint_path(folder, step) / "ema.safetensors"
+    path = weights_path(folder) if step is None else checkpoint_path(folder, step) / "ema.safetensors"
     check_hash(path)
     load_weights(model, path)
     model.tokenizer_hash = info.get("tokenizer_hash")
@@ -124,7 +125,7 @@ def load_weights(model: Backbone, path: Path) -> None:
     Raises:
         VarkdError: missing or truncated file, missing or unexpected tensors, other shapes, weights that are no numbers.
     """
-    state = read_tensors(path, "copy or export it again")
+    state = dequantized(read_tensors(path, "copy or export it again"), str(path))
     check_state(model, state, str(path))
     check_finite(state, str(path))
     model.load_state_dict(state, assign=True)
@@ -163,7 +164,12 @@ def check_hash(path: Path) -> None:
                          "the checkpoint before it")  # fmt: skip
 
 
-def _weights_path(folder: Path) -> Path:
+def weights_path(folder: Path) -> Path:
+    """The file of a model folder's weights, or of a run folder's selected ones.
+
+    Raises:
+        VarkdError: there is none.
+    """
     if (folder / "model.safetensors").is_file():
         return folder / "model.safetensors"
     selected = folder / "checkpoints" / "selected.json"

@@ -11,6 +11,9 @@ def add(verbs: Verbs) -> None:
     _zoo(add_verb(verbs, "zoo", _run_zoo, "list the published models that varkd reads"))
     _convert(add_verb(verbs, "convert", _run_convert, "an official checkpoint -> a model folder, with a key report"))
     _export(add_verb(verbs, "export", _run_export, "the model of a run -> a model folder, or an official file"))
+    _quantize(
+        add_verb(verbs, "quantize", _run_quantize, "the model of a run -> the same with int8, int4 or bf16 weights")
+    )
 
 
 def _zoo(verb: argparse.ArgumentParser) -> None:
@@ -61,3 +64,15 @@ def _export(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run_folder", type=place, metavar="RUN", help="run folder (its selected weights) or model folder")
     verb.add_argument("--out", type=place, required=True, help="model folder, or with --official a file")
     verb.add_argument("--official", action="store_true", help="write the file that the family's official code loads")
+
+
+def _quantize(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run_folder", type=place, metavar="RUN", help="run folder (its selected weights) or model folder")
+    verb.add_argument("--out", type=place, required=True, help="new folder, which every verb reads like RUN")
+    verb.add_argument("--weights", choices=("int8", "int4", "bf16"), required=True, help="of the linear layers")
+
+
+def _run_quantize(arguments: argparse.Namespace) -> None:
+    from varkd.run.quantizing import quantize_run
+
+    print(f"{quantize_run(arguments.run_folder, arguments.out, arguments.weights)}\n{arguments.out}")

@@ -122,6 +122,9 @@ def check_folder(run: RunConfig, folder: Path, overwrite: bool, world: World) ->
         _check_apart(run, folder)
         if (folder / "run.yaml").is_file():
             RUN.check(folder, "out=")
+            if (folder / "model.safetensors").is_file():
+                raise VarkdError(f"{folder} holds a finished model (varkd quantize), not a run that can go on: choose "
+                                 "another out=")  # fmt: skip
             before = None if overwrite else read_run(folder)
             changed = [] if before is None else differences(_grown(before, run), run)
             if changed:

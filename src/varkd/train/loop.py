@@ -15,6 +15,7 @@ from typing import Literal, NoReturn, Protocol
 import torch
 
 from varkd.backbones.protocol import Backbone
+from varkd.backbones.quantized import Bits, round_weights_, rounded_weights
 from varkd.distill.audit import Stats, StepStats, guard_rails
 from varkd.distill.schedule import check_range
 from varkd.errors import VarkdError
@@ -33,7 +34,8 @@ from varkd.world import World
 class TrainConfig:
     """How long, how much at once, and how often to look. Counts are optimizer updates and sequences.
 
-    `chunk_rows` positions have their logits in memory at once; None takes about 256 MiB of them.
+    `chunk_rows` positions have their logits in memory at once; None takes about 256 MiB of them. With `quantize` the
+    student is trained, sampled and validated with the weights that it will have after `varkd quantize`.
     """
 
     updates: int = 1000
@@ -50,6 +52,7 @@ class TrainConfig:
     grid_every: int = 0
     chunk_rows: int | None = None
     replicas: int = 1
+    quantize: Bits | None = None
     tensorboard: bool = True
     optim: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -159,11 +162,11 @@ class Session:
         batch = job.batches.batch(step).to(distiller.device)
         stats, loss = Stats(), torch.zeros((), dtype=torch.float64)
         audit = self._is_logged(step + 1)
-        for part_loss, part_stats in distiller.micro_batches(batch, settings.micro_batches, audit=audit):
-            part_loss.backward()
-            loss += part_loss.detach().double().cpu() / world.size
-            stats.merge(part_stats)
-
+        with rounded_weights(job.student, settings.quantize):
+            for part_loss, part_stats in distiller.micro_batches(batch, settings.micro_batches, audit=audit):
+                part_loss.backward()
+                loss += part_loss.detach().double().cpu() / world.size
+                stats.merge(part_stats)
         loss, collected = float(world.sum(loss)), stats.collect(world)
         norm = clip_gradients(job.student, settings.optim.clip)
         self._check_finite(loss, norm, collected)
@@ -249,6 +252,8 @@ class Session:
         weights = {**frozen_tensors(self.job.student), **full_tensors(self.ema.average)}
         model = self.job.plain_copy()
         model.load_state_dict(weights)
+        if self.job.train.quantize is not None:
+            round_weights_(model, self.job.train.quantize)
         return model.eval()
 
     def close(self, state: Literal["done", "stopped", "failed"]) -> None:
