@@ -16,7 +16,7 @@ class VarkdError(ValueError):
 
 
 _EXTRA_OF = {"datasets": "data", "matplotlib": "report", "jinja2": "report", "sklearn": "demo",
-             "tensorboard": "tensorboard", "ray": "ray", "torchao": "quantize"}  # fmt: skip
+             "tensorboard": "tensorboard", "ray": "ray", "torchao": "quantize", "gradio": "app"}  # fmt: skip
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:

@@ -13,6 +13,7 @@ def add(verbs: Verbs) -> None:
     _analyze(
         add_verb(verbs, "analyze", _run_analyze, "diagnose a student and its teacher, position by position, as a page")
     )
+    _app(add_verb(verbs, "app", _run_app, "models side by side in the browser, on this machine"))
     _report(add_verb(verbs, "report", _run_report, "one self-contained HTML page that compares runs"))
 
 
@@ -89,3 +90,16 @@ def _run_report(arguments: argparse.Namespace) -> None:
     from varkd.report import write_report
 
     print(write_report(arguments.runs, arguments.out, title=arguments.title))
+
+
+def _app(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("runs", type=place, nargs="+", metavar="RUN", help="runs (or model folders) on the same codes")
+    verb.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
+    verb.add_argument("--port", type=int, default=7860)
+    verb.add_argument("--device", default="auto")
+
+
+def _run_app(arguments: argparse.Namespace) -> None:
+    from varkd.app.page import launch
+
+    launch(arguments.runs, host=arguments.host, port=arguments.port, device=arguments.device)

@@ -331,7 +331,12 @@ def _pixels(rows: ImageRows, row: int, channels: int, image_size: int | None) ->
     if channels == 1 and image.mode not in _GRAY_MODES:
         raise BadImage(f"{rows.name(row)} is in color but the images before it are gray: make them all one kind")
     with _decoding(rows, row):
-        image = _on_white(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
+        return pixels_of(image, channels, image_size)
+
+
+def pixels_of(image: Image.Image, channels: int, image_size: int | None = None) -> NDArray[np.uint8]:
+    """A picture upright on white, gray or RGB, with `image_size` resized and cropped: uint8 (H, W, channels)."""
+    image = _on_white(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
     if image_size is not None:
         image = _resize(image, image_size)
     return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, channels)

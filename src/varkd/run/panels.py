@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from varkd import pictures
+from varkd.backbones.protocol import Layout
 from varkd.data.images import Split
 from varkd.distill.spaces import Clusters
 from varkd.evaluate.diagnostics import Sequences, completed, measure
@@ -57,7 +58,8 @@ def continuations_panel(subject: Subject, data: Sequences, out: Path) -> dict[st
             kept_BL = kept_positions(few.plan, share)
             made = completed(model, few, kept_BL, subject.sampler, subject.seed)
             images = _pixels(_decoded(tokenizer, made.codes_BL[:_SHOWN]))
-            rows[f"{name}, {share:.0%} kept"] = pictures.tinted(images, _mask(kept_BL[:_SHOWN], subject, images.shape))
+            mask = kept_mask(kept_BL[:_SHOWN], subject.codes.layout, images.shape)
+            rows[f"{name}, {share:.0%} kept"] = pictures.tinted(images, mask)
             found.append({"model": name, "kept": share, **_of_the_teacher(subject, made, ~kept_BL)})
     pictures.save_png(out / CONTINUATIONS, pictures.labeled(rows))
     return {"num": len(few), "rows": found}
@@ -79,9 +81,8 @@ def _of_the_teacher(subject: Subject, made: Sequences, generated_BL: Tensor) -> 
     return {"confidence": 1 - entropy / log_v, "teacher_nll": float(values["ce_teacher"][where_BL].double().mean())}
 
 
-def _mask(kept_BL: Tensor, subject: Subject, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Where an image stands on kept codes, bool (B, H, W). Scales cover the whole image, so nothing is marked."""
-    layout = subject.codes.layout
+def kept_mask(kept_BL: Tensor, layout: Layout, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Where images (B, H, W, C) show kept codes, bool (B, H, W). Scales cover the whole image: nothing is marked."""
     if layout.scales:
         return np.zeros(shape[:3], dtype=bool)
     cells = kept_BL.cpu().numpy().reshape(len(kept_BL), *layout.grid)
