@@ -15,6 +15,8 @@ from varkd.files import write_text
 from varkd.folders import Own
 from varkd.report import sections
 from varkd.report.images import Picture, pictures_of
+from varkd.report.official import COLUMNS as OFFICIAL_COLUMNS
+from varkd.report.official import official
 from varkd.report.protocol import differences, statement
 from varkd.report.runs import RunFolder, read_runs
 from varkd.report.tables import COLUMNS, Row, comparison_table
@@ -81,6 +83,7 @@ def _content(runs: Sequence[RunFolder]) -> dict[str, Any]:
     row_of = {row.name: row for row in rows}
     styles = sections.styles(runs, rows)
     agreement_columns, agreement_rows = sections.agreement(evaluated, rows)
+    official_rows, one_protocol = official(runs, rows)
     cards = []
     for run in runs:
         progress = pictures_of(run.progress[-2:], len(runs), share=0.15)
@@ -92,6 +95,9 @@ def _content(runs: Sequence[RunFolder]) -> dict[str, Any]:
         "rows": rows,
         "tied": any(cell.mark == "tied" for row in rows for cell in row.cells.values()),
         "waiting": [run for run in runs if run.metrics is None],
+        "official_columns": OFFICIAL_COLUMNS,
+        "official_rows": official_rows,
+        "one_protocol": one_protocol,
         "floors": sections.floors(evaluated),
         "grids": sections.grids(runs, rows),
         "agreement_counts": sections.agreement_counts(evaluated),

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from run_folders import metrics, study, write_run
+from run_folders import metrics, study, write_official, write_run
 from study_folder import results, write_folder
 
 from browsing import browser, fits, smallest_text, use, window
@@ -24,7 +24,10 @@ def report(tmp_path_factory) -> Path:
     long_name = "a-student-whose-name-" + "does-not-end-" * 6
     values = metrics(long_name, "varkd", fd=7.0, teacher="teacher", seed=4)
     values["protocol"]["seed"] = 8
-    return write_report([*study(root), write_run(root / "long", values, seed=4)], root / "out")
+    runs = [*study(root), write_run(root / "long", values, seed=4)]
+    for run, fid in zip((runs[1], runs[-1]), (3.4, 3.9), strict=True):
+        write_official(run, "llamagen", fid=fid)
+    return write_report(runs, root / "out")
 
 
 @pytest.fixture(scope="module")

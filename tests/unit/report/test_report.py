@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_folders import metrics, study, write_run
+from run_folders import metrics, study, write_official, write_run
 
 from varkd.errors import VarkdError
 from varkd.pictures import save_png
@@ -241,3 +241,29 @@ def test_the_report_needs_no_torch(runs, tmp_path):
         "write_report([Path(sys.argv[1])], Path(sys.argv[2])); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(runs[0]), str(tmp_path)], check=True, timeout=120)
+
+
+def official_table(page: str) -> str:
+    section = page[page.index('id="official"') :]
+    return section[: section.index("</section>")]
+
+
+def test_published_metrics_stand_in_their_own_table(tmp_path):
+    runs = study(tmp_path / "runs")
+    assert 'id="official"' not in page_of(runs, tmp_path / "before")
+    for run, fid in zip(runs[:3], (2.1, 3.4, 3.9), strict=True):
+        write_official(run, "llamagen", fid=fid)
+    (runs[0] / "evaluation" / "other.json").write_text('{"seed": 1}')
+    table = official_table(page_of(runs, tmp_path / "page"))
+    text = text_of(table)
+    assert "llamagen, N = 50,000" in text and "3.40" in text and "[3.30, 3.50]" in text and "216" in text
+    assert table.count("<tr") == 4 and "different protocols" not in text
+    assert table.count("★") == 1, "the lower FID of the two students; the rest is equal"
+
+
+def test_published_metrics_of_two_protocols_are_not_ranked(tmp_path):
+    runs = study(tmp_path / "runs")
+    write_official(runs[1], "llamagen", fid=3.4)
+    write_official(runs[2], "llamagen", fid=3.9, num=10_000)
+    table = official_table(page_of(runs, tmp_path / "page"))
+    assert "★" not in table and "no best one is marked" in text_of(table)
