@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from varkd.run.data import encode
     from varkd.run.models import load
     from varkd.run.official import export, load_official
+    from varkd.run.shrinking import shrink
     from varkd.sampling import generate
     from varkd.tokenizers.store import load_tokenizer, save_tokenizer
     from varkd.train.distiller import Distiller
@@ -47,6 +48,7 @@ _MODULE_OF = {
     "export": "run.official", "generate": "sampling", "load": "run.models", "load_official": "run.official",
     "load_tokenizer": "tokenizers.store",
     "open_images": "data.images", "save_tokenizer": "tokenizers.store",
+    "shrink": "run.shrinking",
 }  # fmt: skip
 _MODULES = ("divergences", "metrics", "parts")
 
@@ -55,7 +57,7 @@ __all__ = [
     "Distiller", "ImageSet", "LlamaGen", "LlamaGenConfig", "Method", "Plan", "RARConfig", "RandAR", "RandARConfig",
     "Rng", "Sampler", "Term", "VARConfig", "VarkdError", "World", "__version__", "build", "divergences", "encode",
     "export", "generate", "load", "load_official", "load_tokenizer", "metrics", "open_images", "parts",
-    "save_tokenizer",
+    "save_tokenizer", "shrink",
 ]  # fmt: skip
 
 

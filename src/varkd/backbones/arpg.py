@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from varkd.backbones.layers import (
+    SWIGLU_AXES,
     FeedForward,
     GuidanceEmbedding,
     RMSNorm,
@@ -154,6 +155,16 @@ class ARPG(Backbone):
     config_class: ClassVar[type[Any]] = ARPGConfig
     guidance: ClassVar[GuidanceKind] = "decoded_after"
     official_extras: ClassVar[tuple[str, ...]] = ("freqs_cis", r"layers\.(.*\.)?(k|v|kv)_cache(\..*)?", "causal_mask")
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = SWIGLU_AXES | {
+        r"embeddings\.weight|head\.weight": ("", "D"),
+        r"guidance_embedding\.linear\.weight": ("D", ""),
+        # All cross-attention layers look at the same keys and values, so they keep the same heads.
+        r"layers\.to_[kv]\.weight|layers\.cross_dec\.\d+\.attn\.to_q\.weight": ("H:cross", "D"),
+        r"layers\.cross_dec\.\d+\.attn\.proj\.weight": ("D", "H:cross"),
+        r"(layers\.self_dec\.\d+)\.attn\.to_[qkv]\.weight": ("H:{0}", "D"),
+        r"(layers\.self_dec\.\d+)\.attn\.proj\.weight": ("D", "H:{0}"),
+    }
+    stacks: ClassVar[tuple[str, ...]] = ("layers.self_dec", "layers.cross_dec")
 
     def __init__(self, config: ARPGConfig, dropout: float = 0.0) -> None:
         super().__init__()

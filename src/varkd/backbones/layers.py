@@ -13,6 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SWIGLU_AXES = {
+    r"(.+)\.w[13]\.weight": ("F:{0}", "D"),
+    r"(.+)\.w2\.weight": ("D", "F:{0}"),
+    r"(.+\.)?(attention_norm|attn_norm|ffn_norm|norm)\.weight": ("D",),
+}
+"""`Backbone.axes` of the feed-forward layers and norms below."""
+
 
 def swiglu_width(dim: int) -> int:
     """The official FFN width: 8/3 of `dim`, rounded up to a multiple of 256."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from varkd.backbones.layers import (
+    SWIGLU_AXES,
     FeedForward,
     GuidanceEmbedding,
     LabelEmbedding,
@@ -96,6 +97,12 @@ class LlamaGen(SlotDecoder):
     family: ClassVar[str] = "llamagen"
     config_class: ClassVar[type[Any]] = LlamaGenConfig
     official_extras: ClassVar[tuple[str, ...]] = ("freqs_cis", r"layers\.\d+\.attention\.kv_cache\..*", "causal_mask")
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = SWIGLU_AXES | {
+        r"cls_embedding\.embedding_table\.weight|tok_embeddings\.weight|output\.weight": ("", "D"),
+        r"guidance_embedding\.linear\.weight": ("D", ""),
+        r"(.+)\.wqkv\.weight": ("3H:{0}", "D"),
+        r"(.+)\.wo\.weight": ("D", "H:{0}"),
+    }
 
     def __init__(self, config: LlamaGenConfig, dropout: float = 0.0) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ guidance and label dropping stand outside. The contract that makes "on-policy" t
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -64,6 +65,14 @@ class Backbone(nn.Module, ABC):
     """Regular expressions (full match) of tensors in official files that we recompute or do not need."""
     residual_codes: ClassVar[bool] = False
     """Whether later codes encode what earlier ones left over (next scale): then no code can be exchanged alone."""
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """What the axes of parameters are (regular expressions, full match), for whoever cuts a model down (`shrink`).
+
+    "D" residual channels, "H:group" lanes of heads, "N:group" heads, "F:group" FFN neurons; "3H:group" three of them
+    stacked; "" anything else. Parameters with one group keep the same heads or neurons; "{0}" is the first match group.
+    """
+    stacks: ClassVar[tuple[str, ...]] = ("layers",)
+    """Paths of the lists of blocks, each with its share of `num_layers`."""
     config: Any
     guidance_embedding: GuidanceEmbedding | None
     tokenizer_hash: str | None = None
@@ -74,6 +83,18 @@ class Backbone(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
+
+    @property
+    def channel_block(self) -> int:
+        """How many residual channels in a row must stay together."""
+        return 1
+
+    def axes_of(self, name: str) -> tuple[str, ...]:
+        """The entry of `axes` for a tensor, its groups filled in; nothing for a tensor that has none."""
+        for pattern, labels in self.axes.items():
+            if match := re.fullmatch(pattern, name):
+                return tuple(label.format(*match.groups()) for label in labels)
+        return ()
 
     def describe(self) -> dict[str, Any]:
         """The `config.json` of a model folder: family, sizes, tokenizer and class names."""

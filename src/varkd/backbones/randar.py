@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from varkd.backbones.layers import (
+    SWIGLU_AXES,
     FeedForward,
     GuidanceEmbedding,
     LabelEmbedding,
@@ -158,6 +159,15 @@ class RandAR(Backbone):
     config_class: ClassVar[type[Any]] = RandARConfig
     guidance: ClassVar[GuidanceKind] = "decoded_before"
     official_extras: ClassVar[tuple[str, ...]] = ("freqs_cis", r"layers\.\d+\.attention\.kv_cache\..*", "causal_mask")
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = SWIGLU_AXES | {
+        r"cls_embedding\.embedding_table\.weight|tok_embeddings\.weight|output\.weight|pos_instruct_embeddings": (
+            "",
+            "D",
+        ),
+        r"guidance_embedding\.linear\.weight": ("D", ""),
+        r"(.+)\.wqkv\.weight": ("3H:{0}", "D"),
+        r"(.+)\.wo\.weight": ("D", "H:{0}"),
+    }
 
     def __init__(self, config: RandARConfig, dropout: float = 0.0) -> None:
         super().__init__()
@@ -178,6 +188,11 @@ class RandAR(Backbone):
     @property
     def transformer_blocks(self) -> Sequence[nn.Module]:
         return list(self.layers)
+
+    @property
+    def channel_block(self) -> int:
+        """Position instructions are rotated head by head."""
+        return self.config.head_dim
 
     def initialize(self, generator: torch.Generator) -> None:
         """Normal weights of LlamaGen's width, unit norm gains, a zero output head."""

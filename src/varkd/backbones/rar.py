@@ -88,6 +88,24 @@ class RAR(Backbone):
     guidance: ClassVar[GuidanceKind] = "power_cosine"
     nucleus: ClassVar[Nucleus] = "descending"
     official_extras: ClassVar[tuple[str, ...]] = (r"(.*\.)?attn_mask",)
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        r"cls_token|pos_embed|target_aware_pos_embed|timesteps_embeddings": ("", "", "D"),
+        r"embeddings\.weight|lm_head\.weight": ("", "D"),
+        r"lm_head\.bias|.+\.[qk]_norm\.(?:weight|bias)": ("",),
+        r"guidance_embedding\.linear\.weight": ("D", ""),
+        r".+\.norm[12]\.(?:weight|bias)|.+\.(?:proj|fc2)\.bias": ("D",),
+        r"blocks\.\d+\.adaLN_modulation\.1\.weight": ("6D", "D"),
+        r"blocks\.\d+\.adaLN_modulation\.1\.bias": ("6D",),
+        r"adaln_before_head\.adaLN_modulation\.1\.weight": ("2D", "D"),
+        r"adaln_before_head\.adaLN_modulation\.1\.bias": ("2D",),
+        r"(.+)\.qkv\.weight": ("3H:{0}", "D"),
+        r"(.+)\.qkv\.bias": ("3H:{0}",),
+        r"(.+)\.proj\.weight": ("D", "H:{0}"),
+        r"(.+)\.fc1\.weight": ("F:{0}", "D"),
+        r"(.+)\.fc1\.bias": ("F:{0}",),
+        r"(.+)\.fc2\.weight": ("D", "F:{0}"),
+    }
+    stacks: ClassVar[tuple[str, ...]] = ("blocks",)
 
     def __init__(self, config: RARConfig, dropout: float = 0.0) -> None:
         super().__init__()

@@ -110,6 +110,27 @@ class VAR(Backbone):
         "lvl_1L", "attn_bias_for_masking", r"blocks\.\d+\.attn\.zero_k_bias",
     )  # fmt: skip
 
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        r"pos_start|pos_1LC": ("", "", "D"),
+        r"lvl_embed\.weight|class_emb\.weight|head\.weight": ("", "D"),
+        r"head\.bias": ("",),
+        r"word_embed\.weight|guidance_embedding\.linear\.weight": ("D", ""),
+        r"word_embed\.bias|(?:.+)\.(?:proj|fc2)\.bias": ("D",),
+        r"(?:shared_ada_lin|.+\.\d+\.ada_lin)\.1\.weight": ("6D", "D"),
+        r"(?:shared_ada_lin|.+\.\d+\.ada_lin)\.1\.bias": ("6D",),
+        r".+\.ada_gss": ("", "", "", "D"),
+        r"head_nm\.ada_lin\.1\.weight": ("2D", "D"),
+        r"head_nm\.ada_lin\.1\.bias": ("2D",),
+        r"(.+)\.scale_mul_1H11": ("", "N:{0}", "", ""),
+        r"(.+)\.[qv]_bias": ("H:{0}",),
+        r"(.+)\.mat_qkv\.weight": ("3H:{0}", "D"),
+        r"(.+)\.proj\.weight": ("D", "H:{0}"),
+        r"(.+)\.fc1\.weight": ("F:{0}", "D"),
+        r"(.+)\.fc1\.bias": ("F:{0}",),
+        r"(.+)\.fc2\.weight": ("D", "F:{0}"),
+    }
+    stacks: ClassVar[tuple[str, ...]] = ("blocks",)
+
     quantizer_codebook: Tensor
     quantizer_phi_weight: Tensor
     quantizer_phi_bias: Tensor

@@ -10,6 +10,7 @@ from varkd.cli.options import Verbs, add_verb, chosen, place
 def add(verbs: Verbs) -> None:
     _zoo(add_verb(verbs, "zoo", _run_zoo, "list the published models that varkd reads"))
     _convert(add_verb(verbs, "convert", _run_convert, "an official checkpoint -> a model folder, with a key report"))
+    _shrink(add_verb(verbs, "shrink", _run_shrink, "a student cut out of its teacher, by importance on data"))
     _export(add_verb(verbs, "export", _run_export, "the model of a run -> a model folder, or an official file"))
     _quantize(
         add_verb(verbs, "quantize", _run_quantize, "the model of a run -> the same with int8, int4 or bf16 weights")
@@ -76,3 +77,25 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
     from varkd.run.quantizing import quantize_run
 
     print(f"{quantize_run(arguments.run_folder, arguments.out, arguments.weights)}\n{arguments.out}")
+
+
+def _shrink(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("teacher", type=place, metavar="TEACHER", help="run folder or model folder")
+    verb.add_argument("--data", type=place, required=True, help="codes folder that importance is measured on")
+    verb.add_argument("--out", type=place, required=True, help="new model folder, for init=")
+    verb.add_argument("--params", type=float, default=None, metavar="SHARE",
+                      help="share of the parameters that stays, depth and width alike (instead of sizes)")  # fmt: skip
+    verb.add_argument("--layers", type=int, default=None, help="blocks that stay (default: all)")
+    verb.add_argument("--dim", type=int, default=None, help="width; a multiple of the teacher's width of a head")
+    verb.add_argument("--heads", type=int, default=None, help="heads that stay (default: as --dim says)")
+    verb.add_argument("--ffn", type=int, default=None, help="FFN neurons that stay (default: all)")
+    verb.add_argument("--num", type=int, default=256, help="sequences to measure on (default: %(default)s)")
+    verb.add_argument("--device", default="auto")
+
+
+def _run_shrink(arguments: argparse.Namespace) -> None:
+    from varkd.run.shrinking import shrink_run
+
+    names = ("params", "layers", "dim", "heads", "ffn", "num", "device")
+    lines = shrink_run(arguments.teacher, arguments.data, arguments.out, **chosen(arguments, *names))
+    print("\n".join([*lines, str(arguments.out)]))
