@@ -19,7 +19,7 @@ from varkd.methods import METHODS
 
 VERBS = ["demo", "tokenizer", "tokenizer fit", "tokenizer import", "encode", "train", "sample", "evaluate",
          "analyze", "study", "report", "show", "methods", "zoo", "convert", "export", "reproduce", "quantize",
-         "app", "shrink"]  # fmt: skip
+         "app", "shrink", "plan"]  # fmt: skip
 _HELP = """
 import json, sys
 from varkd.cli import main

@@ -16,6 +16,7 @@ def add(verbs: Verbs) -> None:
         add_verb(verbs, "study", _run_study, "methods x backbones x seeds under one budget (the same command resumes)")
     )
     _show(add_verb(verbs, "show", _run_show, "print a resolved run, its method in words"))
+    _plan(add_verb(verbs, "plan", _run_plan, "what a run takes in memory, FLOPs and time, before it runs"))
     _methods(add_verb(verbs, "methods", _run_methods, "list the method presets"))
     _reproduce(add_verb(verbs, "reproduce", _run_reproduce, "the commands of a row of the paper's ImageNet table"))
 
@@ -127,3 +128,32 @@ def _run_reproduce(arguments: argparse.Namespace) -> None:
         print(describe(arguments.row, places))
     else:
         reproduce(arguments.row, places)
+
+
+def _plan(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", help="a recipe, as for `varkd train`")
+    verb.add_argument("overrides", nargs="*", metavar="key=value",
+                      help="as for `varkd train`; teacher= and init= may be names of `varkd zoo`")  # fmt: skip
+    verb.add_argument("--devices", type=int, default=1, help="that share the batch and the weights (FSDP)")
+    verb.add_argument("--memory", type=float, default=None, metavar="GIB", help="of one device: what fits?")
+    group = verb.add_argument_group("a device that is not this one (default: time shallow models here)")
+    group.add_argument("--tflops", type=float, default=None, help="peak of its matrix products, in 10^12 a second")
+    group.add_argument("--bandwidth", type=float, default=None, metavar="GB/S", help="of its memory")
+    group.add_argument("--utilization", type=float, default=0.4, help="share of the peak that is reached (%(default)s)")
+    verb.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _run_plan(arguments: argparse.Namespace) -> None:
+    import json
+
+    from varkd.config import load_run
+    from varkd.run.planning import Device, format_plan, plan_run
+
+    if (arguments.tflops is None) != (arguments.bandwidth is None):
+        raise VarkdError("a device has both --tflops and --bandwidth (an H100: 990 in bf16, and 3350)")
+    machine = None
+    if arguments.tflops is not None:
+        machine = Device(arguments.tflops * 1e12, arguments.bandwidth * 1e9, arguments.utilization)
+    run = load_run(arguments.recipe, arguments.overrides)
+    plan = plan_run(run, devices=arguments.devices, machine=machine, memory=arguments.memory)
+    print(json.dumps(plan, indent=1) if arguments.json else format_plan(plan))
