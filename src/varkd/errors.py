@@ -16,7 +16,7 @@ class VarkdError(ValueError):
 
 
 _EXTRA_OF = {"datasets": "data", "matplotlib": "report", "jinja2": "report", "sklearn": "demo",
-             "tensorboard": "tensorboard", "ray": "ray"}  # fmt: skip
+             "tensorboard": "tensorboard", "ray": "ray", "huggingface_hub": "hub"}  # fmt: skip
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
