@@ -38,7 +38,7 @@ class OnHub(ABC):
 
     @classmethod
     @abstractmethod
-    def _read(cls, folder: Path) -> Any:
+    def _from_folder(cls, folder: Path) -> Any:
         """The module that stands in a folder: of this class or of a sibling."""
 
     @classmethod
@@ -57,7 +57,7 @@ class OnHub(ABC):
         patterns = [f"{place}{ending}" for place in ("", f"{part}/") for ending in ("config.json", "model.safetensors")]
         folder = fetch(source, patterns, revision=revision, token=token, cache_dir=cache_dir,
                        local_files_only=local_files_only)  # fmt: skip
-        found = cls._read(folder / part if (folder / part / "config.json").is_file() else folder)
+        found = cls._from_folder(folder / part if (folder / part / "config.json").is_file() else folder)
         if not isinstance(found, cls):
             raise VarkdError(f"{source} holds a {type(found).__name__}, not a {cls.__name__}: load it as one")
         return found
@@ -98,10 +98,17 @@ def fetch(
     name = str(source)
     if isinstance(source, Path) or not _REPO.fullmatch(name) or folder.parent.is_dir():
         raise VarkdError(f"no folder {source}: check the path (a hub repository is written OWNER/NAME)")
-    client = _client()
+    library = client()
     with _told(f"no folder {name} here, and could not download it from the Hugging Face hub", name):
-        return Path(client.snapshot_download(name, revision=revision, token=token, cache_dir=cache_dir,
-                                             local_files_only=local_files_only, allow_patterns=list(patterns)))  # fmt: skip
+        found = library.snapshot_download(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=list(patterns),
+        )
+    return Path(found)
 
 
 def push(
@@ -113,16 +120,21 @@ def push(
         VarkdError: not a repository's name, no permission, no network, or no hub client.
     """
     check_repo(repo_id)
-    client = _client()
+    library = client()
     with _told(f"could not upload to {repo_id} on the Hugging Face hub", repo_id):
-        api = client.HfApi(token=token)
+        api = library.HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
         message = commit_message or "Upload with varkd"
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, repo_type="model", commit_message=message)
     return str(commit)
 
 
-def _client() -> Any:
+def client() -> Any:
+    """huggingface_hub.
+
+    Raises:
+        VarkdError: it is not installed.
+    """
     try:
         import huggingface_hub
     except ModuleNotFoundError as error:

@@ -94,7 +94,7 @@ class Backbone(nn.Module, OnHub, ABC):
         self.save(folder)
 
     @classmethod
-    def _read(cls, folder: Path) -> Backbone:
+    def _from_folder(cls, folder: Path) -> Backbone:
         from varkd.backbones.store import load_backbone  # which knows all families, each of which is a Backbone
 
         return load_backbone(folder)[0]

@@ -94,7 +94,7 @@ class Tokenizer(nn.Module, OnHub, ABC):
         save_tokenizer(self, folder)
 
     @classmethod
-    def _read(cls, folder: Path) -> Tokenizer:
+    def _from_folder(cls, folder: Path) -> Tokenizer:
         from varkd.tokenizers.store import load_tokenizer
 
         return load_tokenizer(folder)

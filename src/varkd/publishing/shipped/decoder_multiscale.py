@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 
 class MultiScale(nn.Module):
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, **fields: Any) -> None:
         super().__init__()
-        self.config = config = SimpleNamespace(**config)
+        self.config = config = SimpleNamespace(**fields)
         width = config.z_channels
         self.decoder = Decoder(config)
         self.quantize = Codebook(config.vocab_size, width, config.num_phi)
@@ -66,12 +66,11 @@ class Codebook(nn.Module):
     def __init__(self, vocab_size: int, width: int, num_phi: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, width)
-        phis = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(num_phi))
-        self.quant_resi = nn.ModuleDict({"qresi_ls": phis})
+        self.quant_resi = Phis(width, num_phi)
 
     def forward(self, codes_Bn: Tensor, scale: int, scales: list[int]) -> Tensor:
         """What the codes of one scale add to the features (B, E, P, P)."""
-        side, last, phis = scales[scale], scales[-1], self.quant_resi["qresi_ls"]
+        side, last, phis = scales[scale], scales[-1], self.quant_resi.qresi_ls
         rows = F.embedding(codes_Bn, self.embedding.weight).transpose(1, 2).unflatten(2, (side, side))
         if side != last:
             rows = F.interpolate(rows, size=(last, last), mode="bicubic")
@@ -79,6 +78,12 @@ class Codebook(nn.Module):
         ticks = np.linspace(1 / 3 / len(phis), 1 - 1 / 3 / len(phis), len(phis))
         phi = phis[int(np.argmin(np.abs(ticks - scale / max(1, len(scales) - 1))))]
         return rows * 0.5 + phi(rows) * 0.5
+
+
+class Phis(nn.Module):
+    def __init__(self, width: int, num_phi: int) -> None:
+        super().__init__()
+        self.qresi_ls = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(num_phi))
 
 
 class Decoder(nn.Module):

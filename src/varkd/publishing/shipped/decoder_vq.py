@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 
 class VQ(nn.Module):
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, **fields: Any) -> None:
         super().__init__()
-        self.config = config = SimpleNamespace(**config)
+        self.config = config = SimpleNamespace(**fields)
         self.decoder = Decoder(config)
-        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config.vocab_size, config.codebook_dim)})
+        self.quantize = Codebook(config.vocab_size, config.codebook_dim)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
 
     @classmethod
@@ -45,13 +45,19 @@ class VQ(nn.Module):
     def decode(self, codes_BL: Tensor) -> Tensor:
         """Codes -> images in [-1, 1], not clamped: (B, C, H, W)."""
         side = self.config.image_size // 2 ** (len(self.config.ch_mult) - 1)
-        codebook_VE = F.normalize(self.quantize["embedding"].weight, dim=1)
+        codebook_VE = F.normalize(self.quantize.embedding.weight, dim=1)
         entries = F.embedding(codes_BL, codebook_VE).unflatten(1, (side, side)).movedim(-1, 1)
         return self.decoder(self.post_quant_conv(entries))
 
     def to_uint8(self, images: Tensor) -> Tensor:
         """LlamaGen's rule: 127.5 x + 128, truncated."""
         return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+class Codebook(nn.Module):
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, dim)
 
 
 class Decoder(nn.Module):

@@ -38,9 +38,9 @@ class State:
 class ARPG(nn.Module):
     guidance, nucleus = "decoded_after", "descending"
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, **fields: Any) -> None:
         super().__init__()
-        self.config = config = SimpleNamespace(**{"guidance_conditioned": False, **config})
+        self.config = config = SimpleNamespace(**{"guidance_conditioned": False, **fields})
         self.embeddings = nn.Embedding(config.vocab_size + config.num_classes + 3, config.dim)
         self.layers = Decoder(config)
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -78,12 +78,12 @@ class ARPG(nn.Module):
     def step_sizes(self, steps: int | None, schedule: str | None) -> list[int]:
         """How many codes each step predicts: by the share of codes that is still unknown after it."""
         length = self.config.grid[0] * self.config.grid[1]
-        steps = length if steps is None else steps
-        if not 1 <= steps <= length or schedule not in (None, "arccos", "cosine"):
+        count = length if steps is None else steps
+        if not 1 <= count <= length or schedule not in (None, "arccos", "cosine"):
             raise ValueError(f"ARPG decodes in 1 to {length} steps by arccos or cosine, not {steps} by {schedule}")
         sizes, left = [], length
-        for step in range(1, steps):
-            done = step / steps
+        for step in range(1, count):
+            done = step / count
             share = math.cos(math.pi / 2 * done) if schedule == "cosine" else math.acos(done) / (math.pi / 2)
             unknown = max(1, min(left - 1, int(length * share)))
             sizes.append(left - unknown)

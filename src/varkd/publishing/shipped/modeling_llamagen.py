@@ -31,9 +31,9 @@ class State:
 class LlamaGen(nn.Module):
     guidance, nucleus, random_order = "constant", "descending", False
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, **fields: Any) -> None:
         super().__init__()
-        self.config = config = SimpleNamespace(**{"guidance_conditioned": False, **config})
+        self.config = config = SimpleNamespace(**{"guidance_conditioned": False, **fields})
         self.cls_embedding = LabelEmbedding(config.num_classes + 1, config.dim)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))

@@ -42,9 +42,9 @@ class VAR(nn.Module):
     quantizer_phi_weight: Tensor
     quantizer_phi_bias: Tensor
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, **fields: Any) -> None:
         super().__init__()
-        self.config = config = SimpleNamespace(**{"guidance_conditioned": False, **config})
+        self.config = config = SimpleNamespace(**{"guidance_conditioned": False, **fields})
         dim, code_dim, sizes = config.dim, config.code_dim, self.step_sizes(None, None)
         self.pos_start = nn.Parameter(torch.empty(1, sizes[0], dim))
         self.pos_1LC = nn.Parameter(torch.empty(1, sum(sizes), dim))

@@ -1,0 +1,56 @@
+"""Writing a published folder, whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from varkd import pictures
+from varkd.files import atomic_folder, write_json, write_text
+from varkd.folders import Own, json_with
+from varkd.publishing.card import id_to_label, model_card, record, shipped_paths
+from varkd.publishing.facts import SHIPPED_DECODERS, SHIPPED_MODELS, Publication
+from varkd.tokenizers.store import save_tokenizer
+from varkd.version import VERSION
+
+_FORMAT = "varkd-published"
+PUBLISHED = Own("a published model", ("varkd.json",), json_with(format=(_FORMAT,)),
+                ("README.md", "samples.png", "model_index.json", "pipeline.py", "model", "tokenizer"))  # fmt: skip
+_SHIPPED = Path(__file__).parent / "shipped"
+_DIFFUSERS = "0.30.0"
+"""What `model_index.json` says of the diffusers it is for; loading asks for it only with pipelines of 2022."""
+
+
+def write_folder(publication: Publication, grid_HWC: NDArray[np.uint8], folder: Path) -> None:
+    """Write everything below `folder`, which is replaced where it is an older publication.
+
+    Raises:
+        VarkdError: the folder holds something else, or cannot be written.
+    """
+    with atomic_folder(folder, PUBLISHED) as temporary:
+        publication.model.save(temporary / "model")
+        save_tokenizer(publication.tokenizer, temporary / "tokenizer")
+        if publication.has_pipeline:
+            for path, shipped in shipped_paths(publication).items():
+                shutil.copyfile(_SHIPPED / shipped, temporary / path)
+            write_json(temporary / "model_index.json", _model_index(publication))
+        pictures.save_png(temporary / "samples.png", grid_HWC)
+        write_json(temporary / "varkd.json", {"format": _FORMAT, "version": 1, **record(publication, VERSION)})
+        write_text(temporary / "README.md", model_card(publication))
+
+
+def _model_index(publication: Publication) -> dict[str, Any]:
+    """What `DiffusionPipeline.from_pretrained` reads first: the classes by file, and what the pipeline is told."""
+    model, tokenizer = publication.model, publication.tokenizer
+    return {
+        "_class_name": ["pipeline", "AutoregressivePipeline"],
+        "_diffusers_version": _DIFFUSERS,
+        "model": [SHIPPED_MODELS[model.family], type(model).__name__],
+        "tokenizer": [SHIPPED_DECODERS[tokenizer.kind], type(tokenizer).__name__],
+        "id2label": id_to_label(publication),
+        "sampler": publication.pipeline_sampler,
+    }
