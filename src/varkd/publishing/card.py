@@ -8,13 +8,15 @@ from typing import Any
 
 from varkd.distill.inputs import told
 from varkd.publishing.facts import SHIPPED_DECODERS, SHIPPED_MODELS, Publication, Teacher
-from varkd.publishing.metadata import front_matter
+from varkd.publishing.metadata import PLAIN, front_matter
 from varkd.report import sections
 from varkd.report.protocol import as_text
 from varkd.report.tables import COLUMNS, Column, Row, compact, comparison_table
 
 _NAMED = 100
 """Class names up to this number stand in the card."""
+_AGREEMENT = ("forward_kl", "reverse_kl", "acceptance", "top1")
+"""What the card says of the agreement with the teacher; the run's report has the rest."""
 
 
 def model_card(publication: Publication) -> str:
@@ -135,7 +137,8 @@ def _numbers(publication: Publication) -> list[str]:
     columns, agreement = sections.agreement([run], rows)
     if agreement:
         counts = "; ".join(sections.agreement_counts([run]))
-        lines += ["", f"Agreement with the teacher ({counts}):", "", *_table(columns, agreement[0])]
+        shown = [column for column in columns if column.key.split("/")[0] in _AGREEMENT]
+        lines += ["", f"Agreement with the teacher ({counts}):", "", *_table(shown, agreement[0])]
     return [*lines, "", *_protocol(run.metrics)]
 
 
@@ -144,8 +147,9 @@ def _table(columns: Sequence[Column], row: Row) -> list[str]:
     for column in columns:
         cell = row.cells[column.key]
         if cell.value is not None:
-            better = f"; {column.better} is better" if column.better else ""
-            lines.append(f"| {column.title} | {cell.text} | {cell.interval} | {column.meaning}{better} |")
+            better = f"; {column.better} is better" if column.better and column.key not in PLAIN else ""
+            meaning = f"{column.meaning}{better}".replace("|", "\\|")
+            lines.append(f"| {column.title} | {cell.text} | {cell.interval} | {meaning} |")
     return lines
 
 
@@ -193,10 +197,9 @@ def _making(publication: Publication) -> list[str]:
 
 
 def _teacher(teacher: Teacher) -> str:
-    sizes = teacher.config or {}
-    about = [str(sizes[key]) + text for key, text in (("num_layers", " layers"),) if key in sizes]
-    about += [f"width {sizes['dim']}"] if "dim" in sizes else []
-    described = f", {sizes['family']} of {', '.join(about)}" if about and "family" in sizes else ""
+    sizes, described = teacher.config or {}, ""
+    if {"family", "num_layers", "dim"} <= sizes.keys():
+        described = f", {sizes['family']}, layers: {sizes['num_layers']}, width: {sizes['dim']}"
     return f"`{teacher.name}`{described} (weights hash {teacher.hash[:12]})"
 
 
@@ -204,9 +207,11 @@ def _classes(publication: Publication) -> list[str]:
     names, count = publication.class_names, publication.model.num_classes
     if publication.model.class_names is None:
         return ["## Classes", "", f"Labels 0 to {count - 1}; nobody named them."]
+    if names == tuple(map(str, range(count))):
+        return ["## Classes", "", f"Labels 0 to {count - 1}, whose names are the same numbers."]
     if count > _NAMED:
         return ["## Classes", "", f"Labels 0 to {count - 1}; `model/config.json` holds their names."]
-    return ["## Classes", "", ", ".join(f"{label} {_escaped(name)}" for label, name in enumerate(names))]
+    return ["## Classes", "", ", ".join(f"{label}: {_escaped(name)}" for label, name in enumerate(names))]
 
 
 def _license(publication: Publication) -> list[str]:

@@ -14,7 +14,8 @@ from varkd.report.tables import COLUMNS
 
 _TASK = {"type": "unconditional-image-generation", "name": "Class-conditional image generation"}
 """The hub has no task for images by class; this is the nearest one."""
-_PLAIN = ("num_samples", "parameters", "updates", "seconds", "samples_per_second")
+PLAIN = ("num_samples", "parameters", "updates", "seconds", "samples_per_second")
+"""Columns that say what was measured, or what it took: no results."""
 LICENSES = frozenset((
     "afl-3.0", "agpl-3.0", "apache-2.0", "apple-amlr", "apple-ascl", "artistic-2.0", "bigcode-openrail-m",
     "bigscience-bloom-rail-1.0", "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause",
@@ -75,7 +76,7 @@ def _results(publication: Publication) -> dict[str, Any] | None:
     if publication.run is None or publication.run.metrics is None or publication.training is None:
         return None
     measured, num = publication.run.metrics["metrics"], publication.run.metrics["num_samples"]
-    values = {column: (measured.get(column.key) or {}).get("value") for column in COLUMNS if column.key not in _PLAIN}
+    values = {column: (measured.get(column.key) or {}).get("value") for column in COLUMNS if column.key not in PLAIN}
     rows = [
         {"type": column.key, "name": f"{column.title} ({num:,} samples, features of varkd's own network)",
          "value": round(value * column.scale, 4)}

@@ -96,6 +96,12 @@ class AutoregressivePipeline(DiffusionPipeline):
             images = images.permute(0, 2, 3, 1).cpu().numpy()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def save_pretrained(self, save_directory: Any, **unused: Any) -> None:
+        """Refuse: diffusers would leave out the models, whose code lies in files of this folder."""
+        raise ValueError(
+            f"nothing written to {save_directory}: copy the folder or repository that this was loaded from"
+        )
+
     def _labels(self, asked: Sequence[int | str]) -> list[int]:
         unknown = [name for name in asked if isinstance(name, str) and name not in self.label_of]
         if unknown:
