@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from varkd.distill.inputs import told
-from varkd.publishing.facts import SHIPPED_DECODERS, SHIPPED_MODELS, Publication, Teacher
+from varkd.publishing.facts import Publication, Teacher
 from varkd.publishing.metadata import PLAIN, front_matter
 from varkd.report import sections
 from varkd.report.protocol import as_text
@@ -84,12 +84,7 @@ def _usage(publication: Publication) -> list[str]:
         f"images = varkd.generate(model, tokenizer, {labels}, sampler, seed={publication.seed})  # uint8 (N, C, H, W)",
         "```",
     ]
-    if not publication.has_pipeline:
-        missing = (f"{type(publication.model).__name__} models" if publication.model.family not in SHIPPED_MODELS
-                   else f"{publication.tokenizer.kind} tokenizers")  # fmt: skip
-        return ["## Use", "", f"With [varkd](https://pypi.org/project/varkd/)-layout files; there is no diffusers "
-                f"pipeline for {missing}.", "", *varkd]  # fmt: skip
-    files = ", ".join(f"`{path}`" for path in shipped_paths(publication))
+    files = ", ".join(f"`{path}`" for path in publication.code_files)
     return [
         "## Use",
         "",
@@ -108,16 +103,6 @@ def _usage(publication: Publication) -> list[str]:
         "",
         *varkd,
     ]
-
-
-def shipped_paths(publication: Publication) -> dict[str, str]:
-    """Where each file of code stands in the folder -> its name in `shipped/`."""
-    model, decoder = SHIPPED_MODELS[publication.model.family], SHIPPED_DECODERS[publication.tokenizer.kind]
-    return {
-        "pipeline.py": "pipeline.py",
-        f"model/{model}.py": f"{model}.py",
-        f"tokenizer/{decoder}.py": f"{decoder}.py",
-    }
 
 
 def _arguments(publication: Publication) -> str:
@@ -244,8 +229,8 @@ def _limits(publication: Publication) -> list[str]:
                      "not on Inception features: they compare runs on these data under this protocol, and are not the "
                      "FID of papers.")  # fmt: skip
         lines.append("The intervals are of the evaluation's samples alone: they say nothing of other training seeds.")
-    if publication.sampler.parallel != "off" and publication.has_pipeline:
-        lines.append(f"The numbers were measured with parallel decoding ({told(publication.sampler)[2:-1]}); the "
+    if publication.sampler.parallel != "off":
+        lines.append(f"Samples and numbers are of parallel decoding ({told(publication.sampler)[2:-1]}); the "
                      "diffusers pipeline decodes one code after the other.")  # fmt: skip
     lines.append("Nothing filters or marks its images.")
     return ["## Limits", "", *(f"- {line}" for line in lines)]

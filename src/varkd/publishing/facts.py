@@ -11,10 +11,6 @@ from varkd.report.runs import RunFolder
 from varkd.rollout import Sampler
 from varkd.tokenizers.protocol import Tokenizer
 
-SHIPPED_MODELS = {"llamagen": "modeling_llamagen", "var": "modeling_var", "arpg": "modeling_arpg"}
-SHIPPED_DECODERS = {"vq": "decoder_vq", "multiscale": "decoder_multiscale", "pixels": "decoder_pixels"}
-"""Family or kind -> the file in `shipped/` that runs it without varkd; its class has the name of ours."""
-
 
 @dataclass(frozen=True)
 class Teacher:
@@ -69,12 +65,21 @@ class Publication:
         return self.model.class_names or tuple(map(str, range(self.model.num_classes)))
 
     @property
-    def has_pipeline(self) -> bool:
-        """Whether the folder runs in diffusers."""
-        return self.model.family in SHIPPED_MODELS and self.tokenizer.kind in SHIPPED_DECODERS
+    def modules(self) -> dict[str, tuple[str, str]]:
+        """Component of the pipeline -> (file in `shipped/` that runs it without varkd, its class, named as ours)."""
+        return {
+            "model": (f"modeling_{self.model.family}", type(self.model).__name__),
+            "tokenizer": (f"decoder_{self.tokenizer.kind}", type(self.tokenizer).__name__),
+        }
+
+    @property
+    def code_files(self) -> dict[str, str]:
+        """Where each file of code stands in the folder -> its name in `shipped/`."""
+        components = {f"{folder}/{file}.py": f"{file}.py" for folder, (file, _) in self.modules.items()}
+        return {"pipeline.py": "pipeline.py", **components}
 
     @property
     def pipeline_sampler(self) -> dict[str, Any]:
         """The settings as the pipeline takes them; it decodes one step after the other."""
-        sequential = {name: value for name, value in asdict(self.sampler).items() if name not in ("parallel", "window")}
-        return {name: value for name, value in sequential.items() if name != "kind"}
+        ours_alone = ("kind", "parallel", "window")
+        return {name: value for name, value in asdict(self.sampler).items() if name not in ours_alone}

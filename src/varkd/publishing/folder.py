@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from varkd import pictures
 from varkd.files import atomic_folder, write_json, write_text
 from varkd.folders import Own, json_with
-from varkd.publishing.card import id_to_label, model_card, record, shipped_paths
-from varkd.publishing.facts import SHIPPED_DECODERS, SHIPPED_MODELS, Publication
+from varkd.publishing.card import id_to_label, model_card, record
+from varkd.publishing.facts import Publication
 from varkd.tokenizers.store import save_tokenizer
 from varkd.version import VERSION
 
 _FORMAT = "varkd-published"
 PUBLISHED = Own("a published model", ("varkd.json",), json_with(format=(_FORMAT,)),
                 ("README.md", "samples.png", "model_index.json", "pipeline.py", "model", "tokenizer"))  # fmt: skip
-_SHIPPED = Path(__file__).parent / "shipped"
+SHIPPED = Path(__file__).parent / "shipped"
+"""Code that stands alone: it is copied into what is published and never imports varkd."""
 _DIFFUSERS = "0.30.0"
 """What `model_index.json` says of the diffusers it is for; loading asks for it only with pipelines of 2022."""
 
@@ -34,10 +35,9 @@ def write_folder(publication: Publication, grid_HWC: NDArray[np.uint8], folder: 
     with atomic_folder(folder, PUBLISHED) as temporary:
         publication.model.save(temporary / "model")
         save_tokenizer(publication.tokenizer, temporary / "tokenizer")
-        if publication.has_pipeline:
-            for path, shipped in shipped_paths(publication).items():
-                shutil.copyfile(_SHIPPED / shipped, temporary / path)
-            write_json(temporary / "model_index.json", _model_index(publication))
+        for path, shipped in publication.code_files.items():
+            shutil.copyfile(SHIPPED / shipped, temporary / path)
+        write_json(temporary / "model_index.json", _model_index(publication))
         pictures.save_png(temporary / "samples.png", grid_HWC)
         write_json(temporary / "varkd.json", {"format": _FORMAT, "version": 1, **record(publication, VERSION)})
         write_text(temporary / "README.md", model_card(publication))
@@ -45,12 +45,10 @@ def write_folder(publication: Publication, grid_HWC: NDArray[np.uint8], folder: 
 
 def _model_index(publication: Publication) -> dict[str, Any]:
     """What `DiffusionPipeline.from_pretrained` reads first: the classes by file, and what the pipeline is told."""
-    model, tokenizer = publication.model, publication.tokenizer
     return {
         "_class_name": ["pipeline", "AutoregressivePipeline"],
         "_diffusers_version": _DIFFUSERS,
-        "model": [SHIPPED_MODELS[model.family], type(model).__name__],
-        "tokenizer": [SHIPPED_DECODERS[tokenizer.kind], type(tokenizer).__name__],
+        **{component: list(module) for component, module in publication.modules.items()},
         "id2label": id_to_label(publication),
         "sampler": publication.pipeline_sampler,
     }

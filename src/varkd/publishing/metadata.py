@@ -52,7 +52,7 @@ def front_matter(publication: Publication) -> str:
         tags.insert(1, "knowledge-distillation")
     found = {
         **_license(publication.license),
-        "library_name": "diffusers" if publication.has_pipeline else "varkd",
+        "library_name": "diffusers",
         "pipeline_tag": _TASK["type"],
         "tags": tags,
     }

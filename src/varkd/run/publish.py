@@ -44,8 +44,8 @@ def publish(
 ) -> str:  # fmt: skip
     """Write a run's selected model, or a model folder, as a folder that others can use without varkd.
 
-    Model, tokenizer, `README.md` (the model card), `samples.png`, and for LlamaGen, VAR and ARPG the files that
-    `diffusers.DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads. docs/publish.md shows one.
+    Model, tokenizer, `README.md` (the model card), `samples.png`, and the files of code that
+    `diffusers.DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads. docs/publish.md shows the way.
 
     Args:
         to: a folder, or "hub:OWNER/NAME" for a repository of the Hugging Face hub.
