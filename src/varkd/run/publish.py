@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ def publish(
     Args:
         to: a folder, or "hub:OWNER/NAME" for a repository of the Hugging Face hub.
         tokenizer: of a model folder; a run knows its own.
-        sampler: how images are drawn unless a call says otherwise; by default as in the run's evaluation.
+        sampler: how images are drawn unless a call says otherwise; by default as in the run's evaluation, but one step
+            after the other (`parallel` is off).
         license: an identifier of the hub (apache-2.0), or a name; None says that nobody stated one.
         base_model: the hub repository that the weights derive from, for the card's metadata.
         rows: of the sample grid; its first row is what the code in the card draws.
@@ -67,6 +68,9 @@ def publish(
     check_license(license)
     check_base_model(base_model)
     check_seed("seed", seed)
+    if sampler is not None and sampler.parallel != "off":
+        raise VarkdError(f"parallel={sampler.parallel} cannot be published: the pipeline decodes one step after the "
+                         "other; leave it out")  # fmt: skip
     if rows < 1:
         raise VarkdError(f"--rows {rows}: the sample grid needs at least one row")
     if repo_id is None:
@@ -74,7 +78,8 @@ def publish(
     origin = _open(source, tokenizer, device)
     default = repo_id.split("/")[1] if repo_id else None
     publication = Publication(
-        name or default or origin.name, origin.model, origin.tokenizer, sampler or origin.sampler, seed,
+        name or default or origin.name, origin.model, origin.tokenizer,
+        replace(sampler or origin.sampler, parallel="off"), seed,
         min(origin.model.num_classes, _COLUMNS), origin.training, origin.measured, license, base_model, repo_id,
     )  # fmt: skip
     grid = _draw(publication, rows, quiet)

@@ -53,7 +53,7 @@ class ARPG(nn.Module):
         with torch.device("meta"):
             model = cls(**json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
         model.load_state_dict(load_file(Path(folder, "model.safetensors")), assign=True)
-        return model.eval().requires_grad_(False).to(torch_dtype or model.dtype)
+        return model.eval().to(torch_dtype or model.dtype)
 
     @property
     def device(self) -> torch.device:

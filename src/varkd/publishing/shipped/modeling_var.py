@@ -66,7 +66,8 @@ class VAR(nn.Module):
         with torch.device("meta"):
             model = cls(**json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
         model.load_state_dict(load_file(Path(folder, "model.safetensors")), assign=True)
-        return model.eval().requires_grad_(False).to(torch_dtype or model.dtype)
+        # Not frozen: PyTorch sums frozen weights in another order, and varkd's do not come frozen.
+        return model.eval().to(torch_dtype or model.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VAR:
         """Move or convert the model; the quantizer stays in float32, its sums do not survive half precision."""
