@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from varkd.distill.inputs import told
-from varkd.publishing.facts import Publication, Teacher
+from varkd.publishing.facts import Publication, Teacher, without_folders
 from varkd.publishing.metadata import PLAIN, front_matter
 from varkd.report import sections
 from varkd.report.protocol import as_text
@@ -145,8 +145,8 @@ def _protocol(metrics: Mapping[str, Any]) -> list[str]:
     shown = {
         "samples": f"{metrics['num_samples']:,}, labels {protocol.get('labels', 'not stated')}, seed "
         f"{as_text(protocol.get('seed'))}",
-        "reference": as_text(protocol.get("reference")),
-        "features": as_text({key: features.get(key) for key in ("name", "hash", "accuracy")}
+        "reference": _named(protocol.get("reference")),
+        "features": _named({key: features.get(key) for key in ("name", "hash", "accuracy")}
                             if isinstance(features, Mapping) else features),
         "sampler": as_text(protocol.get("sampler")),
         "weights": f"{as_text(protocol.get('weights'))} of {as_text(protocol.get('checkpoint'))}",
@@ -155,6 +155,12 @@ def _protocol(metrics: Mapping[str, Any]) -> list[str]:
         "versions": as_text(protocol.get("versions")),
     }  # fmt: skip
     return ["Protocol:", "", *(f"- {name}: {text}" for name, text in shown.items())]
+
+
+def _named(value: Any) -> str:
+    """What images or a feature network are recorded as, without the folders that its name may hold."""
+    known = isinstance(value, Mapping) and isinstance(value.get("name"), str)
+    return as_text({**value, "name": without_folders(value["name"])} if known else value)
 
 
 def _making(publication: Publication) -> list[str]:

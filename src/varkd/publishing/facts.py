@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -83,3 +84,8 @@ class Publication:
         """The settings as the pipeline takes them; it decodes one step after the other."""
         ours_alone = ("kind", "parallel", "window")
         return {name: value for name, value in asdict(self.sampler).items() if name not in ours_alone}
+
+
+def without_folders(text: str) -> str:
+    """The names of images (comma-separated, as given to varkd) without the folders of this machine; hub ids stay."""
+    return re.sub(r"(?<![^\s,])(?:~|\.{1,2})?/(?:[^,]*/)?", "", text)

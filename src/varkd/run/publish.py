@@ -21,7 +21,7 @@ from varkd.files import read_json
 from varkd.folders import expand
 from varkd.methods import METHODS
 from varkd.publishing.card import shown_labels
-from varkd.publishing.facts import Publication, Teacher, Training
+from varkd.publishing.facts import Publication, Teacher, Training, without_folders
 from varkd.publishing.folder import PUBLISHED, write_folder
 from varkd.publishing.metadata import check_base_model, check_license
 from varkd.report.runs import RunFolder
@@ -178,7 +178,7 @@ def _training(source: Path, run: RunConfig, codes: Codes) -> Training:
     recorded, manifest = read_json(source / "environment.json"), codes.manifest
     return Training(
         run.preset, preset.source, preset.summary, preset.method != run.method, explain(run.method),
-        read_json(source / "status.json")["step"], run.train.batch_size, public_name(manifest["source"]["name"]),
+        read_json(source / "status.json")["step"], run.train.batch_size, without_folders(manifest["source"]["name"]),
         manifest["splits"]["train"]["num"], Path(run.init).name if run.init else None,
         _teacher(source, run, recorded),
     )  # fmt: skip
@@ -190,16 +190,6 @@ def _teacher(source: Path, run: RunConfig, recorded: dict[str, Any]) -> Teacher 
         return None
     config = read_json(path / "config.json") if (path / "config.json").is_file() else None
     return Teacher(path.name, recorded.get("teacher_hash") or "not recorded", config)
-
-
-def public_name(source: str) -> str:
-    """The name of the images without the folders of this machine: hub ids stay, of paths the last part does."""
-
-    def short(part: str) -> str:
-        local = part.startswith(("/", "~", ".")) or Path(expand(part)).exists()
-        return Path(part).name if local else part
-
-    return ", ".join(map(short, source.split(",")))
 
 
 def _draw(publication: Publication, rows: int, quiet: bool) -> NDArray[np.uint8]:

@@ -20,8 +20,8 @@ from varkd.cli import main
 from varkd.config import read_run
 from varkd.errors import VarkdError
 from varkd.publishing import folder as publishing_folder
+from varkd.publishing.facts import without_folders
 from varkd.publishing.metadata import LICENSES
-from varkd.run.publish import public_name
 
 Refusal = pytest.CaptureFixture[str]
 
@@ -256,13 +256,24 @@ def test_to_the_hub(run: Path, capsys: Refusal, monkeypatch: pytest.MonkeyPatch,
     assert "varkd[hub]" in refused(capsys, run, "--to", "hub:me/tiny")
 
 
-def test_public_names_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "pets").mkdir()
-    assert public_name("/home/ann/pets/train-*.parquet,/home/ann/pets/test.parquet") == "train-*.parquet, test.parquet"
-    assert public_name("~/pets") == "pets" and public_name("../x/pets") == "pets" and public_name("data/pets") == "pets"
-    assert public_name("ylecun/mnist") == "ylecun/mnist" and public_name("digits") == "digits"
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [("/home/ann/my pets/train-*.parquet,/home/ann/test.parquet", "train-*.parquet,test.parquet"),
+     ("~/pets", "pets"), ("../x/pets", "pets"), ("/pets", "pets"), ("ylecun/mnist", "ylecun/mnist"),
+     ("digits", "digits"), ("varkd features of /home/ann/pets", "varkd features of pets")],
+)  # fmt: skip
+def test_names_of_images_without_folders(given: str, shown: str):
+    assert without_folders(given) == shown
+
+
+def test_paths_in_the_protocol_stay_at_home(run: Path, tmp_path: Path):
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["protocol"]["reference"]["name"] = "/home/ann/pets"
+    metrics["protocol"]["features"]["name"] = "varkd features of /home/ann/pets"
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    varkd.publish(run, tmp_path / "out", rows=1, quiet=True)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "ann" not in text and '"name": "pets"' in text and '"varkd features of pets"' in text
 
 
 def test_the_default_sampler_is_the_one_of_the_numbers(run: Path, model_folder: Path):
