@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -38,7 +39,7 @@ def measured(recipe: str, overrides: list[str], out: Path) -> tuple[float, float
                           capture_output=True, text=True, check=True)  # fmt: skip
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     seconds = [line["seconds"] for line in lines if line["split"] == "train"]
-    windows = [(later - earlier) / 2 for earlier, later in zip(seconds[1:], seconds[2:], strict=False)]
+    windows = [(later - earlier) / 2 for earlier, later in pairwise(seconds)]
     return median(windows), int(done.stdout.split()[-1]) / 1024
 
 
@@ -46,7 +47,9 @@ def compare(options: argparse.Namespace) -> None:
     base = [f"data={options.codes}", f"teacher={options.teacher}", *options.overrides]
     idle = idle_memory()
     print(
-        "| method | s/update planned | measured | ratio | MiB planned | measured | ratio |\n|---|---|---|---|---|---|---|"
+        "| method | s/update planned | measured | ratio | MiB planned | measured | ratio |",
+        "|---|" + "---|" * 6,
+        sep="\n",
     )
     for method in options.methods:
         overrides = [*base, f"method={method}"]
@@ -55,8 +58,8 @@ def compare(options: argparse.Namespace) -> None:
         plans.append(plan_run(load_run(options.recipe, overrides)))
         planned = sum(plan["seconds_per_update"] for plan in plans) / 2
         memory = plans[0]["memory_gib"]["peak"] * 1024
-        print(f"| {method} | {planned:.3f} | {seconds:.3f} | {planned / seconds:.2f} | {memory:.0f} | {peak - idle:.0f} | "
-              f"{memory / (peak - idle):.2f} |")  # fmt: skip
+        print(f"| {method} | {planned:.3f} | {seconds:.3f} | {planned / seconds:.2f}", end=" | ")
+        print(f"{memory:.0f} | {peak - idle:.0f} | {memory / (peak - idle):.2f} |")
 
 
 if __name__ == "__main__":

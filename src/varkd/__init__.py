@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from varkd.run.data import encode
     from varkd.run.models import load
     from varkd.run.official import export, load_official
+    from varkd.run.publish import publish
     from varkd.run.shrinking import shrink
     from varkd.sampling import generate
+    from varkd.tokenizers.protocol import Tokenizer
     from varkd.tokenizers.store import load_tokenizer, save_tokenizer
     from varkd.train.distiller import Distiller
     from varkd.types import Batch, Condition, Plan
@@ -43,11 +45,12 @@ _MODULE_OF = {
     "ImageSet": "data.images", "LlamaGen": "backbones.llamagen", "LlamaGenConfig": "backbones.llamagen",
     "METHODS": "methods", "Method": "distill.method", "Plan": "types", "RAR": "backbones.rar",
     "RARConfig": "backbones.rar", "RandAR": "backbones.randar", "RandARConfig": "backbones.randar", "Rng": "world",
-    "Sampler": "rollout", "Term": "distill.method", "VAR": "backbones.var", "VARConfig": "backbones.var",
+    "Sampler": "rollout", "Term": "distill.method", "Tokenizer": "tokenizers.protocol",
+    "VAR": "backbones.var", "VARConfig": "backbones.var",
     "VarkdError": "errors", "World": "world", "build": "backbones.store", "encode": "run.data",
     "export": "run.official", "generate": "sampling", "load": "run.models", "load_official": "run.official",
     "load_tokenizer": "tokenizers.store",
-    "open_images": "data.images", "save_tokenizer": "tokenizers.store",
+    "open_images": "data.images", "publish": "run.publish", "save_tokenizer": "tokenizers.store",
     "shrink": "run.shrinking",
 }  # fmt: skip
 _MODULES = ("divergences", "metrics", "parts")
@@ -55,9 +58,9 @@ _MODULES = ("divergences", "metrics", "parts")
 __all__ = [
     "ARPG", "METHODS", "RAR", "VAR", "ARPGConfig", "Backbone", "Batch", "CodeDataset", "Condition", "DataLoader",
     "Distiller", "ImageSet", "LlamaGen", "LlamaGenConfig", "Method", "Plan", "RARConfig", "RandAR", "RandARConfig",
-    "Rng", "Sampler", "Term", "VARConfig", "VarkdError", "World", "__version__", "build", "divergences", "encode",
-    "export", "generate", "load", "load_official", "load_tokenizer", "metrics", "open_images", "parts",
-    "save_tokenizer", "shrink",
+    "Rng", "Sampler", "Term", "Tokenizer", "VARConfig", "VarkdError", "World", "__version__", "build", "divergences",
+    "encode", "export", "generate", "load", "load_official", "load_tokenizer", "metrics", "open_images", "parts",
+    "publish", "save_tokenizer", "shrink",
 ]  # fmt: skip
 
 

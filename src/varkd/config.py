@@ -176,7 +176,12 @@ def load_value(kind: type[T], recipe: str | Path, overrides: Sequence[str] = ())
 
 def dump_value(value: Any) -> str:
     """A frozen dataclass as YAML that `read_value` reads back to an equal value."""
-    return yaml.safe_dump(_plain(asdict(value)), sort_keys=False, width=100)
+    return dump_tree(asdict(value))
+
+
+def dump_tree(tree: Tree) -> str:
+    """Mappings, lists and plain values as YAML, in their order."""
+    return yaml.safe_dump(_plain(tree), sort_keys=False, width=100)
 
 
 def read_value(kind: type[T], path: Path) -> T:

@@ -16,7 +16,8 @@ class VarkdError(ValueError):
 
 
 _EXTRA_OF = {"datasets": "data", "matplotlib": "report", "jinja2": "report", "sklearn": "demo",
-             "tensorboard": "tensorboard", "ray": "ray", "torchao": "quantize", "gradio": "app"}  # fmt: skip
+             "tensorboard": "tensorboard", "ray": "ray", "torchao": "quantize", "gradio": "app",
+             "huggingface_hub": "hub"}  # fmt: skip
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:

@@ -18,8 +18,8 @@ from varkd.config import load_run, read_run, resolve
 from varkd.methods import METHODS
 
 VERBS = ["demo", "tokenizer", "tokenizer fit", "tokenizer import", "encode", "train", "sample", "evaluate",
-         "analyze", "study", "report", "show", "methods", "zoo", "convert", "export", "reproduce", "quantize",
-         "app", "shrink", "plan"]  # fmt: skip
+         "analyze", "study", "report", "show", "methods", "zoo", "convert", "export", "publish", "reproduce",
+         "quantize", "app", "shrink", "plan"]  # fmt: skip
 _HELP = """
 import json, sys
 from varkd.cli import main

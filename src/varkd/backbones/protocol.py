@@ -22,6 +22,7 @@ from varkd.backbones.layers import GuidanceEmbedding
 from varkd.errors import VarkdError
 from varkd.files import atomic_folder, write_json
 from varkd.folders import Own, json_with
+from varkd.hub import OnHub
 from varkd.types import Condition, Plan
 from varkd.world import Rng
 
@@ -54,9 +55,10 @@ class Layout:
         return f"scales {self.scales}" if self.scales else f"a {self.grid[0]}x{self.grid[1]} grid"
 
 
-class Backbone(nn.Module, ABC):
+class Backbone(nn.Module, OnHub, ABC):
     """Base of all families. Subclasses keep their sizes in `config`, a frozen dataclass."""
 
+    hub_folder: ClassVar[str] = "model"
     family: ClassVar[str]
     config_class: ClassVar[type[Any]]
     guidance: ClassVar[GuidanceKind] = "constant"
@@ -108,6 +110,15 @@ class Backbone(nn.Module, ABC):
             write_json(temporary / "config.json", self.describe())
             tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
             save_file(tensors, temporary / "model.safetensors")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.save(folder)
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> Backbone:
+        from varkd.backbones.store import load_backbone  # which knows all families, each of which is a Backbone
+
+        return load_backbone(folder)[0]
 
     @property
     def guidance_conditioned(self) -> bool:

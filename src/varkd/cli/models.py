@@ -1,10 +1,10 @@
-"""Verbs that turn one model into another: zoo, convert, export."""
+"""Verbs that turn one model into another, or hand it on: zoo, convert, export, publish."""
 
 from __future__ import annotations
 
 import argparse
 
-from varkd.cli.options import Verbs, add_verb, chosen, place
+from varkd.cli.options import Verbs, add_verb, chosen, place, sampler_changes, sampler_options
 
 
 def add(verbs: Verbs) -> None:
@@ -15,6 +15,7 @@ def add(verbs: Verbs) -> None:
     _quantize(
         add_verb(verbs, "quantize", _run_quantize, "the model of a run -> the same with int8, int4 or bf16 weights")
     )
+    _publish(add_verb(verbs, "publish", _run_publish, "a run -> a folder or hub repository that runs in diffusers"))
 
 
 def _zoo(verb: argparse.ArgumentParser) -> None:
@@ -99,3 +100,30 @@ def _run_shrink(arguments: argparse.Namespace) -> None:
     names = ("params", "layers", "dim", "heads", "ffn", "num", "device")
     lines = shrink_run(arguments.teacher, arguments.data, arguments.out, **chosen(arguments, *names))
     print("\n".join([*lines, str(arguments.out)]))
+
+
+def _publish(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run_folder", type=place, metavar="RUN", help="run folder, or a model folder with --tokenizer")
+    verb.add_argument("--to", required=True, metavar="DIR|hub:OWNER/NAME", help="folder, or repository of the hub")
+    verb.add_argument("--tokenizer", type=place, default=None, metavar="DIR", help="of a model folder that is no run")
+    verb.add_argument("--license", default=None, metavar="ID", help="such as apache-2.0 (default: none stated)")
+    verb.add_argument(
+        "--base-model", default=None, metavar="OWNER/NAME", help="hub repository that the weights come from"
+    )
+    verb.add_argument("--name", default=None, help="title of the card (default: the run's or the repository's)")
+    verb.add_argument("--rows", type=int, default=4, help="rows of the sample grid (default: %(default)s)")
+    verb.add_argument("--seed", type=int, default=0, help="of the sample grid (default: %(default)s)")
+    verb.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    verb.add_argument("--device", default="auto")
+    sampler_options(verb)
+
+
+def _run_publish(arguments: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from varkd.run.publish import default_sampler, publish
+
+    given = sampler_changes(arguments)
+    sampler = replace(default_sampler(arguments.run_folder), **given) if given else None
+    names = ("tokenizer", "license", "base_model", "name", "rows", "seed", "private", "device")
+    print(publish(arguments.run_folder, arguments.to, sampler=sampler, **chosen(arguments, *names)))

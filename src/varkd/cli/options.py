@@ -83,7 +83,12 @@ def sampler_of(arguments: argparse.Namespace) -> Sampler | None:
 
     from varkd.config import read_run
 
+    given = sampler_changes(arguments)
+    return replace(read_run(arguments.run_folder).evaluation.sampler, **given) if given else None
+
+
+def sampler_changes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `sampler_options` that are given."""
     names = ("temperature", "top_k", "top_p", "guidance", "guidance_power", "steps", "step_schedule", "parallel",
              "window")  # fmt: skip
-    given = {name: value for name, value in ((name, getattr(arguments, name)) for name in names) if value is not None}
-    return replace(read_run(arguments.run_folder).evaluation.sampler, **given) if given else None
+    return {name: value for name, value in ((name, getattr(arguments, name)) for name in names) if value is not None}

@@ -9,18 +9,21 @@ import copy
 from abc import ABC, abstractmethod
 from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from varkd.errors import VarkdError
+from varkd.hub import OnHub
 from varkd.types import state_hash
 
 
-class Tokenizer(nn.Module, ABC):
+class Tokenizer(nn.Module, OnHub, ABC):
     """Base of all tokenizers; `config` is a frozen dataclass that rebuilds the module."""
 
+    hub_folder: ClassVar[str] = "tokenizer"
     kind: ClassVar[str]
     config: Any
 
@@ -84,6 +87,17 @@ class Tokenizer(nn.Module, ABC):
     def quantizer(self) -> dict[str, Tensor]:
         """What a next-scale backbone needs to read its own codes (`residual.py`); empty for one grid."""
         return {}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        from varkd.tokenizers.store import save_tokenizer  # which knows all kinds, each of which is a Tokenizer
+
+        save_tokenizer(self, folder)
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> Tokenizer:
+        from varkd.tokenizers.store import load_tokenizer
+
+        return load_tokenizer(folder)
 
     @cached_property
     def hash(self) -> str:
