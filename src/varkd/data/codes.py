@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from varkd.errors import VarkdError
-from varkd.files import read_errors, read_json, sha256_of
+from varkd.files import file_hash, read_errors, read_json, sha256_of
 from varkd.folders import locate
 from varkd.tokenizers.protocol import Tokenizer
 from varkd.tokenizers.store import load_tokenizer
@@ -26,6 +26,7 @@ from varkd.tokenizers.store import load_tokenizer
 FORMAT, VERSION = "varkd-codes", 1
 MANIFEST, PARTIAL = "manifest.json", "partial.json"
 _OPEN_SHARDS = 128
+_checked: dict[tuple[str, int, int], str] = {}
 
 
 def map_shard(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -44,6 +45,22 @@ def map_shard(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[A
             "away and run `varkd encode` again"
         )
     return array
+
+
+def check_content(path: Path, manifest: dict[str, Any]) -> None:
+    """Compare a file of a codes folder with its hash in the manifest (younger than some manifests), once a process.
+
+    Raises:
+        VarkdError: it is not what was written: a disk or a copy has changed it.
+    """
+    expected, stat = manifest.get("sha256", {}).get(path.name), path.stat()
+    key = (str(path.resolve()), stat.st_mtime_ns, stat.st_size)
+    if expected is None or _checked.get(key) == expected:
+        return
+    if file_hash(path) != expected:
+        raise VarkdError(f"{path} is not what was written (its hash differs): move it away and run the same `varkd "
+                         "encode` again, which writes it anew")  # fmt: skip
+    _checked[key] = expected
 
 
 def sequence_length(manifest: dict[str, Any]) -> int:
@@ -156,6 +173,7 @@ class CodeDataset:
         for shard in entry["shards"]:
             map_shard(self.folder / shard["file"], self._shape_of(shard), np.uint16)  # checked, and let go of
             labels.append(np.array(map_shard(self.folder / shard["labels"], self._shape_of(shard)[:1], np.int64)))
+            check_content(self.folder / shard["labels"], manifest)
         self._start_S = np.array([shard["start"] for shard in entry["shards"]], dtype=np.int64)
         self.labels = np.concatenate(labels)
         if len(self.labels) != entry["num"]:
@@ -169,7 +187,9 @@ class CodeDataset:
     def _map(self, number: int) -> NDArray[np.uint16]:
         """A shard, mapped. Each takes an open file, of which a system gives about a thousand: the last used stay."""
         shard = self.manifest["splits"][self.split]["shards"][number]
-        return map_shard(self.folder / shard["file"], self._shape_of(shard), np.uint16)
+        mapped = map_shard(self.folder / shard["file"], self._shape_of(shard), np.uint16)
+        check_content(self.folder / shard["file"], self.manifest)
+        return mapped
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

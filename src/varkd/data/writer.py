@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from varkd.data.codes import FORMAT, MANIFEST, PARTIAL, VERSION, map_shard, sequence_length
 from varkd.errors import VarkdError
-from varkd.files import atomic_file, read_json, write_json
+from varkd.files import atomic_file, file_hash, read_json, write_json
 from varkd.folders import Own, json_with
 from varkd.world import World
 
@@ -109,10 +109,14 @@ class CodeWriter:
             raise VarkdError(
                 f"{self.folder / shard['file']} is missing: all processes must see the same folder; run again"
             )
-        manifest = {**self.planned, "reconstruction": reconstruction}
+        manifest = {**self.planned, "reconstruction": reconstruction, "sha256": self._hashes()}
         write_json(self.folder / MANIFEST, manifest)
         (self.folder / PARTIAL).unlink(missing_ok=True)
         return manifest
+
+    def _hashes(self) -> dict[str, str]:
+        shards = [shard for entry in self.planned["splits"].values() for shard in entry["shards"]]
+        return {shard[kind]: file_hash(self.folder / shard[kind]) for shard in shards for kind in ("file", "labels")}
 
     def note(self, **values: Any) -> None:
         """Change what a finished manifest says besides what the codes are."""
