@@ -131,6 +131,11 @@ class Prefixes(ABC):
         return Cost()
 
     @property
+    def inner(self) -> tuple[Prefixes, ...]:
+        """Every source inside: itself, or those of a mixture."""
+        return (self,)
+
+    @property
     def runs_models(self) -> bool:
         """Whether a model is asked for anything while they are made: sharded ones are gathered for it."""
         return True
@@ -217,6 +222,7 @@ def merge(parts: list[Part]) -> Part:
     logp = [part.behavior_logp_BL for part in parts]
     accept = [part.accept_BL for part in parts]
     scales = [part.condition.guidance_B for part in parts]
+    sequences = [part.sequence_B for part in parts]
     mixed = any(part.generated_BL is not None for part in parts)
     generated = [
         torch.ones_like(part.codes_BL, dtype=torch.bool) if part.generated_BL is None else part.generated_BL
@@ -234,6 +240,7 @@ def merge(parts: list[Part]) -> Part:
         behavior_logp_BL=_cat_if_all(logp),
         accept_BL=_cat_if_all(accept),
         generated_BL=torch.cat(generated) if mixed else None,
+        sequence_B=_cat_if_all(sequences),
     )
 
 

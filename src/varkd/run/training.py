@@ -23,7 +23,7 @@ from varkd.evaluate.agreement import cross_entropy
 from varkd.files import atomic_file, read_json, write_errors, write_json, write_text
 from varkd.folders import Own, contents, locked, relative
 from varkd.progress import console, track
-from varkd.run.data import Codes, open_codes, pick_device
+from varkd.run.data import Codes, open_codes, rank_device
 from varkd.run.environment import environment
 from varkd.run.models import Objects, build_objects, new_student
 from varkd.run.sampling import balanced_labels
@@ -51,10 +51,8 @@ def train_run(run: RunConfig, *, overwrite: bool = False, quiet: bool = False) -
         VarkdError: bad input, or a folder that holds another run (unless `overwrite`).
         Stopped: a signal arrived; the same command resumes.
     """
-    world, device, folder = World.from_environment(), pick_device(run.device), Path(run.out)
-    if world.size > 1 and device.type == "cuda":
-        device = torch.device("cuda", world.rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    world, folder = World.from_environment(), Path(run.out)
+    device = rank_device(run.device, world)
     if not run.out:
         raise VarkdError("give out= (the run folder)")
     check_folder(run, folder, overwrite, world)
