@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from varkd.data.images import ImageSet, open_images
     from varkd.data.loader import DataLoader
     from varkd.distill.method import Method, Term
+    from varkd.distill.teachers import CachedTeacher, load_teacher_cache
     from varkd.errors import VarkdError
     from varkd.methods import METHODS
     from varkd.rollout import Sampler
     from varkd.run.data import encode
     from varkd.run.models import load
     from varkd.run.official import export, load_official
+    from varkd.run.teaching import teach
     from varkd.sampling import generate
     from varkd.tokenizers.store import load_tokenizer, save_tokenizer
     from varkd.train.distiller import Distiller
@@ -38,24 +40,25 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "ARPG": "backbones.arpg", "ARPGConfig": "backbones.arpg", "Backbone": "backbones.protocol", "Batch": "types",
-    "CodeDataset": "data.codes", "Condition": "types", "DataLoader": "data.loader", "Distiller": "train.distiller",
+    "CachedTeacher": "distill.teachers", "CodeDataset": "data.codes", "Condition": "types",
+    "DataLoader": "data.loader", "Distiller": "train.distiller",
     "ImageSet": "data.images", "LlamaGen": "backbones.llamagen", "LlamaGenConfig": "backbones.llamagen",
     "METHODS": "methods", "Method": "distill.method", "Plan": "types", "RAR": "backbones.rar",
     "RARConfig": "backbones.rar", "RandAR": "backbones.randar", "RandARConfig": "backbones.randar", "Rng": "world",
     "Sampler": "rollout", "Term": "distill.method", "VAR": "backbones.var", "VARConfig": "backbones.var",
     "VarkdError": "errors", "World": "world", "build": "backbones.store", "encode": "run.data",
     "export": "run.official", "generate": "sampling", "load": "run.models", "load_official": "run.official",
-    "load_tokenizer": "tokenizers.store",
-    "open_images": "data.images", "save_tokenizer": "tokenizers.store",
+    "load_teacher_cache": "distill.teachers", "load_tokenizer": "tokenizers.store",
+    "open_images": "data.images", "save_tokenizer": "tokenizers.store", "teach": "run.teaching",
 }  # fmt: skip
 _MODULES = ("divergences", "metrics", "parts")
 
 __all__ = [
-    "ARPG", "METHODS", "RAR", "VAR", "ARPGConfig", "Backbone", "Batch", "CodeDataset", "Condition", "DataLoader",
-    "Distiller", "ImageSet", "LlamaGen", "LlamaGenConfig", "Method", "Plan", "RARConfig", "RandAR", "RandARConfig",
-    "Rng", "Sampler", "Term", "VARConfig", "VarkdError", "World", "__version__", "build", "divergences", "encode",
-    "export", "generate", "load", "load_official", "load_tokenizer", "metrics", "open_images", "parts",
-    "save_tokenizer",
+    "ARPG", "METHODS", "RAR", "VAR", "ARPGConfig", "Backbone", "Batch", "CachedTeacher", "CodeDataset", "Condition",
+    "DataLoader", "Distiller", "ImageSet", "LlamaGen", "LlamaGenConfig", "Method", "Plan", "RARConfig", "RandAR",
+    "RandARConfig", "Rng", "Sampler", "Term", "VARConfig", "VarkdError", "World", "__version__", "build", "divergences",
+    "encode", "export", "generate", "load", "load_official", "load_teacher_cache", "load_tokenizer", "metrics",
+    "open_images", "parts", "save_tokenizer", "teach",
 ]  # fmt: skip
 
 

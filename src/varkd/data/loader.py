@@ -96,9 +96,7 @@ def ordered_batches(codes: CodeDataset, batch_size: int, most: int | None = None
         yield _rows(codes, index_B, np.zeros_like(index_B), index_B)
 
 
-def _rows(
-    codes: CodeDataset, index_B: NDArray[np.int64], view_B: NDArray[np.int64], row_B: NDArray[np.int64]
-) -> Batch:
+def _rows(codes: CodeDataset, index_B: NDArray[np.int64], view_B: NDArray[np.int64], row_B: NDArray[np.int64]) -> Batch:
     # Caches hold training sequences: a held-out one must not be taken for one of those.
     sequence_B = torch.from_numpy(index_B * codes.num_views + view_B) if codes.split == "train" else None
     label_B = torch.from_numpy(codes.labels[index_B])

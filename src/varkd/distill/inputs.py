@@ -25,6 +25,7 @@ from varkd.world import Rng, World
 
 if TYPE_CHECKING:
     from varkd.distill.method import Method
+    from varkd.distill.teachers import CachedTeacher
 
 Role = Literal["student", "teacher", "reference"]
 State = dict[str, Tensor]
@@ -43,6 +44,7 @@ class StepInputs:
         chunk_rows: rows (positions) per chunk of logits.
         codebook_tables: what `Method.prepare` made of the tokenizer's codebook.
         reference: the student as it was at the start of the run, for methods with `needs_reference`.
+        cache: what a teacher said of the data, in the place of a live one.
         audit: whether to compute statistics that cost another pass of the heads; the loss is the same, bit by bit.
     """
 
@@ -56,6 +58,7 @@ class StepInputs:
     codebook_tables: CodebookTables = field(default_factory=dict)
     reference: Backbone | None = None
     audit: bool = False
+    cache: CachedTeacher | None = None
 
     def model(self, name: Role) -> Backbone:
         if name == "student":

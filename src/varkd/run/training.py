@@ -199,6 +199,7 @@ def identity(run: RunConfig, codes: Codes, objects: Objects) -> dict[str, str | 
     tokenizer_hash = codes.manifest["tokenizer"]["hash"]
     return {
         "teacher_hash": objects.teacher_hash,
+        "teacher_cache_hash": objects.cache_hash,
         "init_hash": weights_hash(load_backbone(run.init)[0]) if run.init else None,
         "tokenizer_hash": tokenizer_hash,
         "codes_hash": codes.hash,
@@ -229,7 +230,10 @@ def _record(
     clusters = {
         key: cluster_statistics(codebook_VE, objects.distiller.codebook_tables[key]) for key in run.method.cluster_keys
     }
-    paths = {"codes": codes.folder, "teacher": run.teacher, "init": run.init}
+    cached = objects.distiller.cache
+    teacher = cached.cache.teacher_place if cached else run.teacher
+    paths = {"codes": codes.folder, "teacher": teacher, "teacher_cache": run.teacher if cached else None,
+             "init": run.init}  # fmt: skip
     write_json(folder / "environment.json", {
         **made_of, **{name: relative(path, folder) if path else None for name, path in paths.items()},
         **({"clusters": clusters} if clusters else {}), **environment(world),
