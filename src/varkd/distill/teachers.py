@@ -4,8 +4,8 @@ Both answer with `TeacherRows`: the target's logits of N rows, chunk by chunk. A
 position and the mass tau of the m = V - K others, which it spreads evenly over them. Against the live teacher p, with
 p' and q' for teacher and student among those others, forward KL moves by exactly tau (KL(p' || q') - KL(u || q')) for
 u = 1 / m, so by at most tau times the largest log(1 / q'); its gradient with respect to the student's logits (L1) by at
-most 2 tau, and total variation by at most tau. Reverse KL has no such bound: where the student puts mass on codes that
-the teacher all but excludes, the cache asks less of it.
+most 2 tau, total variation by at most tau, JSD by at most tau / 2 (1 + log(1 + 1 / tau)). Reverse KL has no such bound:
+where the student puts mass on codes that the teacher all but excludes, the cache asks less of it.
 """
 
 from __future__ import annotations
