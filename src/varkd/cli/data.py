@@ -116,7 +116,9 @@ def _teach(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("teacher", type=place, help="a run or model folder")
     verb.add_argument("--data", type=place, required=True, help="codes folder")
     verb.add_argument("--out", type=place, required=True, help="folder of the cache, a teacher= of `varkd train`")
-    verb.add_argument("--top-k", type=int, default=64, help="likeliest codes kept at a position (default: %(default)s)")
+    verb.add_argument(
+        "--top-k", type=int, default=None, help="likeliest codes kept at a position (default: 64, or all)"
+    )
     verb.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the log-probabilities")
     verb.add_argument("--no-null", action="store_false", dest="null",
                       help="leave out the null branch: half the size, for train.label_drop=0")  # fmt: skip

@@ -40,13 +40,14 @@ from varkd.run.models import open_model
 from varkd.types import Condition, Part, Plan
 from varkd.world import World
 
+_TOP_K = 64
 _BINS = 10_000  # of the histogram of kept mass
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _MOST_LINES = 16
 
 
 def teach(
-    teacher: str | Path, data: str | Path, out: str | Path, *, top_k: int = 64, dtype: Dtype = "float16",
+    teacher: str | Path, data: str | Path, out: str | Path, *, top_k: int | None = None, dtype: Dtype = "float16",
     null: bool = True, guidance: float | None = None, batch_size: int = 64, shard_size: int = 1024,
     device: str = "auto", quiet: bool = False,
 ) -> Manifest:  # fmt: skip
@@ -57,7 +58,8 @@ def teach(
 
     Args:
         teacher: a run or model folder.
-        top_k: how many of the likeliest codes are kept at a position; the mass of the others is one number.
+        top_k: how many of the likeliest codes are kept at a position, by default 64 (all, where there are fewer); the
+            mass of the others is one number.
         null: keep the null branch too, which students need that are trained with `train.label_drop`.
         guidance: ask the guided teacher, at this scale along its family's schedule.
         batch_size: images read at a time.
@@ -80,6 +82,7 @@ def teach(
     Method((Term("kd", ForwardKL()),), target=target).check(model, model)
     places = {"teacher": (teacher, weights_hash(model)), "codes": (data, codes.hash)}
     train, plan = codes.split("train"), raster_plan(model)
+    top_k = min(_TOP_K, model.vocab_size) if top_k is None else top_k
     planned = plan_cache(
         **{name: {"path": relative(path, folder), "given": str(path), "hash": found}
            for name, (path, found) in places.items()},
