@@ -36,9 +36,10 @@ def main() -> None:
     for name, default in {"grid": 16, "batch": 32, "top-k": 64, "updates": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.grid}x{args.grid} codes, "
-          f"batch {args.batch}, top-k {args.top_k} in {args.dtype}; student {args.layers[0]}x{args.dims[0]}, teacher "
-          f"{args.layers[1]}x{args.dims[1]}")  # fmt: skip
+    (layers, teacher_layers), (dim, teacher_dim) = args.layers, args.dims
+    print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.grid}x{args.grid} "
+          f"codes, batch {args.batch}, top-k {args.top_k} in {args.dtype}")  # fmt: skip
+    print(f"student {layers}x{dim}, teacher {teacher_layers}x{teacher_dim}")
     print("codes  live s/update  cache s/update  live/cache  CE s/update  teach s/sequence  KiB/sequence  pays after")
     for vocab in args.vocabs:
         with tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,7 @@ FORMAT, VERSION = "varkd-teacher-cache", 1
 CACHE = Own("a teacher cache", (MANIFEST, PARTIAL), json_with(format=(FORMAT,)), ("train-*.npy",))
 Dtype = Literal["float16", "float32"]
 Append = Callable[..., None]
-_OPEN_SHARDS = 64  # of three files each
+_OPEN_SHARDS = 32  # of three files each
 _FIELDS = ("teacher", "codes", "vocab_size", "num_classes", "sizes", "views", "branches", "guidance", "top_k", "dtype",
            "splits")  # fmt: skip
 
