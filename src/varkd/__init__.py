@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from varkd.data.images import ImageSet, open_images
     from varkd.data.loader import DataLoader
     from varkd.distill.method import Method, Term
+    from varkd.distill.teachers import CachedTeacher, load_teacher_cache
     from varkd.errors import VarkdError
     from varkd.methods import METHODS
     from varkd.rollout import Sampler
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from varkd.run.official import export, load_official
     from varkd.run.publish import publish
     from varkd.run.shrinking import shrink
+    from varkd.run.teaching import teach
     from varkd.sampling import generate
     from varkd.tokenizers.protocol import Tokenizer
     from varkd.tokenizers.store import load_tokenizer, save_tokenizer
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "ARPG": "backbones.arpg", "ARPGConfig": "backbones.arpg", "Backbone": "backbones.protocol", "Batch": "types",
-    "CodeDataset": "data.codes", "Condition": "types", "DataLoader": "data.loader", "Distiller": "train.distiller",
+    "CachedTeacher": "distill.teachers", "CodeDataset": "data.codes", "Condition": "types",
+    "DataLoader": "data.loader", "Distiller": "train.distiller",
     "ImageSet": "data.images", "LlamaGen": "backbones.llamagen", "LlamaGenConfig": "backbones.llamagen",
     "METHODS": "methods", "Method": "distill.method", "Plan": "types", "RAR": "backbones.rar",
     "RARConfig": "backbones.rar", "RandAR": "backbones.randar", "RandARConfig": "backbones.randar", "Rng": "world",
@@ -49,18 +52,18 @@ _MODULE_OF = {
     "VAR": "backbones.var", "VARConfig": "backbones.var",
     "VarkdError": "errors", "World": "world", "build": "backbones.store", "encode": "run.data",
     "export": "run.official", "generate": "sampling", "load": "run.models", "load_official": "run.official",
-    "load_tokenizer": "tokenizers.store",
+    "load_teacher_cache": "distill.teachers", "load_tokenizer": "tokenizers.store",
     "open_images": "data.images", "publish": "run.publish", "save_tokenizer": "tokenizers.store",
-    "shrink": "run.shrinking",
+    "shrink": "run.shrinking", "teach": "run.teaching",
 }  # fmt: skip
 _MODULES = ("divergences", "metrics", "parts")
 
 __all__ = [
-    "ARPG", "METHODS", "RAR", "VAR", "ARPGConfig", "Backbone", "Batch", "CodeDataset", "Condition", "DataLoader",
-    "Distiller", "ImageSet", "LlamaGen", "LlamaGenConfig", "Method", "Plan", "RARConfig", "RandAR", "RandARConfig",
-    "Rng", "Sampler", "Term", "Tokenizer", "VARConfig", "VarkdError", "World", "__version__", "build", "divergences",
-    "encode", "export", "generate", "load", "load_official", "load_tokenizer", "metrics", "open_images", "parts",
-    "publish", "save_tokenizer", "shrink",
+    "ARPG", "METHODS", "RAR", "VAR", "ARPGConfig", "Backbone", "Batch", "CachedTeacher", "CodeDataset", "Condition",
+    "DataLoader", "Distiller", "ImageSet", "LlamaGen", "LlamaGenConfig", "Method", "Plan", "RARConfig", "RandAR",
+    "RandARConfig", "Rng", "Sampler", "Term", "Tokenizer", "VARConfig", "VarkdError", "World", "__version__", "build",
+    "divergences", "encode", "export", "generate", "load", "load_official", "load_teacher_cache", "load_tokenizer",
+    "metrics", "open_images", "parts", "publish", "save_tokenizer", "shrink", "teach",
 ]  # fmt: skip
 
 

@@ -64,7 +64,8 @@ class EvaluationConfig:
 class RunConfig:
     """One training run. `data` is a codes folder, or images (then `tokenizer` encodes them into `out`/codes first).
 
-    `teacher` is a run or model folder; `init` a run or model folder whose weights the student starts from.
+    `teacher` is a run or model folder, or what `varkd teach` made of one; `init` a run or model folder whose weights
+    the student starts from.
     `preset` names the row of the method table that `method` came from.
     """
 

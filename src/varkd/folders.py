@@ -69,13 +69,14 @@ class Own:
         if not folder.is_dir():
             raise VarkdError(f"{folder} is a file: choose another {option}")
         found = contents(folder)
-        if found and not self._is_own(folder):
+        if found and not self.is_own(folder):
             raise VarkdError(f"{folder} holds other things than {self.what} ({found[0]}): choose another {option}")
         for name in found:
             if name not in self.markers and not any(fnmatch(name, pattern) for pattern in self.names):
                 raise VarkdError(f"{folder} holds {name}, which is no part of {self.what}: choose another {option}")
 
-    def _is_own(self, folder: Path) -> bool:
+    def is_own(self, folder: Path) -> bool:
+        """Whether a marker in the folder says that this verb wrote it."""
         for path in (folder / marker for marker in self.markers):
             try:
                 if path.is_file() and self.knows(path.read_text(encoding="utf-8")):

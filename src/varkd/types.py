@@ -13,7 +13,7 @@ No torch.nn and no I/O here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any, Literal
@@ -29,13 +29,15 @@ class Batch:
     """Rows that the loader hands to the contexts of one optimizer step.
 
     `row_B` is each row's index in the step's *global* batch (all ranks, all micro-batches). Every random draw of a row
-    is seeded by it, which is why the split over ranks and micro-batches changes no number.
+    is seeded by it, which is why the split over ranks and micro-batches changes no number. `sequence_B` names the
+    training sequence, image * views + view, by which a teacher cache finds it; None for codes of other origin.
     """
 
     codes_BL: Tensor
     label_B: Tensor
     row_B: Tensor
     guidance_B: Tensor | None = None
+    sequence_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.label_B)
@@ -47,13 +49,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same rows on `device`."""
-        guidance_B = None if self.guidance_B is None else self.guidance_B.to(device)
-        return Batch(self.codes_BL.to(device), self.label_B.to(device), self.row_B.to(device), guidance_B)
+        return self._each(lambda value: value.to(device))
 
     def select(self, index: Tensor) -> Batch:
         """The rows of a bool mask or an index tensor."""
-        guidance_B = None if self.guidance_B is None else self.guidance_B[index]
-        return Batch(self.codes_BL[index], self.label_B[index], self.row_B[index], guidance_B)
+        return self._each(lambda value: value[index])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,8 @@ class Part:
     scheduled sampling). `weight_B` weighs whole sequences (mean 1 over the optimizer step), `age_B` counts optimizer
     steps since a sequence was sampled, `behavior_logp_BL` is the log-probability under which each code was drawn,
     `accept_BL` says which of the student's proposals a verifier accepted. `generated_BL` marks what was sampled where a
-    sequence continues one of the data (mixed rollouts); None where the whole sequence has one source.
+    sequence continues one of the data (mixed rollouts); None where the whole sequence has one source. `sequence_B`
+    is that of `Batch` on the data's own sequences.
     """
 
     source: Source
@@ -141,6 +146,7 @@ class Part:
     behavior_logp_BL: Tensor | None = None
     accept_BL: Tensor | None = None
     generated_BL: Tensor | None = None
+    sequence_B: Tensor | None = None
 
     @classmethod
     def of(cls, source: Source, codes_BL: Tensor, condition: Condition, plan: Plan, row_B: Tensor) -> Part:

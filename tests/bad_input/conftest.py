@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from mistakes import Refused, snapshot
 
-from tiny_runs import codes, teacher
+from tiny_runs import codes, scale_codes, teacher
 from varkd.cli import main
 
-__all__ = ["codes", "teacher"]
+__all__ = ["codes", "scale_codes", "teacher"]
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ def commands(run: Path, codes: Path, out: Path) -> dict[str, list[object]]:
     return {
         "sample": ["sample", run, "--num", "4", "--device", "cpu", "--out", out],
         "encode": encode("digits", out),
+        "teach": ["teach", run, "--data", codes, "--out", out],
         "tokenizer": ["tokenizer", "fit", "digits", "--overwrite", "--out", out],
         "import": ["tokenizer", "import", run, "--overwrite", "--out", out],
         "export": ["export", run, "--out", out],
@@ -45,8 +46,8 @@ def commands(run: Path, codes: Path, out: Path) -> dict[str, list[object]]:
     }
 
 
-VERBS = ("sample", "encode", "tokenizer", "import", "export", "convert", "report", "analyze", "demo", "study", "train",
-         "anew")  # fmt: skip
+VERBS = ("sample", "encode", "teach", "tokenizer", "import", "export", "convert", "report", "analyze", "demo", "study",
+         "train", "anew")  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -17,7 +17,7 @@ from varkd.cli import main
 from varkd.config import load_run, read_run, resolve
 from varkd.methods import METHODS
 
-VERBS = ["demo", "tokenizer", "tokenizer fit", "tokenizer import", "encode", "train", "sample", "evaluate",
+VERBS = ["demo", "tokenizer", "tokenizer fit", "tokenizer import", "encode", "teach", "train", "sample", "evaluate",
          "analyze", "study", "report", "show", "methods", "zoo", "convert", "export", "publish", "reproduce",
          "quantize", "app", "shrink", "plan"]  # fmt: skip
 _HELP = """

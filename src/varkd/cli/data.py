@@ -1,4 +1,4 @@
-"""Verbs that make data: demo, tokenizer, encode."""
+"""Verbs that make data: demo, tokenizer, encode, teach."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def add(verbs: Verbs) -> None:
     )
     _tokenizer(verbs)
     _encode(add_verb(verbs, "encode", _run_encode, "images -> code shards, with a reconstruction check"))
+    _teach(add_verb(verbs, "teach", _run_teach, "a teacher's word on all codes, so that students train without it"))
 
 
 def _run_demo(arguments: argparse.Namespace) -> None:
@@ -109,6 +110,37 @@ def _run_encode(arguments: argparse.Namespace) -> None:
         world.close()
     if world.is_main:
         print("\n".join([*describe_codes(arguments.out), str(arguments.out)]))
+
+
+def _teach(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("teacher", type=place, help="a run or model folder")
+    verb.add_argument("--data", type=place, required=True, help="codes folder")
+    verb.add_argument("--out", type=place, required=True, help="folder of the cache, a teacher= of `varkd train`")
+    verb.add_argument(
+        "--top-k", type=int, default=None, help="likeliest codes kept at a position (default: 64, or all)"
+    )
+    verb.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the log-probabilities")
+    verb.add_argument("--no-null", action="store_false", dest="null",
+                      help="leave out the null branch: half the size, for train.label_drop=0")  # fmt: skip
+    verb.add_argument("--guidance", type=float, default=None, metavar="SCALE",
+                      help="ask the guided teacher, for a method.target of this scale")  # fmt: skip
+    verb.add_argument("--batch-size", type=int, default=64, help="images read at a time (default: %(default)s)")
+    verb.add_argument("--shard-size", type=int, default=1024, help="images per shard (default: %(default)s)")
+    verb.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def _run_teach(arguments: argparse.Namespace) -> None:
+    from varkd.run.teaching import describe_cache, teach
+    from varkd.world import World
+
+    names = ("top_k", "dtype", "null", "guidance", "batch_size", "shard_size", "device")
+    world = World.from_environment()
+    try:
+        teach(arguments.teacher, arguments.data, arguments.out, **chosen(arguments, *names))
+    finally:
+        world.close()
+    if world.is_main:
+        print("\n".join([*describe_cache(arguments.out), str(arguments.out)]))
 
 
 def _image_options(verb: argparse.ArgumentParser) -> None:

@@ -8,59 +8,28 @@ Opening reads the manifest, the labels and the shards' headers; codes are paged 
 from __future__ import annotations
 
 import json
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
+from varkd.data.shards import MANIFEST, PARTIAL, check_content, gather_rows, map_array
 from varkd.errors import VarkdError
-from varkd.files import file_hash, read_errors, read_json, sha256_of
+from varkd.files import read_json, sha256_of
 from varkd.folders import locate
 from varkd.tokenizers.protocol import Tokenizer
 from varkd.tokenizers.store import load_tokenizer
 
 FORMAT, VERSION = "varkd-codes", 1
-MANIFEST, PARTIAL = "manifest.json", "partial.json"
 _OPEN_SHARDS = 128
-_checked: dict[tuple[str, int, int], str] = {}
 
 
-def map_shard(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """Memory-map one array of a codes folder, read-only.
-
-    Raises:
-        VarkdError: the file is missing or truncated, or holds another shape or dtype.
-    """
-    if not path.exists() and not path.is_symlink():
-        raise VarkdError(f"{path} is missing: run `varkd encode` again to write it")
-    with read_errors(path, "is truncated or not a shard: move it away and run `varkd encode` again"):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.shape != shape or array.dtype != dtype:
-        raise VarkdError(
-            f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}: move it "
-            "away and run `varkd encode` again"
-        )
-    return array
-
-
-def check_content(path: Path, manifest: dict[str, Any]) -> None:
-    """Compare a file of a codes folder with its hash in the manifest (younger than some manifests), once a process.
-
-    Raises:
-        VarkdError: it is not what was written: a disk or a copy has changed it.
-    """
-    expected, stat = manifest.get("sha256", {}).get(path.name), path.stat()
-    key = (str(path.resolve()), stat.st_mtime_ns, stat.st_size)
-    if expected is None or _checked.get(key) == expected:
-        return
-    if file_hash(path) != expected:
-        raise VarkdError(f"{path} is not what was written (its hash differs): move it away and run the same `varkd "
-                         "encode` again, which writes it anew")  # fmt: skip
-    _checked[key] = expected
+map_shard = partial(map_array, verb="varkd encode")
+"""Memory-map one array of a codes folder, see `map_array`."""
 
 
 def sequence_length(manifest: dict[str, Any]) -> int:
@@ -173,7 +142,7 @@ class CodeDataset:
         for shard in entry["shards"]:
             map_shard(self.folder / shard["file"], self._shape_of(shard), np.uint16)  # checked, and let go of
             labels.append(np.array(map_shard(self.folder / shard["labels"], self._shape_of(shard)[:1], np.int64)))
-            check_content(self.folder / shard["labels"], manifest)
+            check_content(self.folder / shard["labels"], manifest, "varkd encode")
         self._start_S = np.array([shard["start"] for shard in entry["shards"]], dtype=np.int64)
         self.labels = np.concatenate(labels)
         if len(self.labels) != entry["num"]:
@@ -188,7 +157,7 @@ class CodeDataset:
         """A shard, mapped. Each takes an open file, of which a system gives about a thousand: the last used stay."""
         shard = self.manifest["splits"][self.split]["shards"][number]
         mapped = map_shard(self.folder / shard["file"], self._shape_of(shard), np.uint16)
-        check_content(self.folder / shard["file"], self.manifest)
+        check_content(self.folder / shard["file"], self.manifest, "varkd encode")
         return mapped
 
     @cached_property
@@ -214,10 +183,7 @@ class CodeDataset:
             VarkdError: a code lies outside the codebook (the shard is damaged).
         """
         codes_BL = np.empty((len(index), self.sequence_length), dtype=np.int64)
-        shard_B = np.searchsorted(self._start_S, index, side="right") - 1
-        for shard in np.unique(shard_B):
-            rows = np.flatnonzero(shard_B == shard)
-            codes_BL[rows] = self._shard(int(shard))[index[rows] - self._start_S[shard], view[rows]]
+        gather_rows(codes_BL, self._start_S, self._shard, index, view)
         # Checked as codes are read, not when the folder is opened: that would page in all of it.
         largest = int(codes_BL.max(initial=0))
         if largest >= self.vocab_size:

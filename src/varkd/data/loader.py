@@ -71,8 +71,7 @@ class DataLoader:
         for epoch in np.unique(epoch_B):
             rows = epoch_B == epoch
             index_B[rows] = self._permutations[int(epoch)][place_B[rows]]
-        codes_BL = self.codes.codes(index_B, self._views(step)[row_B])
-        return Batch(codes_BL, torch.from_numpy(self.codes.labels[index_B]), torch.from_numpy(row_B))
+        return _rows(self.codes, index_B, self._views(step)[row_B], row_B)
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if epoch in self._permutations:
@@ -94,5 +93,11 @@ def ordered_batches(codes: CodeDataset, batch_size: int, most: int | None = None
     index_N = Rng(0).subset(f"share/{codes.split}", len(codes), len(codes) if most is None else most).numpy()
     for start in range(0, len(index_N), batch_size):
         index_B = index_N[start : start + batch_size]
-        codes_BL = codes.codes(index_B, np.zeros_like(index_B))
-        yield Batch(codes_BL, torch.from_numpy(codes.labels[index_B]), torch.from_numpy(index_B))
+        yield _rows(codes, index_B, np.zeros_like(index_B), index_B)
+
+
+def _rows(codes: CodeDataset, index_B: NDArray[np.int64], view_B: NDArray[np.int64], row_B: NDArray[np.int64]) -> Batch:
+    # Caches hold training sequences: a held-out one must not be taken for one of those.
+    sequence_B = torch.from_numpy(index_B * codes.num_views + view_B) if codes.split == "train" else None
+    label_B = torch.from_numpy(codes.labels[index_B])
+    return Batch(codes.codes(index_B, view_B), label_B, torch.from_numpy(row_B), sequence_B=sequence_B)

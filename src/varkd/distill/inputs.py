@@ -25,6 +25,7 @@ from varkd.world import Rng, World
 
 if TYPE_CHECKING:
     from varkd.distill.method import Method
+    from varkd.distill.teachers import CachedTeacher
 
 Role = Literal["student", "teacher", "reference"]
 State = dict[str, Tensor]
@@ -43,6 +44,7 @@ class StepInputs:
         chunk_rows: rows (positions) per chunk of logits.
         codebook_tables: what `Method.prepare` made of the tokenizer's codebook.
         reference: the student as it was at the start of the run, for methods with `needs_reference`.
+        cache: what a teacher said of the data, in the place of a live one.
         audit: whether to compute statistics that cost another pass of the heads; the loss is the same, bit by bit.
     """
 
@@ -56,6 +58,7 @@ class StepInputs:
     codebook_tables: CodebookTables = field(default_factory=dict)
     reference: Backbone | None = None
     audit: bool = False
+    cache: CachedTeacher | None = None
 
     def model(self, name: Role) -> Backbone:
         if name == "student":
@@ -129,6 +132,11 @@ class Prefixes(ABC):
     def cost(self) -> Cost:
         """What it takes to make them; schedules must be numbers (`Method.at`)."""
         return Cost()
+
+    @property
+    def inner(self) -> tuple[Prefixes, ...]:
+        """Every source inside: itself, or those of a mixture."""
+        return (self,)
 
     @property
     def runs_models(self) -> bool:
@@ -217,6 +225,7 @@ def merge(parts: list[Part]) -> Part:
     logp = [part.behavior_logp_BL for part in parts]
     accept = [part.accept_BL for part in parts]
     scales = [part.condition.guidance_B for part in parts]
+    sequences = [part.sequence_B for part in parts]
     mixed = any(part.generated_BL is not None for part in parts)
     generated = [
         torch.ones_like(part.codes_BL, dtype=torch.bool) if part.generated_BL is None else part.generated_BL
@@ -234,6 +243,7 @@ def merge(parts: list[Part]) -> Part:
         behavior_logp_BL=_cat_if_all(logp),
         accept_BL=_cat_if_all(accept),
         generated_BL=torch.cat(generated) if mixed else None,
+        sequence_B=_cat_if_all(sequences),
     )
 
 

@@ -24,9 +24,9 @@ from varkd.distill.schedule import value_of
 from varkd.distill.scores import Score, ScoreInputs, Scores, StudentLogp, TeacherLogp, chunks, position_scores
 from varkd.distill.skew import SequenceSkew
 from varkd.distill.spaces import CodebookTables
-from varkd.distill.target import Target
+from varkd.distill.teachers import TeacherRows, live_rows
 from varkd.errors import VarkdError
-from varkd.rollout import evaluating, with_null_branch
+from varkd.rollout import evaluating
 from varkd.types import Context, Part
 
 
@@ -103,43 +103,13 @@ def _selected_mass(inputs: StepInputs, context: Context, term: Term) -> float:
     return mass
 
 
-@dataclass(frozen=True)
-class TeacherRows:
-    """What the teacher knows of N rows, and what the target makes of it, in chunks."""
-
-    head: nn.Linear
-    target: Target
-    hidden_ND: Tensor
-    null_ND: Tensor | None = None
-    scale_N: Tensor | None = None
-
-    @torch.no_grad()
-    def logits(self, rows: slice | Tensor) -> Tensor:
-        """The target's logits of some rows, (n, V)."""
-        null_NV = None if self.null_ND is None else self.head(self.null_ND[rows])
-        scale_N = None if self.scale_N is None else self.scale_N[rows]
-        return self.target(self.head(self.hidden_ND[rows]), null_NV, scale_N)
-
-    @torch.no_grad()
-    def plain_logits(self, rows: slice) -> Tensor:
-        """The teacher's own logits, whatever the target makes of them."""
-        return self.head(self.hidden_ND[rows])
-
-
-@torch.no_grad()
 def _teacher_rows(inputs: StepInputs, part: Part) -> TeacherRows | None:
-    teacher, target = inputs.teacher, inputs.method.target
-    if teacher is None or not any(term.needs_teacher for term in inputs.method.terms):
+    """The word of the teacher, live or cached, on `part`; None where no term asks for it."""
+    if not any(term.needs_teacher for term in inputs.method.terms):
         return None
-    with evaluating(teacher):
-        if not target.guided:
-            hidden_BLD = teacher(part.codes_BL, part.condition, part.plan)
-            return TeacherRows(teacher.head, target, hidden_BLD.flatten(0, 1))
-        condition, plan = with_null_branch(teacher, part.condition, part.plan)
-        both_2BLD = teacher(torch.cat([part.codes_BL, part.codes_BL]), condition, plan)
-        hidden_BLD, null_BLD = both_2BLD.chunk(2)
-        scale_BL = target.scale_BL(part, teacher)
-        return TeacherRows(teacher.head, target, hidden_BLD.flatten(0, 1), null_BLD.flatten(0, 1), scale_BL.flatten())
+    if inputs.cache is not None:
+        return inputs.cache.rows(part, inputs.method.target)
+    return None if inputs.teacher is None else live_rows(inputs.teacher, part, inputs.method.target)
 
 
 @dataclass(frozen=True)

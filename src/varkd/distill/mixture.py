@@ -109,6 +109,10 @@ class Mixture(Prefixes):
         return [f"{share.rows}: {share.contexts.summary}" for share in self.shares]
 
     @property
+    def inner(self) -> tuple[Prefixes, ...]:
+        return tuple(share.contexts for share in self.shares)
+
+    @property
     def splices(self) -> bool:
         return any(share.contexts.splices for share in self.shares)
 

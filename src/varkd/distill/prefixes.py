@@ -51,7 +51,8 @@ class Data(Prefixes):
 
     def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
         plan = inputs.student.plan(len(batch), inputs.rng, batch.row_B)
-        return Context((Part.of("data", batch.codes_BL, batch.condition, plan, batch.row_B),))
+        part = Part.of("data", batch.codes_BL, batch.condition, plan, batch.row_B)
+        return Context((replace(part, sequence_B=batch.sequence_B),))
 
 
 class _Sampled(Prefixes):

@@ -35,6 +35,11 @@ class TargetRule(ABC):
     def __call__(self, logits_NV: Tensor, null_NV: Tensor | None, scale_N: Tensor | None) -> Tensor: ...
 
     @property
+    def most_codes(self) -> int | None:
+        """How many of the likeliest codes have mass at most; None where there is no such number."""
+        return None
+
+    @property
     def per_row_guidance(self) -> bool:
         """Whether every sequence has a guidance scale of its own, which the student must be told."""
         return False
@@ -108,6 +113,10 @@ class Truncated(TargetRule):
         sets = [f"its {self.top_k} likeliest codes"] if self.top_k else []
         sets += [f"its nucleus of mass {words(self.top_p)}"] if self.top_p < 1 else []
         return f"the teacher's distribution over {' and '.join(sets) or 'all codes'}, renormalized"
+
+    @property
+    def most_codes(self) -> int | None:
+        return self.top_k or None
 
     def __call__(self, logits_NV: Tensor, null_NV: Tensor | None, scale_N: Tensor | None) -> Tensor:
         del null_NV, scale_N

@@ -102,6 +102,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def rank_device(device: str, world: World) -> torch.device:
+    """The device of this rank: its own GPU where there are several ranks."""
+    chosen = pick_device(device)
+    if world.size > 1 and chosen.type == "cuda":
+        chosen = torch.device("cuda", world.rank % torch.cuda.device_count())
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
 def pick_tokenizer(name: str, images: ImageSet) -> tuple[Tokenizer, str | None]:
     """A tokenizer folder, or `pixels` (17 gray levels at the images' size), and its path."""
     if name != "pixels":

@@ -61,8 +61,11 @@ def evaluate_run(
     settings = settings or run.evaluation
     teacher_path = teacher or recorded_model(folder, "teacher", run.teacher)
     loaded = open_model(teacher_path, codes, model, str(pick_device(device))) if teacher_path else None
-    teacher_hash = weights_hash(loaded) if loaded else None
-    if teacher is None and teacher_hash != read_json(folder / "environment.json").get("teacher_hash"):
+    recorded = read_json(folder / "environment.json").get("teacher_hash")
+    teacher_hash = weights_hash(loaded) if loaded else recorded
+    if loaded is None and recorded and not quiet:
+        console.print("note: the teacher behind the run's cache is gone, so agreement is left out: give --teacher")
+    if teacher is None and teacher_hash != recorded:
         raise VarkdError(f"{teacher_path} is not the teacher that {folder} was trained with: give that by --teacher")
     judge = Judge.of(codes, device, features, quiet)
     seen = judge.see(model, settings, f"sample {folder.name}", quiet)

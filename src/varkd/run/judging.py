@@ -19,7 +19,8 @@ from varkd.evaluate.manifolds import Mode
 from varkd.evaluate.reference import Reference, open_reference, save_reference
 from varkd.files import read_json, write_json
 from varkd.rollout import Sampler
-from varkd.run.official_evaluation import evaluate_plan, open_candidate, plan_of, rank_device, search_guidance
+from varkd.run.data import rank_device
+from varkd.run.official_evaluation import evaluate_plan, open_candidate, plan_of, search_guidance
 from varkd.run.protocols import PUBLISHED_NUM, format_card
 from varkd.world import World
 

@@ -13,6 +13,8 @@ from varkd.backbones.store import build, check_state, family_class, load_backbon
 from varkd.config import RunConfig, read_run
 from varkd.data.classes import match_classes
 from varkd.data.codes import sequence_length
+from varkd.data.teacher_cache import TeacherCache, is_cache
+from varkd.distill.teachers import CachedTeacher
 from varkd.errors import VarkdError
 from varkd.files import read_json
 from varkd.folders import locate
@@ -25,10 +27,11 @@ from varkd.world import Rng, World
 
 @dataclass(frozen=True)
 class Objects:
-    """A run's distiller and the hash of its teacher's weights."""
+    """A run's distiller, and the hashes of its teacher's weights and of the cache that speaks for it."""
 
     distiller: Distiller
     teacher_hash: str | None
+    cache_hash: str | None
 
 
 def build_objects(run: RunConfig, codes: Codes, world: World, device: torch.device) -> Objects:
@@ -37,9 +40,11 @@ def build_objects(run: RunConfig, codes: Codes, world: World, device: torch.devi
     Raises:
         VarkdError: a teacher is missing, or does not fit the data or the student.
     """
-    student = new_student(run, codes)
-    teacher = None
-    if run.teacher:
+    student, teacher, cache = new_student(run, codes), None, None
+    if run.teacher and is_cache(Path(run.teacher)):
+        cache = CachedTeacher(TeacherCache(run.teacher, codes.hash))
+        cache.check(run.method, student, run.train.label_drop)
+    elif run.teacher:
         teacher = open_model(run.teacher, codes, student)
         for sampler in run.method.contexts.samplers:
             teacher.check(sampler.plan(student, Rng(0), torch.zeros(1, dtype=torch.long)))
@@ -47,7 +52,7 @@ def build_objects(run: RunConfig, codes: Codes, world: World, device: torch.devi
         raise VarkdError(f"method '{run.preset}' needs a teacher: give teacher=RUN")
     run.method.check(student, teacher)
     check_scale(run, student)
-    teacher_hash = weights_hash(teacher) if teacher is not None else None
+    teacher_hash = cache.cache.teacher_hash if cache else weights_hash(teacher) if teacher is not None else None
     codebook_tables = {
         name: value.to(device) for name, value in run.method.prepare(codes.tokenizer.codebook_VE).items()
     }
@@ -58,11 +63,11 @@ def build_objects(run: RunConfig, codes: Codes, world: World, device: torch.devi
     if run.method.needs_reference:
         reference = distribute(new_student(run, codes).to(device).requires_grad_(False), world, run.train.replicas)
     distiller = Distiller(
-        run.method, student, teacher, updates=run.train.updates, seed=run.seed, label_drop=run.train.label_drop,
-        chunk_rows=run.train.chunk_rows, precision=run.train.precision, world=world, reference=reference,
-        codebook_tables=codebook_tables,
+        run.method, student, cache or teacher, updates=run.train.updates, seed=run.seed,
+        label_drop=run.train.label_drop, chunk_rows=run.train.chunk_rows, precision=run.train.precision, world=world,
+        reference=reference, codebook_tables=codebook_tables,
     )  # fmt: skip
-    return Objects(distiller, teacher_hash)
+    return Objects(distiller, teacher_hash, cache.cache.hash if cache else None)
 
 
 def new_student(run: RunConfig, codes: Codes) -> Backbone:
@@ -162,10 +167,17 @@ def load_trained(folder: str | Path, device: str = "auto") -> tuple[RunConfig, C
 
 
 def recorded_model(folder: Path, name: Literal["teacher", "init"], given: str | None) -> Path | None:
-    """Where the model lies that a run was trained with; `given` is what its settings say."""
+    """Where the model lies that a run was trained with; `given` is what its settings say.
+
+    For a teacher cache that is the model which made it; None where that is gone, for the run did not need it.
+    """
     if given is None:
         return None
-    return locate(read_json(folder / "environment.json").get(name) or given, folder, given)
+    record = read_json(folder / "environment.json")
+    if name == "teacher" and record.get("teacher_cache"):
+        found = locate(record["teacher"], folder)
+        return found if found.is_dir() else None
+    return locate(record.get(name) or given, folder, given)
 
 
 def load(path: str | Path, device: str = "auto") -> Backbone:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import load_backbone
 from varkd.errors import VarkdError
@@ -19,7 +17,6 @@ from varkd.evaluate.reference import Reference
 from varkd.files import read_json, write_json
 from varkd.progress import console
 from varkd.rollout import Sampler
-from varkd.run.data import pick_device
 from varkd.run.drawing import draw_to
 from varkd.run.models import load_trained
 from varkd.run.protocols import Plan, plan
@@ -66,15 +63,6 @@ def open_candidate(folder: Path, tokenizer: Path | None = None, device: str = "a
         raise VarkdError(f"the model in {folder} speaks the codes of tokenizer {recorded[:12]}, {tokenizer} is "
                          f"{found.hash[:12]}")  # fmt: skip
     return Candidate(folder, model, found, None, None)
-
-
-def rank_device(device: str, world: World) -> torch.device:
-    """The device of this rank: its own GPU where there are several ranks."""
-    chosen = pick_device(device)
-    if world.size > 1 and chosen.type == "cuda":
-        chosen = torch.device("cuda", world.rank % torch.cuda.device_count())
-        torch.cuda.set_device(chosen)
-    return chosen
 
 
 def plan_of(candidate: Candidate, name: str, **options: Any) -> Plan:

@@ -23,7 +23,7 @@ from varkd.evaluate.agreement import cross_entropy
 from varkd.files import atomic_file, read_json, write_errors, write_json, write_text
 from varkd.folders import Own, contents, locked, relative
 from varkd.progress import console, track
-from varkd.run.data import Codes, open_codes, pick_device
+from varkd.run.data import Codes, open_codes, rank_device
 from varkd.run.environment import environment
 from varkd.run.models import Objects, build_objects, new_student
 from varkd.run.sampling import balanced_labels
@@ -51,10 +51,8 @@ def train_run(run: RunConfig, *, overwrite: bool = False, quiet: bool = False) -
         VarkdError: bad input, or a folder that holds another run (unless `overwrite`).
         Stopped: a signal arrived; the same command resumes.
     """
-    world, device, folder = World.from_environment(), pick_device(run.device), Path(run.out)
-    if world.size > 1 and device.type == "cuda":
-        device = torch.device("cuda", world.rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    world, folder = World.from_environment(), Path(run.out)
+    device = rank_device(run.device, world)
     if not run.out:
         raise VarkdError("give out= (the run folder)")
     check_folder(run, folder, overwrite, world)
@@ -204,6 +202,7 @@ def identity(run: RunConfig, codes: Codes, objects: Objects) -> dict[str, str | 
     tokenizer_hash = codes.manifest["tokenizer"]["hash"]
     return {
         "teacher_hash": objects.teacher_hash,
+        "teacher_cache_hash": objects.cache_hash,
         "init_hash": weights_hash(load_backbone(run.init)[0]) if run.init else None,
         "tokenizer_hash": tokenizer_hash,
         "codes_hash": codes.hash,
@@ -234,7 +233,10 @@ def _record(
     clusters = {
         key: cluster_statistics(codebook_VE, objects.distiller.codebook_tables[key]) for key in run.method.cluster_keys
     }
-    paths = {"codes": codes.folder, "teacher": run.teacher, "init": run.init}
+    cached = objects.distiller.cache
+    teacher = cached.cache.teacher_place if cached else run.teacher
+    paths = {"codes": codes.folder, "teacher": teacher, "teacher_cache": run.teacher if cached else None,
+             "init": run.init}  # fmt: skip
     write_json(folder / "environment.json", {
         **made_of, **{name: relative(path, folder) if path else None for name, path in paths.items()},
         **({"clusters": clusters} if clusters else {}), **environment(world),

@@ -18,6 +18,7 @@ from varkd.distill.loss import denominators, distill_loss
 from varkd.distill.method import Method
 from varkd.distill.scores import affordable_rows
 from varkd.distill.spaces import CodebookTables
+from varkd.distill.teachers import CachedTeacher
 from varkd.errors import VarkdError, did_you_mean
 from varkd.methods import METHODS
 from varkd.tokenizers.protocol import Tokenizer
@@ -44,7 +45,8 @@ class Distiller:
     Args:
         method: a preset by name ("varkd", "gkd", ...) or a `Method` of your own.
         student: trained by your optimizer; may be sharded (`train.parallel.distribute`).
-        teacher: never changed. Needed by every method but the supervised ones.
+        teacher: a model, never changed, or a cache of its word on the data (`varkd.load_teacher_cache`), which serves
+            methods that train on data alone. Needed by every method but the supervised ones.
         tokenizer: a tokenizer, or its codebook (V, E).
         label_drop: the probability of replacing a row's label by the null label (classifier-free guidance).
         chunk_rows: positions per chunk of logits, by default what takes about 256 MiB; the loss does not depend on it.
@@ -57,7 +59,7 @@ class Distiller:
     """
 
     def __init__(
-        self, method: str | Method, student: Backbone, teacher: Backbone | None = None,
+        self, method: str | Method, student: Backbone, teacher: Backbone | CachedTeacher | None = None,
         tokenizer: Tokenizer | Tensor | None = None, *, updates: int, seed: int = 0, label_drop: float = 0.1,
         chunk_rows: int | None = None, precision: Literal["fp32", "bf16"] = "fp32", world: World | None = None,
         reference: Backbone | None = None, codebook_tables: CodebookTables | None = None,
@@ -65,13 +67,16 @@ class Distiller:
         if updates < 1 or not 0 <= label_drop <= 1:
             raise VarkdError(f"distiller: need updates >= 1 and label_drop in [0, 1], got {updates} and {label_drop}")
         self.method = _method(method)
-        self.student, self.teacher = student, teacher
+        self.student = student
+        self.teacher, self.cache = (None, teacher) if isinstance(teacher, CachedTeacher) else (teacher, None)
         self.updates, self.seed, self.label_drop = updates, seed, label_drop
         self.chunk_rows = chunk_rows or affordable_rows(student.vocab_size)
         self.precision, self.world = precision, world or World()
         if teacher is None and self.method.needs_teacher:
             raise VarkdError("this method needs a teacher: pass the model to distil from")
-        self.method.check(student, teacher)
+        self.method.check(student, self.teacher)
+        if self.cache is not None:
+            self.cache.check(self.method, student, label_drop)
         if reference is None and self.method.needs_reference:
             reference = copy.deepcopy(student).eval().requires_grad_(False)
         self.reference = reference
@@ -100,7 +105,7 @@ class Distiller:
         method, rng = self.method.at(min(self.step / self.updates, 1.0), self.state), Rng(self.seed, self.step)
         inputs = StepInputs(
             method, self.student, self.teacher, self.state, rng, self.world, self.chunk_rows, self.codebook_tables,
-            self.reference, audit,
+            self.reference, audit, self.cache,
         )  # fmt: skip
         with self._autocast():
             sequences = self._sequences(batch, inputs)

@@ -45,6 +45,18 @@ def test_batches_are_consistent_and_typed(codes_folder: CodesFolder) -> None:
     assert batch.label_B.equal(batch.codes_BL[:, 0] % 3)
 
 
+def test_batches_say_which_training_sequences_they_hold(codes_folder: CodesFolder) -> None:
+    """image * views + view, also of chosen images; held-out sequences are in no cache."""
+    codes = CodeDataset(codes_folder())
+    every = [DataLoader(codes, 8, seed=0).batch(2), DataLoader(codes, 8, images=np.array([3, 9, 20])).batch(1)]
+    for batch in [*every, *ordered_batches(codes, 10), every[0].to("cpu").select(torch.tensor([5, 1]))]:
+        assert batch.sequence_B is not None and batch.sequence_B.dtype == torch.int64
+        assert batch.sequence_B.equal(batch.codes_BL[:, 0] * 3 + batch.codes_BL[:, 1])
+    held_out = CodeDataset(codes.folder, "validation")
+    assert DataLoader(held_out, 2).batch(0).sequence_B is None
+    assert all(batch.sequence_B is None for batch in ordered_batches(held_out, 3))
+
+
 def test_resume_in_mid_epoch_and_any_order(codes_folder: CodesFolder) -> None:
     codes = CodeDataset(codes_folder())
     straight = DataLoader(codes, 8, seed=1)

@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 
-from tiny_runs import codes, teacher
+from tiny_runs import codes, scale_codes, teacher
 
-__all__ = ["codes", "teacher"]
+__all__ = ["codes", "scale_codes", "teacher"]
 
 
 @pytest.fixture(autouse=True)
