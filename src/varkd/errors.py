@@ -17,7 +17,7 @@ class VarkdError(ValueError):
 
 _EXTRA_OF = {"datasets": "data", "matplotlib": "report", "jinja2": "report", "sklearn": "demo",
              "tensorboard": "tensorboard", "ray": "ray", "torchao": "quantize", "gradio": "app",
-             "huggingface_hub": "hub"}  # fmt: skip
+             "huggingface_hub": "hub", "onnx": "onnx", "onnxscript": "onnx"}  # fmt: skip
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from varkd.cli.options import Verbs, add_verb, chosen, place, sampler_changes, sampler_options
+from varkd.errors import VarkdError
 
 
 def add(verbs: Verbs) -> None:
@@ -57,14 +58,30 @@ def _run_convert(arguments: argparse.Namespace) -> None:
 
 
 def _run_export(arguments: argparse.Namespace) -> None:
-    from varkd.run.official import export
+    places = [place for place in (arguments.out, arguments.onnx, arguments.web) if place is not None]
+    if len(places) != 1:
+        raise VarkdError("give one of --out, --onnx and --web")
+    if arguments.out is not None:
+        from varkd.run.official import export
 
-    print(f"{export(arguments.run_folder, arguments.out, arguments.official)}\n{arguments.out}")
+        told = export(arguments.run_folder, arguments.out, arguments.official)
+    else:
+        from varkd.run.portable import export_portable
+
+        web = arguments.web is not None
+        told = export_portable(arguments.run_folder, places[0], web=web, runtime=arguments.runtime)
+    print(f"{told}\n{places[0]}")
 
 
 def _export(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run_folder", type=place, metavar="RUN", help="run folder (its selected weights) or model folder")
-    verb.add_argument("--out", type=place, required=True, help="model folder, or with --official a file")
+    verb.add_argument("--out", type=place, default=None, help="model folder, or with --official a file")
+    verb.add_argument(
+        "--onnx", type=place, default=None, metavar="DIR", help="ONNX graphs that onnxruntime samples from"
+    )
+    verb.add_argument("--web", type=place, default=None, metavar="DIR", help="a page that samples in the browser")
+    verb.add_argument("--runtime", type=place, default=None, metavar="DIR",
+                      help="--web: an unpacked onnxruntime-web package (default: downloaded once)")  # fmt: skip
     verb.add_argument("--official", action="store_true", help="write the file that the family's official code loads")
 
 
