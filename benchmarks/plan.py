@@ -1,6 +1,6 @@
 """How far `varkd plan` is from the truth here: seconds an update and peak memory, planned and measured, in one run.
 
-python benchmarks/plan.py CODES TEACHER --out DIR [--methods kd varkd] [key=value ...]
+python benchmarks/plan.py CODES TEACHER [key=value ...] --out DIR [--methods kd varkd]
 
 Each method is planned, then trained for 20 updates in a process of its own (validation and checkpoints outside the
 count), then planned again: the mean of the two plans is compared, for a shared machine changes its speed.

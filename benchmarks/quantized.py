@@ -1,6 +1,6 @@
 """What quantization costs a distilled student: FD, size on disk and speed, from fp32 to int4, from one start.
 
-python benchmarks/quantized.py CODES TEACHER START --out DIR [--updates 500] [--recipe mnist-student]
+python benchmarks/quantized.py CODES TEACHER START [key=value ...] --out DIR [--updates 500]
 
 KD for `updates` from START, once as usual and once with `train.quantize=int4`; the first is then quantized to bf16,
 int8 and int4, the second to int4. The same command goes on where it was stopped. A baseline row: START itself.
