@@ -194,12 +194,16 @@ def read_recipe(recipe: str | Path) -> Tree:
     """The YAML of a recipe path or of a recipe that ships with varkd."""
     path = Path(recipe)
     if not path.is_file():
-        shipped = {found.relative_to(folder).with_suffix("").as_posix(): found
-                   for folder in _recipe_folders() for found in sorted(folder.rglob("*.yaml"))}  # fmt: skip
+        shipped = {
+            found.relative_to(folder).with_suffix("").as_posix(): found
+            for folder in _recipe_folders()
+            for found in sorted(folder.rglob("*.yaml"))
+        }
         name = str(recipe).removesuffix(".yaml")
         if name not in shipped:
-            raise VarkdError(f"no recipe '{recipe}': neither a file nor one that ships with varkd; "
-                             f"{did_you_mean(name, shipped)}")  # fmt: skip
+            raise VarkdError(
+                f"no recipe '{recipe}': neither a file nor one that ships with varkd; {did_you_mean(name, shipped)}"
+            )
         path = shipped[name]
     tree = _read_yaml(path)
     if not isinstance(tree, dict):
@@ -211,8 +215,10 @@ def _expanded(tree: Any) -> Any:
     """The tree with `~` expanded where a path stands."""
     if not isinstance(tree, dict):
         return tree
-    return {key: expand(value) if key in ("out", *PATHS) and isinstance(value, str) else _expanded(value)
-            for key, value in tree.items()}  # fmt: skip
+    return {
+        key: expand(value) if key in ("out", *PATHS) and isinstance(value, str) else _expanded(value)
+        for key, value in tree.items()
+    }
 
 
 def _recipe_folders() -> list[Path]:
@@ -291,8 +297,10 @@ def _index(items: list[Any], segment: str, key: str) -> int:
         return names.index(segment)
     if segment.isdigit() and int(segment) < len(items):
         return int(segment)
-    raise VarkdError(f"unknown key '{key}': the list has {len(items)} items" +
-                     (f" named {', '.join(map(str, names))}" if any(names) else ""))  # fmt: skip
+    raise VarkdError(
+        f"unknown key '{key}': the list has {len(items)} items"
+        + (f" named {', '.join(map(str, names))}" if any(names) else "")
+    )
 
 
 def _merge(base: Tree, update: Tree, where: str) -> Tree:

@@ -85,8 +85,10 @@ def _file_of(path: Path) -> Path:
         found = [path / "consolidated.pth", *sorted(path.glob(f"*{_INDEX}"))]
         path, folder = next((each for each in found if each.is_file()), path), path
         if path == folder:
-            raise VarkdError(f"{folder} is a folder without consolidated.pth and without an index of shards: give the "
-                             "weight file itself")  # fmt: skip
+            raise VarkdError(
+                f"{folder} is a folder without consolidated.pth and without an index of shards: give the "
+                "weight file itself"
+            )
     if not path.is_file():
         raise VarkdError(f"no such file: {path}")
     return path
@@ -102,8 +104,9 @@ def _shards_of(path: Path) -> list[Path]:
         raise VarkdError(f"{path} is one of several shards: download the others and {index.name} too")
     content = read_json(index)
     places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(name, str) and Path(name).name == name
-                                               for name in places.values()):  # fmt: skip
+    if not isinstance(places, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in places.values()
+    ):
         raise VarkdError(f"{index} is no index of shards (a weight_map of file names): download it again")
     shards = [index.with_name(name) for name in sorted(set(places.values()))]
     missing = [shard.name for shard in shards if not shard.is_file()]
@@ -140,8 +143,10 @@ def check_finite(state: Mapping[str, Tensor], origin: str) -> None:
     """Raise `VarkdError` where a weight is no number: whatever is computed with it is none either."""
     for name, value in state.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise VarkdError(f"{origin} holds weights that are not finite ('{name}'): the training that wrote it has "
-                             "diverged; take an earlier checkpoint")  # fmt: skip
+            raise VarkdError(
+                f"{origin} holds weights that are not finite ('{name}'): the training that wrote it has "
+                "diverged; take an earlier checkpoint"
+            )
 
 
 def _numpy_scalars() -> list[Any]:

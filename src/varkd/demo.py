@@ -62,9 +62,20 @@ def _runs(out: Path, codes: Path, seed: int, overrides: tuple[str, ...]) -> list
     runs = [
         load_run("digits-teacher", (f"out={teacher}", *shared)),
         load_run("digits-student", (f"out={warm}", "name=warm", f"train.updates={WARM_UPDATES}", *shared)),
-        load_run("digits-student", (f"out={start}", "name=start", "method=kd", f"teacher={teacher}", f"init={warm}",
-                                    f"train.updates={START_UPDATES}", "train.select=best", *shared)),
-    ]  # fmt: skip
+        load_run(
+            "digits-student",
+            (
+                f"out={start}",
+                "name=start",
+                "method=kd",
+                f"teacher={teacher}",
+                f"init={warm}",
+                f"train.updates={START_UPDATES}",
+                "train.select=best",
+                *shared,
+            ),
+        ),
+    ]
     for name, changes in METHODS.items():
         places = (f"out={out / name}", f"teacher={teacher}", f"init={start}")
         runs.append(load_run("digits-student", (*places, f"method={name}", f"name={name}", *changes, *shared)))
@@ -82,5 +93,11 @@ def _evaluated(folder: Path) -> dict[str, Any]:
 
 def _row(metrics: dict[str, Any]) -> dict[str, Any]:
     fd = metrics["metrics"]["fd"]
-    return {"name": metrics["name"], "fd": fd["value"], "fd_low": fd["low"], "fd_high": fd["high"],
-            "updates": metrics["updates"], "seconds": metrics["seconds"]}  # fmt: skip
+    return {
+        "name": metrics["name"],
+        "fd": fd["value"],
+        "fd_low": fd["low"],
+        "fd_high": fd["high"],
+        "updates": metrics["updates"],
+        "seconds": metrics["seconds"],
+    }

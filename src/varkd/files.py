@@ -77,8 +77,17 @@ def write_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise VarkdError(f"the disk is full while writing {path}: free some space and run again") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-                           errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY):  # fmt: skip
+        if error.errno in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.EEXIST,
+            errno.ENAMETOOLONG,
+            errno.ELOOP,
+            errno.EBUSY,
+        ):
             raise VarkdError(f"cannot write {path} ({error.strerror}): choose another folder") from error
         raise
 

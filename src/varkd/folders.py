@@ -139,8 +139,10 @@ def _holder(file: TextIO) -> dict[str, Any]:
 def _refuse_holder(file: TextIO, folder: Path) -> NoReturn:
     holder = _holder(file)
     file.close()
-    raise VarkdError(f"process {holder.get('pid', '?')} on {holder.get('host', '?')} is at work in {folder}: wait for "
-                     "it, stop it, or choose another folder")  # fmt: skip
+    raise VarkdError(
+        f"process {holder.get('pid', '?')} on {holder.get('host', '?')} is at work in {folder}: wait for "
+        "it, stop it, or choose another folder"
+    )
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
@@ -186,7 +188,10 @@ def json_with(*keys: str, **values: Any) -> Callable[[str], bool]:
             found = json.loads(text)
         except json.JSONDecodeError:
             return False
-        return (isinstance(found, dict) and all(key in found for key in keys)
-                and all(found.get(key) in allowed for key, allowed in values.items()))  # fmt: skip
+        return (
+            isinstance(found, dict)
+            and all(key in found for key in keys)
+            and all(found.get(key) in allowed for key, allowed in values.items())
+        )
 
     return knows

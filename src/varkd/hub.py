@@ -43,9 +43,14 @@ class OnHub(ABC):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, revision: str | None = None, token: Token = None,
-        cache_dir: str | Path | None = None, local_files_only: bool = False,
-    ) -> Self:  # fmt: skip
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: Token = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
         """Load from a folder, or from a repository of the hub (OWNER/NAME): in evaluation mode, on the CPU.
 
         Both may be what `save_pretrained` wrote or what `varkd publish` wrote. The other arguments are for the hub.
@@ -55,16 +60,22 @@ class OnHub(ABC):
         """
         part = cls.hub_folder
         patterns = [f"{place}{ending}" for place in ("", f"{part}/") for ending in ("config.json", "model.safetensors")]
-        folder = fetch(source, patterns, revision=revision, token=token, cache_dir=cache_dir,
-                       local_files_only=local_files_only)  # fmt: skip
+        folder = fetch(
+            source, patterns, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         found = cls._from_folder(folder / part if (folder / part / "config.json").is_file() else folder)
         if not isinstance(found, cls):
             raise VarkdError(f"{source} holds a {type(found).__name__}, not a {cls.__name__}: load it as one")
         return found
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: Token = None, commit_message: str | None = None,
-    ) -> str:  # fmt: skip
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: Token = None,
+        commit_message: str | None = None,
+    ) -> str:
         """Upload to the repository OWNER/NAME, which is made where there is none; returns the address of the commit.
 
         Raises:
@@ -84,9 +95,14 @@ def check_repo(repo_id: str) -> None:
 
 
 def fetch(
-    source: str | Path, patterns: Sequence[str], *, revision: str | None = None, token: Token = None,
-    cache_dir: str | Path | None = None, local_files_only: bool = False,
-) -> Path:  # fmt: skip
+    source: str | Path,
+    patterns: Sequence[str],
+    *,
+    revision: str | None = None,
+    token: Token = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """The folder `source` itself, or where the files `patterns` of the repository `source` lie on this machine.
 
     Raises:

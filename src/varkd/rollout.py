@@ -64,8 +64,10 @@ class Sampler:
     def check(self, model: Backbone) -> None:
         """Raise `VarkdError` where `model` cannot decode in parallel as asked."""
         if self.parallel == "zipar" and not isinstance(model, SlotDecoder):
-            raise VarkdError(f"parallel=zipar is for llamagen; {model.family} decodes in parallel in its own way: use "
-                             "parallel=auto, or steps= where it has them")  # fmt: skip
+            raise VarkdError(
+                f"parallel=zipar is for llamagen; {model.family} decodes in parallel in its own way: use "
+                "parallel=auto, or steps= where it has them"
+            )
 
     def decodes_rows_at_once(self, width: int) -> bool:
         """Whether rows of a grid this wide are decoded together: a full window is the sequential order itself."""
@@ -111,9 +113,15 @@ class JointDecoding:
 
 @torch.no_grad()
 def rollout(
-    model: Backbone, condition: Condition, plan: Plan, sampler: Sampler, uniform_BL: Tensor,
-    kept_codes_BL: Tensor | None = None, kept_BL: Tensor | None = None, joint: JointDecoding | None = None,
-) -> Samples:  # fmt: skip
+    model: Backbone,
+    condition: Condition,
+    plan: Plan,
+    sampler: Sampler,
+    uniform_BL: Tensor,
+    kept_codes_BL: Tensor | None = None,
+    kept_BL: Tensor | None = None,
+    joint: JointDecoding | None = None,
+) -> Samples:
     """Generate one sequence per row of `condition` under `plan`.
 
     Args:
@@ -163,9 +171,14 @@ def rollout(
 
 
 def _rollout_waves(
-    model: SlotDecoder, condition: Condition, plan: Plan, sampler: Sampler, uniform_BL: Tensor, codes_BL: Tensor,
+    model: SlotDecoder,
+    condition: Condition,
+    plan: Plan,
+    sampler: Sampler,
+    uniform_BL: Tensor,
+    codes_BL: Tensor,
     kept_BL: Tensor,
-) -> Samples:  # fmt: skip
+) -> Samples:
     """ZipAR: as `rollout`, with every open row of the grid in each step. Raster order, so ranks are positions."""
     prefix_B = kept_BL.int().cumprod(1).sum(1)
     waves = Waves.of(model.config.grid, sampler.window, prefix_B.tolist(), codes_BL.device)

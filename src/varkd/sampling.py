@@ -18,9 +18,13 @@ from varkd.world import Rng
 
 
 def generate(
-    model: Backbone, tokenizer: Tokenizer, labels: Sequence[int] | Tensor, sampler: Sampler | None = None,
-    seed: int = 0, batch_size: int = 250,
-) -> Tensor:  # fmt: skip
+    model: Backbone,
+    tokenizer: Tokenizer,
+    labels: Sequence[int] | Tensor,
+    sampler: Sampler | None = None,
+    seed: int = 0,
+    batch_size: int = 250,
+) -> Tensor:
     """Generate one image per label.
 
     Image i depends on (seed, i, label, model, sampler) only, so models that are compared share their noise.
@@ -39,16 +43,26 @@ def generate(
     if len(label_B) == 0 or int(label_B.min()) < 0 or int(label_B.max()) > model.null_label:
         raise VarkdError(f"generate: give at least one label, each in 0..{model.null_label}")
     if model.tokenizer_hash is not None and model.tokenizer_hash != tokenizer.hash:
-        raise VarkdError(f"this model speaks the codes of tokenizer {model.tokenizer_hash[:12]}, "
-                         f"not of {tokenizer.hash[:12]}: pass the tokenizer that it was trained with")  # fmt: skip
+        raise VarkdError(
+            f"this model speaks the codes of tokenizer {model.tokenizer_hash[:12]}, "
+            f"not of {tokenizer.hash[:12]}: pass the tokenizer that it was trained with"
+        )
     return generate_with_codes(model, tokenizer, label_B, sampler or Sampler(), seed, batch_size, quiet=True)[0]
 
 
 @torch.no_grad()
 def generate_with_codes(
-    model: Backbone, tokenizer: Tokenizer, label_B: Tensor, sampler: Sampler, seed: int, batch_size: int = 250,
-    label: str = "sample", quiet: bool = False, first_row: int = 0, resize: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    model: Backbone,
+    tokenizer: Tokenizer,
+    label_B: Tensor,
+    sampler: Sampler,
+    seed: int,
+    batch_size: int = 250,
+    label: str = "sample",
+    quiet: bool = False,
+    first_row: int = 0,
+    resize: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """As `generate`: the images, and their codes int64 (N, L), both on the CPU.
 
     Args:

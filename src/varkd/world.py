@@ -39,8 +39,9 @@ class World:
             lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
             if lacking or not told.isdecimal() or not os.environ["RANK"].isdecimal():
                 wrong = f"without {', '.join(lacking)}" if lacking else f"RANK={os.environ['RANK']}"
-                raise VarkdError(f"WORLD_SIZE={told} {wrong} is no group of processes: start them by torchrun, or "
-                                 "unset WORLD_SIZE")  # fmt: skip
+                raise VarkdError(
+                    f"WORLD_SIZE={told} {wrong} is no group of processes: start them by torchrun, or unset WORLD_SIZE"
+                )
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())
 

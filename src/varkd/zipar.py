@@ -42,10 +42,15 @@ def schedule(height: int, width: int, window: int, kept: int = 0) -> tuple[Step,
     while held[-1] < width:
         rows = [row for row in range(height) if held[row] < width and (row == 0 or held[row - 1] >= least)]
         positions = tuple(row * width + held[row] for row in rows)
-        inputs = tuple(position - 1 if held[row] or row == 0 else (row - 1) * width + held[row - 1] - 1
-                       for row, position in zip(rows, positions, strict=True))  # fmt: skip
-        ended = [position for position in before if (position + 1) % width == 0 and position + 1 < height * width
-                 and position + 1 not in positions]  # fmt: skip
+        inputs = tuple(
+            position - 1 if held[row] or row == 0 else (row - 1) * width + held[row - 1] - 1
+            for row, position in zip(rows, positions, strict=True)
+        )
+        ended = [
+            position
+            for position in before
+            if (position + 1) % width == 0 and position + 1 < height * width and position + 1 not in positions
+        ]
         steps.append(Step(positions, inputs, ended[0] if ended else NONE))
         for row in rows:
             held[row] += 1

@@ -35,8 +35,9 @@ footer { display: none !important; }
 """
 
 
-def launch(folders: Sequence[Path], *, host: str = "127.0.0.1", port: int = 7860, device: str = "auto",
-           block: bool = True) -> str:  # fmt: skip
+def launch(
+    folders: Sequence[Path], *, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", block: bool = True
+) -> str:
     """`varkd app`: serve the page until Ctrl-C; with `block` False return its address at once.
 
     Raises:
@@ -46,9 +47,15 @@ def launch(folders: Sequence[Path], *, host: str = "127.0.0.1", port: int = 7860
     theme = Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
     try:
         _, address, _ = page.launch(
-            server_name=host, server_port=port, prevent_thread_lock=not block, quiet=not block, theme=theme, css=_CSS,
-            footer_links=[], share=False,
-        )  # fmt: skip
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=not block,
+            quiet=not block,
+            theme=theme,
+            css=_CSS,
+            footer_links=[],
+            share=False,
+        )
     except OSError as error:
         raise VarkdError(f"cannot serve on {host}:{port} (is the port taken?): choose another --port") from error
     return address
@@ -87,8 +94,14 @@ def _settings(playground: Playground) -> list[Any]:
     width = playground.codes.manifest["grid"][1]
     window = gr.Slider(0, width, value=0, step=1, label="ZipAR window (0 decodes code by code)", visible=in_rows)
     any_order = any(model.family in ("arpg", "randar") for model in models)
-    steps = gr.Slider(0, playground.tokenizer.sequence_length, value=usual.steps or 0, step=1,
-                      label="Decoding steps (0 decodes code by code)", visible=any_order)  # fmt: skip
+    steps = gr.Slider(
+        0,
+        playground.tokenizer.sequence_length,
+        value=usual.steps or 0,
+        step=1,
+        label="Decoding steps (0 decodes code by code)",
+        visible=any_order,
+    )
     return [label, num, seed, temperature, guidance, top_k, top_p, window, steps]
 
 
@@ -96,8 +109,15 @@ def _sampler(
     playground: Playground, temperature: float, guidance: float, top_k: float, top_p: float, window: float, steps: float
 ) -> Sampler:
     parallel: dict[str, Any] = {"parallel": "zipar", "window": int(window)} if window else {"parallel": "off"}
-    return replace(playground.sampler, temperature=temperature, guidance=guidance, top_k=int(top_k), top_p=top_p,
-                   steps=int(steps) or None, **parallel)  # fmt: skip
+    return replace(
+        playground.sampler,
+        temperature=temperature,
+        guidance=guidance,
+        top_k=int(top_k),
+        top_p=top_p,
+        steps=int(steps) or None,
+        **parallel,
+    )
 
 
 def _samples_tab(playground: Playground, settings: list[Any]) -> gr.State:
@@ -152,8 +172,10 @@ def _continue_tab(playground: Playground, settings: list[Any]) -> None:
 
 def _nearest_tab(playground: Playground, codes: gr.State) -> None:
     names = [candidate.name for candidate in playground.candidates]
-    gr.Markdown("The training images nearest to a sample, by the distance between codebook vectors, position by "
-                "position; 0 is a copy. Sample first.")  # fmt: skip
+    gr.Markdown(
+        "The training images nearest to a sample, by the distance between codebook vectors, position by "
+        "position; 0 is a copy. Sample first."
+    )
     with gr.Row():
         which = gr.Dropdown(names, value=names[0], label="Model", min_width=150)
         number = gr.Number(1, precision=0, minimum=1, label="Sample", min_width=100)

@@ -197,9 +197,14 @@ class ARPG(Backbone):
         self.zero_scale()
 
     def plan(
-        self, batch_size: int, rng: Rng | None = None, row_B: Tensor | None = None, steps: int | None = None,
-        order_BL: Tensor | None = None, schedule: str | None = None,
-    ) -> Plan:  # fmt: skip
+        self,
+        batch_size: int,
+        rng: Rng | None = None,
+        row_B: Tensor | None = None,
+        steps: int | None = None,
+        order_BL: Tensor | None = None,
+        schedule: str | None = None,
+    ) -> Plan:
         """One code a step, or `steps` steps shared out by `schedule` ("arccos" by default, or "cosine").
 
         Raises:
@@ -245,11 +250,13 @@ class ARPG(Backbone):
         """Everything but the number of heads and the grid."""
         vocab_size, dim = shapes["head.weight"]
         return {
-            "vocab_size": vocab_size, "num_classes": shapes["embeddings.weight"][0] - vocab_size - 3,
+            "vocab_size": vocab_size,
+            "num_classes": shapes["embeddings.weight"][0] - vocab_size - 3,
             "num_layers": count_numbered(shapes, r"layers\.self_dec\.(\d+)\.")
             + count_numbered(shapes, r"layers\.cross_dec\.(\d+)\."),
-            "dim": dim, "ffn_dim": shapes["layers.self_dec.0.ffn.w1.weight"][0],
-        }  # fmt: skip
+            "dim": dim,
+            "ffn_dim": shapes["layers.self_dec.0.ffn.w1.weight"][0],
+        }
 
     @classmethod
     def class_rows(cls, config: Any) -> tuple[str, int]:

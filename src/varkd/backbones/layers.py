@@ -83,9 +83,13 @@ class RMSNorm(nn.Module):
 
 
 def attend(
-    q_BHLd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, is_causal: bool = False, mask: Tensor | None = None,
+    q_BHLd: Tensor,
+    k_BHLd: Tensor,
+    v_BHLd: Tensor,
+    is_causal: bool = False,
+    mask: Tensor | None = None,
     scale: float | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Scaled dot-product attention, in float32 where a CPU would differentiate it in bfloat16 (2.5 times slower).
 
     `mask` is boolean and broadcasts to (B, heads, queries, keys): True where a query sees a key.

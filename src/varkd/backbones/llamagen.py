@@ -139,9 +139,14 @@ class LlamaGen(SlotDecoder):
         return self.output
 
     def plan(
-        self, batch_size: int, rng: Rng | None = None, row_B: Tensor | None = None, steps: int | None = None,
-        order_BL: Tensor | None = None, schedule: str | None = None,
-    ) -> Plan:  # fmt: skip
+        self,
+        batch_size: int,
+        rng: Rng | None = None,
+        row_B: Tensor | None = None,
+        steps: int | None = None,
+        order_BL: Tensor | None = None,
+        schedule: str | None = None,
+    ) -> Plan:
         """Raster order, one code a step: nothing is drawn.
 
         Raises:
@@ -223,10 +228,12 @@ class LlamaGen(SlotDecoder):
         """Everything but the number of heads and the grid (256 and 384 pixel models have the same shapes)."""
         vocab_size, dim = shapes["tok_embeddings.weight"]
         return {
-            "vocab_size": vocab_size, "num_classes": shapes["cls_embedding.embedding_table.weight"][0] - 1,
-            "num_layers": count_numbered(shapes, r"layers\.(\d+)\."), "dim": dim,
+            "vocab_size": vocab_size,
+            "num_classes": shapes["cls_embedding.embedding_table.weight"][0] - 1,
+            "num_layers": count_numbered(shapes, r"layers\.(\d+)\."),
+            "dim": dim,
             "ffn_dim": shapes["layers.0.feed_forward.w1.weight"][0],
-        }  # fmt: skip
+        }
 
     @classmethod
     def class_rows(cls, config: Any) -> tuple[str, int]:

@@ -68,9 +68,15 @@ class KeyReport:
 
     def check(self, hint: str) -> None:
         """Raise `VarkdError`, with the first few names, unless every tensor fits."""
-        faults = [f"{len(names)} {what}: {_first(names)}"
-                  for what, names in (("missing", self.missing), ("unexpected", self.unexpected),
-                                      ("of another shape", self.wrong)) if names]  # fmt: skip
+        faults = [
+            f"{len(names)} {what}: {_first(names)}"
+            for what, names in (
+                ("missing", self.missing),
+                ("unexpected", self.unexpected),
+                ("of another shape", self.wrong),
+            )
+            if names
+        ]
         if faults:
             raise VarkdError(f"the tensors do not make a {self.family} model ({'; '.join(faults)}){hint}")
 
@@ -87,16 +93,25 @@ def recognize(state: Mapping[str, Tensor]) -> str:
     for name, family in _SIGNATURE_KEYS.items():
         if name in state:
             return family
-    raise VarkdError(f"these tensors ({_first(sorted(state))}) belong to no family that varkd knows: "
-                     f"{', '.join(sorted(_SIGNATURE_KEYS.values()))}")  # fmt: skip
+    raise VarkdError(
+        f"these tensors ({_first(sorted(state))}) belong to no family that varkd knows: "
+        f"{', '.join(sorted(_SIGNATURE_KEYS.values()))}"
+    )
 
 
 def convert(
-    state: Mapping[str, Tensor], family: str | None = None, *, heads: int | None = None,
-    grid: Sequence[int] | None = None, scales: Sequence[int] | None = None, model: str | None = None,
-    file_name: str | None = None, num_classes: int | None = None, quantizer: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Tensor],
+    family: str | None = None,
+    *,
+    heads: int | None = None,
+    grid: Sequence[int] | None = None,
+    scales: Sequence[int] | None = None,
+    model: str | None = None,
+    file_name: str | None = None,
+    num_classes: int | None = None,
+    quantizer: Mapping[str, Tensor] | None = None,
     seed: int = 0,
-) -> tuple[Backbone, KeyReport]:  # fmt: skip
+) -> tuple[Backbone, KeyReport]:
     """A backbone with exactly the weights of an official state dict, copied to float32, in evaluation mode.
 
     Args:
@@ -123,8 +138,9 @@ def convert(
         config = {field.name: getattr(blank.config, field.name) for field in fields(blank.config)}
         blank = _on_meta(family, {**config, "num_classes": num_classes})
         report = KeyReport(family, report.used, report.dropped, notes=(*report.notes, note))
-    own = {name: torch.zeros_like(value, device="cpu") for name, value in blank.state_dict().items()
-           if name not in weights}  # fmt: skip
+    own = {
+        name: torch.zeros_like(value, device="cpu") for name, value in blank.state_dict().items() if name not in weights
+    }
     if own and not quantizer:
         raise VarkdError(
             f"{family} reads its codes through its tokenizer: give --tokenizer DIR (made by `varkd tokenizer import`)"
@@ -136,10 +152,16 @@ def convert(
 
 
 def blank_model(
-    state: Mapping[str, Tensor], family: str, *, heads: int | None = None, grid: Sequence[int] | None = None,
-    scales: Sequence[int] | None = None, model: str | None = None, file_name: str | None = None,
+    state: Mapping[str, Tensor],
+    family: str,
+    *,
+    heads: int | None = None,
+    grid: Sequence[int] | None = None,
+    scales: Sequence[int] | None = None,
+    model: str | None = None,
+    file_name: str | None = None,
     quantizer: Mapping[str, Tensor] | None = None,
-) -> tuple[Backbone, list[str]]:  # fmt: skip
+) -> tuple[Backbone, list[str]]:
     """The model that the tensors belong to, without weights (on the meta device), and where its sizes came from.
 
     Raises:
@@ -156,8 +178,9 @@ def blank_model(
         if name not in names:
             raise VarkdError(f"{family} models have no {name}: leave {flag} out")
         if known.get(name, value) != value:
-            raise VarkdError(f"{flag} {_text(value)} contradicts the weights, which say {_text(known[name])}: leave "
-                             f"{flag} out")  # fmt: skip
+            raise VarkdError(
+                f"{flag} {_text(value)} contradicts the weights, which say {_text(known[name])}: leave {flag} out"
+            )
         sizes[name] = value
     candidates = _candidates(family, known, model, file_name)
     for name in _open_fields(family, sizes):
@@ -175,8 +198,11 @@ def report_keys(model: Backbone, state: Mapping[str, Tensor], notes: Sequence[st
     wanted = {name: tuple(value.shape) for name, value in model.official_state().items() if not _is_extra(model, name)}
     found = {name: tuple(value.shape) for name, value in state.items()}
     other = [name for name in found if name not in wanted]
-    wrong = [f"{name} {found[name]} instead of {wanted[name]}"
-             for name in wanted if name in found and found[name] != wanted[name]]  # fmt: skip
+    wrong = [
+        f"{name} {found[name]} instead of {wanted[name]}"
+        for name in wanted
+        if name in found and found[name] != wanted[name]
+    ]
     return KeyReport(
         model.family,
         used=tuple(name for name in wanted if name in found),
@@ -222,8 +248,11 @@ def _candidates(family: str, known: Mapping[str, Any], model: str | None, file_n
 
 
 def _open_fields(family: str, sizes: Mapping[str, Any]) -> list[str]:
-    return [field.name for field in fields(family_class(family).config_class)
-            if field.name not in sizes and field.default is MISSING and field.default_factory is MISSING]  # fmt: skip
+    return [
+        field.name
+        for field in fields(family_class(family).config_class)
+        if field.name not in sizes and field.default is MISSING and field.default_factory is MISSING
+    ]
 
 
 def _what_to_give(family: str, names: Sequence[str], candidates: Sequence[zoo.Entry]) -> str:
@@ -249,8 +278,10 @@ def _with_classes(weights: dict[str, Tensor], model: Backbone, num_classes: int,
     std = float(table[first:last].std())
     rows = torch.randn(num_classes, table.shape[1], generator=torch.Generator().manual_seed(seed)) * std
     weights[name] = torch.cat([table[:first], rows, table[last:]])
-    return (f"{model.num_classes} classes -> {num_classes}: rows of {name} drawn anew (std {std:.3g}, seed {seed}), "
-            "the null label's row kept")  # fmt: skip
+    return (
+        f"{model.num_classes} classes -> {num_classes}: rows of {name} drawn anew (std {std:.3g}, seed {seed}), "
+        "the null label's row kept"
+    )
 
 
 def _is_extra(model: Backbone, name: str) -> bool:

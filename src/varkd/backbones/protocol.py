@@ -101,8 +101,12 @@ class Backbone(nn.Module, OnHub, ABC):
     def describe(self) -> dict[str, Any]:
         """The `config.json` of a model folder: family, sizes, tokenizer and class names."""
         names = None if self.class_names is None else list(self.class_names)
-        return {"family": self.family, **asdict(self.config), "tokenizer_hash": self.tokenizer_hash,
-                "class_names": names}  # fmt: skip
+        return {
+            "family": self.family,
+            **asdict(self.config),
+            "tokenizer_hash": self.tokenizer_hash,
+            "class_names": names,
+        }
 
     def save(self, folder: str | Path) -> None:
         """Write a model folder (replaced as a whole) that `varkd.load` reads: `config.json`, `model.safetensors`."""
@@ -174,9 +178,14 @@ class Backbone(nn.Module, OnHub, ABC):
 
     @abstractmethod
     def plan(
-        self, batch_size: int, rng: Rng | None = None, row_B: Tensor | None = None, steps: int | None = None,
-        order_BL: Tensor | None = None, schedule: str | None = None,
-    ) -> Plan:  # fmt: skip
+        self,
+        batch_size: int,
+        rng: Rng | None = None,
+        row_B: Tensor | None = None,
+        steps: int | None = None,
+        order_BL: Tensor | None = None,
+        schedule: str | None = None,
+    ) -> Plan:
         """Fix the order and the step sizes of a batch, once.
 
         Args:

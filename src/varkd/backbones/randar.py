@@ -206,9 +206,14 @@ class RandAR(Backbone):
         self.zero_scale()
 
     def plan(
-        self, batch_size: int, rng: Rng | None = None, row_B: Tensor | None = None, steps: int | None = None,
-        order_BL: Tensor | None = None, schedule: str | None = None,
-    ) -> Plan:  # fmt: skip
+        self,
+        batch_size: int,
+        rng: Rng | None = None,
+        row_B: Tensor | None = None,
+        steps: int | None = None,
+        order_BL: Tensor | None = None,
+        schedule: str | None = None,
+    ) -> Plan:
         """One code a step, or `steps` steps shared out by the one schedule there is ("cosine").
 
         Raises:
@@ -251,9 +256,11 @@ class RandAR(Backbone):
         shape = (config.num_layers, 2, len(codes_Bn), config.num_heads, 2 * self.sequence_length, config.head_dim)
         state = RandARState(
             torch.empty(shape, device=weight.device, dtype=cache_dtype(weight)),
-            _behind_class(table_BLF2.repeat_interleave(2, dim=1)), self._instructions(table_BLF2), plan.sizes,
+            _behind_class(table_BLF2.repeat_interleave(2, dim=1)),
+            self._instructions(table_BLF2),
+            plan.sizes,
             prefix_steps,
-        )  # fmt: skip
+        )
         pairs = self._pairs(state.instruction_BLD[:, : codes_Bn.shape[1]], codes_Bn)
         return state, self._advance(state, torch.cat([self._class(condition), pairs], dim=1))
 
@@ -270,10 +277,12 @@ class RandAR(Backbone):
         if shapes["pos_instruct_embeddings"] != (1, dim):
             raise KeyError("pos_instruct_embeddings")
         return {
-            "vocab_size": vocab_size, "num_classes": shapes["cls_embedding.embedding_table.weight"][0] - 1,
-            "num_layers": count_numbered(shapes, r"layers\.(\d+)\."), "dim": dim,
+            "vocab_size": vocab_size,
+            "num_classes": shapes["cls_embedding.embedding_table.weight"][0] - 1,
+            "num_layers": count_numbered(shapes, r"layers\.(\d+)\."),
+            "dim": dim,
             "ffn_dim": shapes["layers.0.feed_forward.w1.weight"][0],
-        }  # fmt: skip
+        }
 
     @classmethod
     def class_rows(cls, config: Any) -> tuple[str, int]:

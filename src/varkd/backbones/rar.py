@@ -149,9 +149,14 @@ class RAR(Backbone):
         return self.lm_head
 
     def plan(
-        self, batch_size: int, rng: Rng | None = None, row_B: Tensor | None = None, steps: int | None = None,
-        order_BL: Tensor | None = None, schedule: str | None = None,
-    ) -> Plan:  # fmt: skip
+        self,
+        batch_size: int,
+        rng: Rng | None = None,
+        row_B: Tensor | None = None,
+        steps: int | None = None,
+        order_BL: Tensor | None = None,
+        schedule: str | None = None,
+    ) -> Plan:
         """One code a step, in `order_BL`, or else in raster order or one random order per row (`config.order`).
 
         Raises:
@@ -206,11 +211,13 @@ class RAR(Backbone):
         """Everything but the grid: the tables tell the number of codes, not the sides."""
         vocab_size, dim = shapes["lm_head.weight"]
         return {
-            "vocab_size": vocab_size, "num_classes": shapes["embeddings.weight"][0] - vocab_size - 2,
-            "num_layers": count_numbered(shapes, r"blocks\.(\d+)\."), "dim": dim,
+            "vocab_size": vocab_size,
+            "num_classes": shapes["embeddings.weight"][0] - vocab_size - 2,
+            "num_layers": count_numbered(shapes, r"blocks\.(\d+)\."),
+            "dim": dim,
             "num_heads": dim // shapes["blocks.0.attn.q_norm.weight"][0],
             "ffn_dim": shapes["blocks.0.mlp.fc1.weight"][0],
-        }  # fmt: skip
+        }
 
     @classmethod
     def class_rows(cls, config: Any) -> tuple[str, int]:

@@ -82,9 +82,12 @@ def shrink(model: Backbone, sizes: Sizes, importance: Importance) -> Backbone:
 
 
 def sizes_of(
-    model: Backbone, num_layers: int | None = None, dim: int | None = None, num_heads: int | None = None,
+    model: Backbone,
+    num_layers: int | None = None,
+    dim: int | None = None,
+    num_heads: int | None = None,
     ffn_dim: int | None = None,
-) -> Sizes:  # fmt: skip
+) -> Sizes:
     """The given sizes, the rest as in `model`; `dim` and `num_heads` give each other.
 
     Raises:
@@ -94,8 +97,10 @@ def sizes_of(
     if dim is not None and dim % width:
         raise VarkdError(f"dim {dim}: the heads of this model are {width} wide and stay so; take a multiple of {width}")
     if dim is not None and num_heads is not None and dim != num_heads * width:
-        raise VarkdError(f"dim {dim} and {num_heads} heads: the heads of this model are {width} wide and stay so; give "
-                         f"one of the two, or dim {num_heads * width}")  # fmt: skip
+        raise VarkdError(
+            f"dim {dim} and {num_heads} heads: the heads of this model are {width} wide and stay so; give "
+            f"one of the two, or dim {num_heads * width}"
+        )
     heads = num_heads or (dim // width if dim is not None else whole.num_heads)
     sizes = Sizes(num_layers or whole.num_layers, heads, heads * width, ffn_dim or whole.ffn_dim)
     for name, most in vars(whole).items():
@@ -241,10 +246,13 @@ class _Kept:
             if len(channel_D) < len(moment_D) and _is_kept(path, importance.blocks, blocks)
         }
         return cls(
-            model, blocks, channel_D,
+            model,
+            blocks,
+            channel_D,
             {group: _largest(score_H, sizes.num_heads) for group, score_H in importance.heads.items()},
-            {group: _largest(score_F, sizes.ffn_dim) for group, score_F in importance.neurons.items()}, gains,
-        )  # fmt: skip
+            {group: _largest(score_F, sizes.ffn_dim) for group, score_F in importance.neurons.items()},
+            gains,
+        )
 
     def renamed(self, name: str) -> str | None:
         """A tensor's name in the small model; None where its block is gone."""

@@ -40,9 +40,13 @@ def family_class(family: str) -> type[Backbone]:
 
 
 def build(
-    family: str, sizes: dict[str, Any], dropout: float = 0.0, seed: int = 0, device: str = "cpu",
+    family: str,
+    sizes: dict[str, Any],
+    dropout: float = 0.0,
+    seed: int = 0,
+    device: str = "cpu",
     quantizer: Mapping[str, Tensor] | None = None,
-) -> Backbone:  # fmt: skip
+) -> Backbone:
     """A freshly initialized backbone. Weights depend on `seed` only; no global generator is touched.
 
     `quantizer` holds the frozen tensors of the tokenizer that a next-scale backbone reads its codes with
@@ -160,8 +164,10 @@ def check_hash(path: Path) -> None:
     state = path.with_name("state.json")
     expected = read_json(state).get("sha256", {}).get(path.name) if state.is_file() else None
     if expected is not None and path.is_file() and file_hash(path) != expected:
-        raise VarkdError(f"{path} is not what was written (its hash differs): move {path.parent} away to go on from "
-                         "the checkpoint before it")  # fmt: skip
+        raise VarkdError(
+            f"{path} is not what was written (its hash differs): move {path.parent} away to go on from "
+            "the checkpoint before it"
+        )
 
 
 def weights_path(folder: Path) -> Path:
@@ -178,6 +184,8 @@ def weights_path(folder: Path) -> Path:
     choice = read_json(selected)
     chosen = folder / "checkpoints" / choice["checkpoint"]
     if not chosen.is_dir():
-        raise VarkdError(f"{chosen} is gone, which {selected} names: run the same `varkd train` again, it goes on from "
-                         "the newest checkpoint that is there")  # fmt: skip
+        raise VarkdError(
+            f"{chosen} is gone, which {selected} names: run the same `varkd train` again, it goes on from "
+            "the newest checkpoint that is there"
+        )
     return chosen / f"{choice['weights']}.safetensors"

@@ -228,9 +228,14 @@ class VAR(Backbone):
         return self
 
     def plan(
-        self, batch_size: int, rng: Rng | None = None, row_B: Tensor | None = None, steps: int | None = None,
-        order_BL: Tensor | None = None, schedule: str | None = None,
-    ) -> Plan:  # fmt: skip
+        self,
+        batch_size: int,
+        rng: Rng | None = None,
+        row_B: Tensor | None = None,
+        steps: int | None = None,
+        order_BL: Tensor | None = None,
+        schedule: str | None = None,
+    ) -> Plan:
         """Coarse to fine, one scale a step: nothing is drawn.
 
         Raises:
@@ -316,11 +321,15 @@ class VAR(Backbone):
             shapes["blocks.0.attn.mat_qkv.weight"]  # KeyError: not a VAR at all
             raise VarkdError("this VAR file has no scale_mul_1H11 (attn_l2_norm=False): only attn_l2_norm=True is read")
         return {
-            "vocab_size": vocab_size, "num_classes": num_labels - 1, "code_dim": code_dim,
-            "num_layers": count_numbered(shapes, r"blocks\.(\d+)\."), "dim": dim,
-            "num_heads": shapes["blocks.0.attn.scale_mul_1H11"][1], "ffn_dim": ffn_dim,
+            "vocab_size": vocab_size,
+            "num_classes": num_labels - 1,
+            "code_dim": code_dim,
+            "num_layers": count_numbered(shapes, r"blocks\.(\d+)\."),
+            "dim": dim,
+            "num_heads": shapes["blocks.0.attn.scale_mul_1H11"][1],
+            "ffn_dim": ffn_dim,
             "shared_adaln": "shared_ada_lin.1.weight" in shapes,
-        }  # fmt: skip
+        }
 
     def official_state(self) -> dict[str, Tensor]:
         """Without the quantizer, which official files keep in the tokenizer's, and with the buffers."""

@@ -78,74 +78,193 @@ _VAR_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 
 def _sampling(
-    guidance: float | None, *, guidance_power: float | None = None, steps: int | None = None,
-    step_schedule: str | None = None, top_k: int | None = 0, top_p: float | None = 1.0,
+    guidance: float | None,
+    *,
+    guidance_power: float | None = None,
+    steps: int | None = None,
+    step_schedule: str | None = None,
+    top_k: int | None = 0,
+    top_p: float | None = 1.0,
     temperature: float | None = 1.0,
-) -> dict[str, Any]:  # fmt: skip
-    return {"guidance": guidance, "guidance_power": guidance_power, "steps": steps, "step_schedule": step_schedule,
-            "top_k": top_k, "top_p": top_p, "temperature": temperature}  # fmt: skip
+) -> dict[str, Any]:
+    return {
+        "guidance": guidance,
+        "guidance_power": guidance_power,
+        "steps": steps,
+        "step_schedule": step_schedule,
+        "top_k": top_k,
+        "top_p": top_p,
+        "temperature": temperature,
+    }
 
 
 def _llamagen(
-    size: str, resolution: int, params: int, num_layers: int, dim: int, num_heads: int, ffn_dim: int,
-    fid: float, cfg: float | None, container: Layout = "model",
-) -> Entry:  # fmt: skip
+    size: str,
+    resolution: int,
+    params: int,
+    num_layers: int,
+    dim: int,
+    num_heads: int,
+    ffn_dim: int,
+    fid: float,
+    cfg: float | None,
+    container: Layout = "model",
+) -> Entry:
     side = resolution // 16
-    official = "cfg not stated; top-k 0, top-p 1, temperature 1" if cfg is None else (
-        f"cfg {cfg:g}, top-k 0, top-p 1, temperature 1; samples resized from {resolution} to 256 px for FID"
-    )  # fmt: skip
+    official = (
+        "cfg not stated; top-k 0, top-p 1, temperature 1"
+        if cfg is None
+        else (f"cfg {cfg:g}, top-k 0, top-p 1, temperature 1; samples resized from {resolution} to 256 px for FID")
+    )
     return Entry(
-        f"LlamaGen-{size}-{resolution}", "llamagen", params, side * side, 16384, resolution, (side, side), None,
-        "VQ-16", f"c2i_{size}_{resolution}.pt", "FoundationVision/LlamaGen", container, "MIT", fid,
-        {"num_layers": num_layers, "dim": dim, "num_heads": num_heads, "ffn_dim": ffn_dim}, _sampling(cfg), official,
-    )  # fmt: skip
+        f"LlamaGen-{size}-{resolution}",
+        "llamagen",
+        params,
+        side * side,
+        16384,
+        resolution,
+        (side, side),
+        None,
+        "VQ-16",
+        f"c2i_{size}_{resolution}.pt",
+        "FoundationVision/LlamaGen",
+        container,
+        "MIT",
+        fid,
+        {"num_layers": num_layers, "dim": dim, "num_heads": num_heads, "ffn_dim": ffn_dim},
+        _sampling(cfg),
+        official,
+    )
 
 
 def _var(depth: int, params: int, resolution: int, fid: float, shared_adaln: bool = False) -> Entry:
     scales = _VAR_512 if resolution == 512 else _VAR_256
-    sizes = {"num_layers": depth, "dim": 64 * depth, "num_heads": depth, "ffn_dim": 256 * depth, "code_dim": 32,
-             "shared_adaln": shared_adaln}  # fmt: skip
+    sizes = {
+        "num_layers": depth,
+        "dim": 64 * depth,
+        "num_heads": depth,
+        "ffn_dim": 256 * depth,
+        "code_dim": 32,
+        "shared_adaln": shared_adaln,
+    }
     return Entry(
-        f"VAR-d{depth}", "var", params, sum(side * side for side in scales), 4096, resolution, None, scales,
-        "VAR-VQVAE", f"var_d{depth}.pth", "FoundationVision/var", "raw", "MIT", fid, sizes,
-        _sampling(2.5, top_k=900, top_p=0.96), "cfg 1.5, top-k 900, top-p 0.96, more_smooth off",
-    )  # fmt: skip
+        f"VAR-d{depth}",
+        "var",
+        params,
+        sum(side * side for side in scales),
+        4096,
+        resolution,
+        None,
+        scales,
+        "VAR-VQVAE",
+        f"var_d{depth}.pth",
+        "FoundationVision/var",
+        "raw",
+        "MIT",
+        fid,
+        sizes,
+        _sampling(2.5, top_k=900, top_p=0.96),
+        "cfg 1.5, top-k 900, top-p 0.96, more_smooth off",
+    )
 
 
 def _arpg(
-    size: str, params: int, num_layers: int, dim: int, num_heads: int, ffn_dim: int, fid: float, cfg: float,
-    file: str, other: str,
-) -> Entry:  # fmt: skip
+    size: str,
+    params: int,
+    num_layers: int,
+    dim: int,
+    num_heads: int,
+    ffn_dim: int,
+    fid: float,
+    cfg: float,
+    file: str,
+    other: str,
+) -> Entry:
     return Entry(
-        f"ARPG-{size}", "arpg", params, 256, 16384, 256, (16, 16), None, "VQ-16", file, "hp-l33/ARPG", "state_dict",
-        "MIT", fid, {"num_layers": num_layers, "dim": dim, "num_heads": num_heads, "ffn_dim": ffn_dim},
-        _sampling(cfg, steps=64, step_schedule="cosine"), f"cfg {cfg:g} linear, 64 steps, cosine; also {other}",
-    )  # fmt: skip
+        f"ARPG-{size}",
+        "arpg",
+        params,
+        256,
+        16384,
+        256,
+        (16, 16),
+        None,
+        "VQ-16",
+        file,
+        "hp-l33/ARPG",
+        "state_dict",
+        "MIT",
+        fid,
+        {"num_layers": num_layers, "dim": dim, "num_heads": num_heads, "ffn_dim": ffn_dim},
+        _sampling(cfg, steps=64, step_schedule="cosine"),
+        f"cfg {cfg:g} linear, 64 steps, cosine; also {other}",
+    )
 
 
 def _randar(
-    name: str, params: int, num_layers: int, dim: int, num_heads: int, ffn_dim: int, vocab_size: int, tokenizer: str,
-    fid: float, cfg: float, file: str,
-) -> Entry:  # fmt: skip
+    name: str,
+    params: int,
+    num_layers: int,
+    dim: int,
+    num_heads: int,
+    ffn_dim: int,
+    vocab_size: int,
+    tokenizer: str,
+    fid: float,
+    cfg: float,
+    file: str,
+) -> Entry:
     return Entry(
-        f"RandAR-{name}", "randar", params, 256, vocab_size, 256, (16, 16), None, tokenizer,
-        f"randar_{file}_360k_bs_1024_lr_0.0004.safetensors", "ziqipang/RandAR", "safetensors", "MIT", fid,
+        f"RandAR-{name}",
+        "randar",
+        params,
+        256,
+        vocab_size,
+        256,
+        (16, 16),
+        None,
+        tokenizer,
+        f"randar_{file}_360k_bs_1024_lr_0.0004.safetensors",
+        "ziqipang/RandAR",
+        "safetensors",
+        "MIT",
+        fid,
         {"num_layers": num_layers, "dim": dim, "num_heads": num_heads, "ffn_dim": ffn_dim},
-        _sampling(cfg, steps=88), f"cfg scales 1.0,{cfg:g} linear, 88 steps, no top-k or top-p",
-    )  # fmt: skip
+        _sampling(cfg, steps=88),
+        f"cfg scales 1.0,{cfg:g} linear, 88 steps, no top-k or top-p",
+    )
 
 
 def _rar(
-    size: str, params: int, num_layers: int, dim: int, ffn_dim: int, fid: float, temperature: float, scale: float,
+    size: str,
+    params: int,
+    num_layers: int,
+    dim: int,
+    ffn_dim: int,
+    fid: float,
+    temperature: float,
+    scale: float,
     power: float,
-) -> Entry:  # fmt: skip
+) -> Entry:
     return Entry(
-        f"RAR-{size}", "rar", params, 256, 1024, 256, (16, 16), None, "MaskGIT-VQGAN", f"rar_{size.lower()}.bin",
-        "yucornetto/RAR", "raw", "Apache-2.0", fid,
+        f"RAR-{size}",
+        "rar",
+        params,
+        256,
+        1024,
+        256,
+        (16, 16),
+        None,
+        "MaskGIT-VQGAN",
+        f"rar_{size.lower()}.bin",
+        "yucornetto/RAR",
+        "raw",
+        "Apache-2.0",
+        fid,
         {"num_layers": num_layers, "dim": dim, "num_heads": 16, "ffn_dim": ffn_dim},
         _sampling(scale, guidance_power=power, temperature=temperature),
         f"guidance_scale {scale:g}, guidance_scale_pow {power:g}, temperature {temperature:g}",
-    )  # fmt: skip
+    )
 
 
 ENTRIES: tuple[Entry, ...] = (
@@ -218,8 +337,18 @@ def describe(tokenizers: bool = False) -> list[dict[str, Any]]:
 def format_zoo() -> str:
     """The published models as text: a heading for each family, a line for each model."""
     header = ("name", "params", "codes", "px", "tokenizer", "FID", "file")
-    rows = [(known.name, _millions(known.params), str(known.codes), str(known.resolution), known.tokenizer,
-             _number(known.fid), known.file) for known in ENTRIES]  # fmt: skip
+    rows = [
+        (
+            known.name,
+            _millions(known.params),
+            str(known.codes),
+            str(known.resolution),
+            known.tokenizer,
+            _number(known.fid),
+            known.file,
+        )
+        for known in ENTRIES
+    ]
     lines, family = _aligned(header, rows, right=(1, 2, 3, 5)), ""
     text = [lines[0]]
     for known, line in zip(ENTRIES, lines[1:], strict=True):
@@ -234,10 +363,19 @@ def format_tokenizers() -> str:
     """The published tokenizers as text."""
     header = ("name", "kind", "params", "codes", "dim", "px", "rFID", "license", "file")
     rows = [
-        (known.name, known.kind, _millions(known.params), str(known.vocab_size), str(known.code_dim),
-         str(known.downsampling), _number(known.rfid), known.license, known.file)
+        (
+            known.name,
+            known.kind,
+            _millions(known.params),
+            str(known.vocab_size),
+            str(known.code_dim),
+            str(known.downsampling),
+            _number(known.rfid),
+            known.license,
+            known.file,
+        )
         for known in TOKENIZERS
-    ]  # fmt: skip
+    ]
     return "\n".join([*_aligned(header, rows, right=(2, 3, 4, 5, 6)), "", "px: image pixels per code, along one side."])
 
 
@@ -245,8 +383,10 @@ def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequen
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:
-        cells = (cell.rjust(width) if index in right else cell.ljust(width)
-                 for index, (cell, width) in enumerate(zip(row, widths, strict=True)))  # fmt: skip
+        cells = (
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         return "  ".join(cells).rstrip()
 
     return [line(row) for row in (header, *rows)]

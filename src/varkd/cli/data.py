@@ -7,8 +7,10 @@ from pathlib import Path
 
 from varkd.cli.options import Verbs, add_verb, chosen, place
 
-_DATA = ("digits, an image folder, .parquet or .tar files (one, train,validation, a folder or '*.tar' of them), or a "
-         "Hugging Face id")  # fmt: skip
+_DATA = (
+    "digits, an image folder, .parquet or .tar files (one, train,validation, a folder or '*.tar' of them), or a "
+    "Hugging Face id"
+)
 
 
 def add(verbs: Verbs) -> None:
@@ -40,8 +42,14 @@ def _tokenizer(verbs: Verbs) -> None:
     fit.add_argument("data", help=_DATA)
     fit.add_argument("--out", type=place, required=True, help="folder of the tokenizer")
     fit.add_argument("--kind", choices=("vq", "multiscale"), default="vq", help="one grid of codes, or VAR's maps")
-    fit.add_argument("--scales", type=int, nargs="+", default=None, metavar="SIDE",
-                     help="multiscale: sides of the maps (default: 1 2 4 ... to the last)")  # fmt: skip
+    fit.add_argument(
+        "--scales",
+        type=int,
+        nargs="+",
+        default=None,
+        metavar="SIDE",
+        help="multiscale: sides of the maps (default: 1 2 4 ... to the last)",
+    )
     fit.add_argument("--codes", type=int, default=512, dest="vocab_size", help="codebook size (default: %(default)s)")
     fit.add_argument("--downsampling", type=int, default=4, help="pixels per code side (default: %(default)s)")
     fit.add_argument("--steps", type=int, default=None, help="training steps")
@@ -55,18 +63,41 @@ def _tokenizer_import(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("file", type=place, help="vq_ds16_c2i.pt, vae_ch160v4096z32.pth, maskgit-vqgan-*.bin or the like")
     verb.add_argument("--out", type=place, required=True, help="folder of the tokenizer")
     verb.add_argument("--image-size", type=int, default=256, help="side of the images (default: %(default)s)")
-    verb.add_argument("--kind", choices=("vq", "multiscale", "maskgit"), default=None,
-                      help="LlamaGen's, VAR's or MaskGIT's (default: recognized by the tensors)")  # fmt: skip
-    verb.add_argument("--scales", type=int, nargs="+", default=None, metavar="SIDE",
-                      help="multiscale: sides of the maps (default: the published ones for 256 or 512)")  # fmt: skip
+    verb.add_argument(
+        "--kind",
+        choices=("vq", "multiscale", "maskgit"),
+        default=None,
+        help="LlamaGen's, VAR's or MaskGIT's (default: recognized by the tensors)",
+    )
+    verb.add_argument(
+        "--scales",
+        type=int,
+        nargs="+",
+        default=None,
+        metavar="SIDE",
+        help="multiscale: sides of the maps (default: the published ones for 256 or 512)",
+    )
     verb.add_argument("--overwrite", action="store_true")
 
 
 def _run_tokenizer_fit(arguments: argparse.Namespace) -> None:
     from varkd.run.data import fit
 
-    names = ("kind", "scales", "vocab_size", "downsampling", "steps", "flip", "overwrite",
-             "label", "skip_corrupt", "image_size", "validation", "seed", "device")  # fmt: skip
+    names = (
+        "kind",
+        "scales",
+        "vocab_size",
+        "downsampling",
+        "steps",
+        "flip",
+        "overwrite",
+        "label",
+        "skip_corrupt",
+        "image_size",
+        "validation",
+        "seed",
+        "device",
+    )
     record = fit(arguments.data, arguments.out, **chosen(arguments, *names))
     print(f"PSNR {record['psnr']:.2f} dB on {record['num']} held-out images, {record['seconds']:.0f} s")
     print(f"{record['codes_used']:.0%} of the codes used\n{arguments.out}")
@@ -88,12 +119,22 @@ def _encode(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--out", type=place, required=True, help="codes folder")
     verb.add_argument("--flip", action="store_true", help="encode mirror images too")
     verb.add_argument("--shifts", type=int, default=0, help="encode shifts of up to this many pixels too")
-    verb.add_argument("--ten-crop", type=float, default=None, metavar="RATIO",
-                      help="LlamaGen's ten crops, of images this much larger (1.1)")  # fmt: skip
+    verb.add_argument(
+        "--ten-crop",
+        type=float,
+        default=None,
+        metavar="RATIO",
+        help="LlamaGen's ten crops, of images this much larger (1.1)",
+    )
     verb.add_argument("--batch-size", type=int, default=256)
     verb.add_argument("--shard-size", type=int, default=4096, help="images per shard (default: %(default)s)")
-    verb.add_argument("--class-map", type=place, default=None, metavar="FILE",
-                      help="each class's number in a teacher of more classes: JSON or text (docs/data.md)")  # fmt: skip
+    verb.add_argument(
+        "--class-map",
+        type=place,
+        default=None,
+        metavar="FILE",
+        help="each class's number in a teacher of more classes: JSON or text (docs/data.md)",
+    )
     _image_options(verb)
 
 
@@ -101,8 +142,20 @@ def _run_encode(arguments: argparse.Namespace) -> None:
     from varkd.run.data import describe_codes, encode
     from varkd.world import World
 
-    names = ("flip", "shifts", "ten_crop", "batch_size", "shard_size", "class_map", "label", "skip_corrupt",
-             "image_size", "validation", "seed", "device")  # fmt: skip
+    names = (
+        "flip",
+        "shifts",
+        "ten_crop",
+        "batch_size",
+        "shard_size",
+        "class_map",
+        "label",
+        "skip_corrupt",
+        "image_size",
+        "validation",
+        "seed",
+        "device",
+    )
     world = World.from_environment()
     try:
         encode(arguments.data, arguments.tokenizer, arguments.out, **chosen(arguments, *names))
@@ -120,10 +173,19 @@ def _teach(verb: argparse.ArgumentParser) -> None:
         "--top-k", type=int, default=None, help="likeliest codes kept at a position (default: 64, or all)"
     )
     verb.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the log-probabilities")
-    verb.add_argument("--no-null", action="store_false", dest="null",
-                      help="leave out the null branch: half the size, for train.label_drop=0")  # fmt: skip
-    verb.add_argument("--guidance", type=float, default=None, metavar="SCALE",
-                      help="ask the guided teacher, for a method.target of this scale")  # fmt: skip
+    verb.add_argument(
+        "--no-null",
+        action="store_false",
+        dest="null",
+        help="leave out the null branch: half the size, for train.label_drop=0",
+    )
+    verb.add_argument(
+        "--guidance",
+        type=float,
+        default=None,
+        metavar="SCALE",
+        help="ask the guided teacher, for a method.target of this scale",
+    )
     verb.add_argument("--batch-size", type=int, default=64, help="images read at a time (default: %(default)s)")
     verb.add_argument("--shard-size", type=int, default=1024, help="images per shard (default: %(default)s)")
     verb.add_argument("--device", default="auto", help="auto, cpu or cuda")

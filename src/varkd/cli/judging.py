@@ -20,8 +20,14 @@ def add(verbs: Verbs) -> None:
 def _sample(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run_folder", type=place, metavar="RUN")
     verb.add_argument("--out", type=place, required=True, help="folder of the samples")
-    verb.add_argument("--num", "--num-images", type=int, default=100, help="number of images (default: %(default)s; "
-                      "under torchrun write --num-images: it takes --num for one of its own options)")  # fmt: skip
+    verb.add_argument(
+        "--num",
+        "--num-images",
+        type=int,
+        default=100,
+        help="number of images (default: %(default)s; "
+        "under torchrun write --num-images: it takes --num for one of its own options)",
+    )
     verb.add_argument("--labels", type=int, nargs="+", default=None, help="class labels (default: all, balanced)")
     verb.add_argument("--seed", type=int, default=None)
     verb.add_argument("--batch-size", type=int, default=250)
@@ -36,8 +42,15 @@ def _run_sample(arguments: argparse.Namespace) -> None:
 
     options, world = chosen(arguments, "seed", "labels", "batch_size", "device"), World.from_environment()
     try:
-        out = sample_run(arguments.run_folder, arguments.out, arguments.num, sampler=sampler_of(arguments),
-                         layout=arguments.format, world=world, **options)  # fmt: skip
+        out = sample_run(
+            arguments.run_folder,
+            arguments.out,
+            arguments.num,
+            sampler=sampler_of(arguments),
+            layout=arguments.format,
+            world=world,
+            **options,
+        )
     finally:
         world.close()
     if world.is_main:

@@ -80,8 +80,13 @@ def _export(verb: argparse.ArgumentParser) -> None:
         "--onnx", type=place, default=None, metavar="DIR", help="ONNX graphs that onnxruntime samples from"
     )
     verb.add_argument("--web", type=place, default=None, metavar="DIR", help="a page that samples in the browser")
-    verb.add_argument("--runtime", type=place, default=None, metavar="DIR",
-                      help="--web: an unpacked onnxruntime-web package (default: downloaded once)")  # fmt: skip
+    verb.add_argument(
+        "--runtime",
+        type=place,
+        default=None,
+        metavar="DIR",
+        help="--web: an unpacked onnxruntime-web package (default: downloaded once)",
+    )
     verb.add_argument("--official", action="store_true", help="write the file that the family's official code loads")
 
 
@@ -101,8 +106,13 @@ def _shrink(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("teacher", type=place, metavar="TEACHER", help="run folder or model folder")
     verb.add_argument("--data", type=place, required=True, help="codes folder that importance is measured on")
     verb.add_argument("--out", type=place, required=True, help="new model folder, for init=")
-    verb.add_argument("--params", type=float, default=None, metavar="SHARE",
-                      help="share of the parameters that stays, depth and width alike (instead of sizes)")  # fmt: skip
+    verb.add_argument(
+        "--params",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="share of the parameters that stays, depth and width alike (instead of sizes)",
+    )
     verb.add_argument("--layers", type=int, default=None, help="blocks that stay (default: all)")
     verb.add_argument("--dim", type=int, default=None, help="width; a multiple of the teacher's width of a head")
     verb.add_argument("--heads", type=int, default=None, help="heads that stay (default: as --dim says)")

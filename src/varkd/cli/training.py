@@ -132,8 +132,12 @@ def _run_reproduce(arguments: argparse.Namespace) -> None:
 
 def _plan(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", help="a recipe, as for `varkd train`")
-    verb.add_argument("overrides", nargs="*", metavar="key=value",
-                      help="as for `varkd train`; teacher= and init= may be names of `varkd zoo`")  # fmt: skip
+    verb.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="as for `varkd train`; teacher= and init= may be names of `varkd zoo`",
+    )
     verb.add_argument("--devices", type=int, default=1, help="that share the batch and the weights (FSDP)")
     verb.add_argument("--memory", type=float, default=None, metavar="GIB", help="of one device: what fits?")
     group = verb.add_argument_group("a device that is not this one (default: time shallow models here)")

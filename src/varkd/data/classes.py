@@ -44,14 +44,18 @@ def match_classes(
         return [list(known).index(name) for name in names]
     if class_map is not None:
         if max(class_map) >= num_known:
-            raise VarkdError(f"the class map names class {max(class_map)}, but this model has {num_known} classes: "
-                             "encode with the --class-map of this model")  # fmt: skip
+            raise VarkdError(
+                f"the class map names class {max(class_map)}, but this model has {num_known} classes: "
+                "encode with the --class-map of this model"
+            )
         return None if list(class_map) == list(range(num_known)) else list(class_map)
     if num_known == len(names) and (known is None or are_numbers(known) or are_numbers(names)):
         return None
     missing = "" if known is None or not named else f" (it knows no '{next(n for n in names if n not in known)}')"
-    raise VarkdError(f"this model has {num_known} classes{missing}, the data {len(names)} ({', '.join(names[:3])}): "
-                     "say which is which by `varkd encode --class-map FILE`")  # fmt: skip
+    raise VarkdError(
+        f"this model has {num_known} classes{missing}, the data {len(names)} ({', '.join(names[:3])}): "
+        "say which is which by `varkd encode --class-map FILE`"
+    )
 
 
 def read_class_map(path: Path, names: Sequence[str]) -> list[int]:
@@ -66,8 +70,10 @@ def read_class_map(path: Path, names: Sequence[str]) -> list[int]:
             number_of.setdefault(_plain(name), number)
     missing = [name for name in names if _plain(name) not in number_of]
     if missing:
-        raise VarkdError(f"{path} does not name {len(missing)} of {len(names)} classes, '{missing[0]}' first: "
-                         f"{did_you_mean(_plain(missing[0]), list(number_of)[:2000])}")  # fmt: skip
+        raise VarkdError(
+            f"{path} does not name {len(missing)} of {len(names)} classes, '{missing[0]}' first: "
+            f"{did_you_mean(_plain(missing[0]), list(number_of)[:2000])}"
+        )
     numbers = [number_of[_plain(name)] for name in names]
     for name, number in zip(names, numbers, strict=True):
         if numbers.count(number) > 1:

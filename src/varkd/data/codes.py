@@ -41,8 +41,13 @@ def sequence_length(manifest: dict[str, Any]) -> int:
 def codes_hash(manifest: dict[str, Any]) -> str:
     """Names the codes: which images, in which views, by which tokenizer, in which classes; not where they lie."""
     splits = {split: entry["num"] for split, entry in manifest["splits"].items()}
-    parts = (manifest["tokenizer"]["hash"], manifest["source"]["fingerprints"], manifest["class_names"],
-             manifest["views"], splits)  # fmt: skip
+    parts = (
+        manifest["tokenizer"]["hash"],
+        manifest["source"]["fingerprints"],
+        manifest["class_names"],
+        manifest["views"],
+        splits,
+    )
     return sha256_of(json.dumps(parts, sort_keys=True).encode())
 
 
@@ -87,8 +92,10 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path, manifest: dict[str, Any]
     """
     recorded = manifest["tokenizer"]["hash"]
     if tokenizer.hash != recorded:
-        raise VarkdError(f"{folder} holds codes of tokenizer {recorded[:12]}, but this one is {tokenizer.hash[:12]}: "
-                         "encode the images again with it")  # fmt: skip
+        raise VarkdError(
+            f"{folder} holds codes of tokenizer {recorded[:12]}, but this one is {tokenizer.hash[:12]}: "
+            "encode the images again with it"
+        )
     return tokenizer
 
 
@@ -103,9 +110,13 @@ class CodeDataset:
     """
 
     def __init__(
-        self, folder: str | Path, split: str = "train", tokenizer_hash: str | None = None, *,
+        self,
+        folder: str | Path,
+        split: str = "train",
+        tokenizer_hash: str | None = None,
+        *,
         manifest: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder, self.split = Path(folder), split
         self.manifest = read_manifest(self.folder) if manifest is None else manifest
         try:

@@ -64,8 +64,10 @@ def _split_folders(root: Path) -> dict[str, Path]:
         raise VarkdError(f"{root} holds {twice[0].name}/ and {splits[twice[0].name.lower()].name}/: keep one of them")
     for path in others:
         if _images_below(path, Counter()):
-            raise VarkdError(f"{path} holds images beside {splits['train']}: move it elsewhere, or give "
-                             "the folder of the classes itself")  # fmt: skip
+            raise VarkdError(
+                f"{path} holds images beside {splits['train']}: move it elsewhere, or give "
+                "the folder of the classes itself"
+            )
     return splits
 
 

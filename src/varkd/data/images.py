@@ -48,9 +48,15 @@ class BadImage(VarkdError):
 
 
 def open_images(
-    source: str | Indexed, split: Split, *, image_size: int | None = None, validation: float = 0.1, seed: int = 0,
-    label: str | None = None, skip: Skipped | None = None,
-) -> ImageSet:  # fmt: skip
+    source: str | Indexed,
+    split: Split,
+    *,
+    image_size: int | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+    label: str | None = None,
+    skip: Skipped | None = None,
+) -> ImageSet:
     """One split of `source`.
 
     `source` may be in memory (`data.memory.Indexed`), or is "digits", a folder, `a.parquet`,
@@ -85,13 +91,26 @@ def open_images(
         settings |= {"validation": validation, "seed": seed}
         if len(rows) < 2:
             raise VarkdError(f"{source_name(source)} holds one image: training and validation need at least one each")
-        held_N = (_held_out(rows.label_N, validation, seed) if rows.keys is None
-                  else _held_out_by_name(rows.keys, validation, seed))  # fmt: skip
+        held_N = (
+            _held_out(rows.label_N, validation, seed)
+            if rows.keys is None
+            else _held_out_by_name(rows.keys, validation, seed)
+        )
         index_N = np.flatnonzero(held_N if split == "validation" else ~held_N)
     shape = _image_shape(train, image_size)
     name = source_name(source)
-    return ImageSet(name, split, rows, index_N, found.class_names, shape, image_size, settings, found.skipped,
-                    "train" if own is None else split)  # fmt: skip
+    return ImageSet(
+        name,
+        split,
+        rows,
+        index_N,
+        found.class_names,
+        shape,
+        image_size,
+        settings,
+        found.skipped,
+        "train" if own is None else split,
+    )
 
 
 def open_checked(
@@ -190,10 +209,18 @@ class ImageSet:
     """
 
     def __init__(
-        self, name: str, split: Split, rows: ImageRows, index_N: NDArray[np.int64], class_names: tuple[str, ...],
-        image_shape: tuple[int, int, int], image_size: int | None, settings: dict[str, object],
-        ignored: Mapping[str, int] | None = None, part: Split = "train",
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        split: Split,
+        rows: ImageRows,
+        index_N: NDArray[np.int64],
+        class_names: tuple[str, ...],
+        image_shape: tuple[int, int, int],
+        image_size: int | None,
+        settings: dict[str, object],
+        ignored: Mapping[str, int] | None = None,
+        part: Split = "train",
+    ) -> None:
         self.name, self.split, self.class_names, self.image_shape = name, split, class_names, image_shape
         self.labels: NDArray[np.int64] = rows.label_N[index_N]
         self.ignored = dict(ignored or {})

@@ -36,10 +36,17 @@ class DataLoader:
     """
 
     def __init__(
-        self, codes: CodeDataset, batch_size: int, seed: int = 0, world: World | None = None,
-        images: NDArray[np.int64] | None = None, *, updates: int | None = None,
-        device: torch.device | str | None = None, start: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        codes: CodeDataset,
+        batch_size: int,
+        seed: int = 0,
+        world: World | None = None,
+        images: NDArray[np.int64] | None = None,
+        *,
+        updates: int | None = None,
+        device: torch.device | str | None = None,
+        start: int = 0,
+    ) -> None:
         self.codes, self.batch_size, self.seed, self.world = codes, batch_size, seed, world or World()
         self.images = np.arange(len(codes)) if images is None else images
         self.updates, self.device, self.start = updates, device, start

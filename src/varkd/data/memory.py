@@ -63,8 +63,10 @@ def _labels(images: Indexed, name: str) -> NDArray[np.int64]:
 
 def _pair(item: Any) -> tuple[Any, Any]:
     if isinstance(item, Mapping):
-        image, label = (next((item[column] for column in columns if column in item), None)
-                        for columns in (_IMAGE_COLUMNS, _LABEL_COLUMNS))  # fmt: skip
+        image, label = (
+            next((item[column] for column in columns if column in item), None)
+            for columns in (_IMAGE_COLUMNS, _LABEL_COLUMNS)
+        )
         if image is None or label is None:
             raise ValueError(f"its columns are {', '.join(map(str, item))}")
         return image, label
@@ -81,8 +83,10 @@ def _png(item: Any, row: int, name: str) -> bytes:
             or pixels.ndim not in (2, 3)
             or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3))
         ):
-            raise VarkdError(f"image {row} of {name} is {pixels.dtype} {pixels.shape}: give a PIL image, or uint8 "
-                             "(H, W), (H, W, 1) or (H, W, 3)")  # fmt: skip
+            raise VarkdError(
+                f"image {row} of {name} is {pixels.dtype} {pixels.shape}: give a PIL image, or uint8 "
+                "(H, W), (H, W, 1) or (H, W, 3)"
+            )
         image = Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")

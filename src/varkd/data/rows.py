@@ -37,8 +37,12 @@ class ImageRows:
         """The rows whose `key` is none of these."""
         left_N = np.array([row for row in range(len(self)) if self.key(row) not in set(keys)], dtype=np.int64)
         kept = None if self.keys is None else tuple(self.keys[row] for row in left_N)
-        return ImageRows(lambda row: self.encoded(int(left_N[row])), lambda row: self.name(int(left_N[row])),
-                          self.label_N[left_N], kept)  # fmt: skip
+        return ImageRows(
+            lambda row: self.encoded(int(left_N[row])),
+            lambda row: self.name(int(left_N[row])),
+            self.label_N[left_N],
+            kept,
+        )
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,13 @@ class Source:
 
     @classmethod
     def of(
-        cls, name: str, train: ImageRows, validation: ImageRows | None, class_names: tuple[str, ...],
+        cls,
+        name: str,
+        train: ImageRows,
+        validation: ImageRows | None,
+        class_names: tuple[str, ...],
         skipped: Mapping[str, int] | None = None,
-    ) -> Source:  # fmt: skip
+    ) -> Source:
         """Check the labels.
 
         Raises:

@@ -54,8 +54,10 @@ def check_content(path: Path, manifest: Manifest, verb: str) -> None:
     if expected is None or _checked.get(key) == expected:
         return
     if file_hash(path) != expected:
-        raise VarkdError(f"{path} is not what was written (its hash differs): move it away and run the same `{verb}` "
-                         "again, which writes it anew")  # fmt: skip
+        raise VarkdError(
+            f"{path} is not what was written (its hash differs): move it away and run the same `{verb}` "
+            "again, which writes it anew"
+        )
     _checked[key] = expected
 
 
@@ -71,9 +73,12 @@ def cut(num: int, shard_size: int) -> list[tuple[int, int]]:
 
 
 def gather_rows(
-    out_BX: NDArray[Any], start_S: NDArray[np.int64], opened: Callable[[int], NDArray[Any]],
-    index_B: NDArray[np.int64], *axes_B: NDArray[np.int64],
-) -> None:  # fmt: skip
+    out_BX: NDArray[Any],
+    start_S: NDArray[np.int64],
+    opened: Callable[[int], NDArray[Any]],
+    index_B: NDArray[np.int64],
+    *axes_B: NDArray[np.int64],
+) -> None:
     """Fill `out_BX` with the entries [index, *axes] of an array that stands in shards, of which `start_S` begin."""
     shard_B = np.searchsorted(start_S, index_B, side="right") - 1
     for shard in np.unique(shard_B):

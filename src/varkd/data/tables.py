@@ -184,8 +184,10 @@ def _columns(source: str, dataset: datasets.Dataset, label: str | None) -> tuple
         return image, None
     if label is not None:
         if label not in features:
-            raise VarkdError(f"{source} has no column '{label}': {did_you_mean(label, features)} "
-                             f"(--label NAME, or --label {ONE_CLASS} for one class)")  # fmt: skip
+            raise VarkdError(
+                f"{source} has no column '{label}': {did_you_mean(label, features)} "
+                f"(--label NAME, or --label {ONE_CLASS} for one class)"
+            )
         return image, label
     classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     found = [name for name in _LABELS if name in features] or classes
@@ -193,8 +195,10 @@ def _columns(source: str, dataset: datasets.Dataset, label: str | None) -> tuple
         raise VarkdError(f"{source} has the label columns {', '.join(found)}: say which by --label NAME")
     numbers = [name for name, kind in features.items() if isinstance(kind, datasets.Value) and "int" in kind.dtype]
     if not found and numbers:
-        raise VarkdError(f"which column of {source} is the label ({', '.join(numbers)})? Give --label NAME, or --label "
-                         f"{ONE_CLASS} for one class")  # fmt: skip
+        raise VarkdError(
+            f"which column of {source} is the label ({', '.join(numbers)})? Give --label NAME, or --label "
+            f"{ONE_CLASS} for one class"
+        )
     return image, found[0] if found else None
 
 

@@ -40,10 +40,21 @@ class Entries(NamedTuple):
 
 
 def plan_cache(
-    *, teacher: Manifest, codes: Manifest, tokenizer_hash: str, vocab_size: int, num_classes: int,
-    sizes: tuple[int, ...], views: list[str], num: int, top_k: int, dtype: Dtype, null: bool, guidance: float | None,
+    *,
+    teacher: Manifest,
+    codes: Manifest,
+    tokenizer_hash: str,
+    vocab_size: int,
+    num_classes: int,
+    sizes: tuple[int, ...],
+    views: list[str],
+    num: int,
+    top_k: int,
+    dtype: Dtype,
+    null: bool,
+    guidance: float | None,
     shard_size: int,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """The manifest of a cache that is still to be written.
 
     Args:
@@ -59,15 +70,35 @@ def plan_cache(
     if not 1 <= top_k <= vocab_size:
         raise VarkdError(f"top_k={top_k} must be between 1 and the {vocab_size} codes of the tokenizer")
     return {
-        "format": FORMAT, "version": VERSION, "teacher": teacher, "codes": codes, "tokenizer_hash": tokenizer_hash,
-        "vocab_size": vocab_size, "num_classes": num_classes, "sizes": list(sizes), "views": views,
-        "branches": ["label", "null"] if null else ["label"], "guidance": guidance, "top_k": top_k, "dtype": dtype,
-        "splits": {"train": {"num": num, "shards": [
-            {"file": f"train-{shard:05d}-logp.npy", "tail": f"train-{shard:05d}-tail.npy",
-             "codes": f"train-{shard:05d}-codes.npy", "start": start, "num": size}
-            for shard, (start, size) in enumerate(cut(num, shard_size))
-        ]}},
-    }  # fmt: skip
+        "format": FORMAT,
+        "version": VERSION,
+        "teacher": teacher,
+        "codes": codes,
+        "tokenizer_hash": tokenizer_hash,
+        "vocab_size": vocab_size,
+        "num_classes": num_classes,
+        "sizes": list(sizes),
+        "views": views,
+        "branches": ["label", "null"] if null else ["label"],
+        "guidance": guidance,
+        "top_k": top_k,
+        "dtype": dtype,
+        "splits": {
+            "train": {
+                "num": num,
+                "shards": [
+                    {
+                        "file": f"train-{shard:05d}-logp.npy",
+                        "tail": f"train-{shard:05d}-tail.npy",
+                        "codes": f"train-{shard:05d}-codes.npy",
+                        "start": start,
+                        "num": size,
+                    }
+                    for shard, (start, size) in enumerate(cut(num, shard_size))
+                ],
+            }
+        },
+    }
 
 
 def cache_identity(manifest: Manifest) -> dict[str, Any]:
@@ -138,8 +169,10 @@ class TeacherCache:
         self.manifest = manifest = read_cache_manifest(self.folder)
         recorded = manifest["codes"]["hash"]
         if recorded != codes_hash:
-            raise VarkdError(f"{folder} was made of other codes ({recorded[:12]}) than these ({codes_hash[:12]}): run "
-                             "`varkd teach` on these, or give the data= that it was made of")  # fmt: skip
+            raise VarkdError(
+                f"{folder} was made of other codes ({recorded[:12]}) than these ({codes_hash[:12]}): run "
+                "`varkd teach` on these, or give the data= that it was made of"
+            )
         self.vocab_size, self.num_classes = manifest["vocab_size"], manifest["num_classes"]
         self.top_k: int = manifest["top_k"]
         self.sizes: tuple[int, ...] = tuple(manifest["sizes"])
@@ -177,8 +210,10 @@ class TeacherCache:
             VarkdError: it has no such sequence, no null branch, or a code outside the codebook (a damaged shard).
         """
         if len(sequence_B) and not 0 <= sequence_B.min() <= sequence_B.max() < self.num * self.num_views:
-            raise VarkdError(f"{self.folder} has {self.num * self.num_views} sequences, not number {sequence_B.max()}: "
-                             "give batches of the codes that it was made of")  # fmt: skip
+            raise VarkdError(
+                f"{self.folder} has {self.num * self.num_views} sequences, not number {sequence_B.max()}: "
+                "give batches of the codes that it was made of"
+            )
         if null_B.any() and not self.has_null:
             raise VarkdError(f"{self.folder} was made without the null branch (--no-null): set train.label_drop=0")
         image_B, view_B = np.divmod(sequence_B, self.num_views)

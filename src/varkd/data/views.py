@@ -81,6 +81,8 @@ def apply_view(name: str, images_BCHW: Tensor) -> Tensor:
 def _parse(name: str) -> re.Match[str]:
     match = _NAME.fullmatch(name)
     if match is None:
-        raise VarkdError(f"unknown view '{name}': known are identity, flip, shift(dy,dx), crop(load,size,top,left), "
-                         "and flip+ before the last two")  # fmt: skip
+        raise VarkdError(
+            f"unknown view '{name}': known are identity, flip, shift(dy,dx), crop(load,size,top,left), "
+            "and flip+ before the last two"
+        )
     return match

@@ -17,10 +17,18 @@ CODES = Own("codes", (MANIFEST, PARTIAL), json_with(format=(FORMAT,)))
 
 
 def plan_manifest(
-    *, tokenizer: Manifest, grid: tuple[int, int], scales: tuple[int, ...] | None = None,
-    image_shape: tuple[int, int, int], class_names: tuple[str, ...], views: tuple[str, ...], source: Manifest,
-    nums: dict[str, int], shard_size: int, class_map: list[int] | None = None,
-) -> Manifest:  # fmt: skip
+    *,
+    tokenizer: Manifest,
+    grid: tuple[int, int],
+    scales: tuple[int, ...] | None = None,
+    image_shape: tuple[int, int, int],
+    class_names: tuple[str, ...],
+    views: tuple[str, ...],
+    source: Manifest,
+    nums: dict[str, int],
+    shard_size: int,
+    class_map: list[int] | None = None,
+) -> Manifest:
     """The manifest of a folder that is still to be written; `nums` gives each split's number of images.
 
     Raises:

@@ -385,9 +385,20 @@ class Decoupled(DivergenceRule):
 
 
 Divergence = (
-    CrossEntropy | ForwardKL | ReverseKL | JSD | SkewKL | SkewReverseKL | TotalVariation
-    | TeacherArgmax | AdaptiveKL | ToDi | TAID | Ranking | Decoupled
-)  # fmt: skip
+    CrossEntropy
+    | ForwardKL
+    | ReverseKL
+    | JSD
+    | SkewKL
+    | SkewReverseKL
+    | TotalVariation
+    | TeacherArgmax
+    | AdaptiveKL
+    | ToDi
+    | TAID
+    | Ranking
+    | Decoupled
+)
 
 
 def _kl(first_NK: Tensor, second_NK: Tensor) -> Tensor:

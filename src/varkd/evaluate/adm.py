@@ -64,18 +64,31 @@ class AdmResult:
         """
         try:
             names = [name for name in (*NAMES, *EXTRA_NAMES) if name in record]
-            return cls({name: record[name] for name in names}, dict(record["intervals"]), dict(record["protocol"]),
-                       list(record["warnings"]))  # fmt: skip
+            return cls(
+                {name: record[name] for name in names},
+                dict(record["intervals"]),
+                dict(record["protocol"]),
+                list(record["warnings"]),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise VarkdError("this is no result of `varkd evaluate --reference`: it has no protocol") from error
 
 
 def adm(
-    samples: str | Path | Tensor | NDArray[np.uint8], reference: str | Path | Reference,
-    inception: str | Path | Inception | None = None, *, k: int = NEIGHBORS, mode: Mode = "adm", resamples: int = 200,
-    extras: bool = False, batch_size: int | None = None, device: torch.device | str = "cpu",
-    world: World | None = None, seed: int = 0, quiet: bool = True,
-) -> AdmResult:  # fmt: skip
+    samples: str | Path | Tensor | NDArray[np.uint8],
+    reference: str | Path | Reference,
+    inception: str | Path | Inception | None = None,
+    *,
+    k: int = NEIGHBORS,
+    mode: Mode = "adm",
+    resamples: int = 200,
+    extras: bool = False,
+    batch_size: int | None = None,
+    device: torch.device | str = "cpu",
+    world: World | None = None,
+    seed: int = 0,
+    quiet: bool = True,
+) -> AdmResult:
     """Judge images against a reference.
 
     Args:
@@ -122,42 +135,59 @@ def adm(
         found |= _extras(real, features.pool_NF, seed)
     warnings = [*images.warnings, *_warnings(images, real, logits_NC)]
     values = {name: value.value if isinstance(value, Estimate) else value for name, value in found.items()}
-    intervals = {name: (value.low, value.high) if isinstance(value, Estimate) else None
-                 for name, value in found.items()}  # fmt: skip
+    intervals = {
+        name: (value.low, value.high) if isinstance(value, Estimate) else None for name, value in found.items()
+    }
     return AdmResult(values, intervals, _protocol(images, real, net, k, mode), warnings)
 
 
 def _extras(real: Reference, pool_NF: Tensor, seed: int) -> dict[str, Estimate | float]:
     if real.features_MF is None:
         raise VarkdError(f"KID needs images in the reference, and {real.name} holds statistics only")
-    return {"kid": kid(real.features_MF.to(pool_NF.device), pool_NF, seed=seed),
-            "fid_infinity": fid_infinity(pool_NF, real.pool, seed=seed)}  # fmt: skip
+    return {
+        "kid": kid(real.features_MF.to(pool_NF.device), pool_NF, seed=seed),
+        "fid_infinity": fid_infinity(pool_NF, real.pool, seed=seed),
+    }
 
 
 def _protocol(images: ImageFiles, real: Reference, net: Inception, k: int, mode: Mode) -> dict[str, Any]:
     return {
-        "evaluator": "ADM", "num": images.num, "image_size": [images.height, images.width],
+        "evaluator": "ADM",
+        "num": images.num,
+        "image_size": [images.height, images.width],
         "reference": real.describe(),
-        "inception": {"network": "2015-12-05", "weights": net.hash, "resize": "TF1 bilinear to 299",
-                      "dtype": str(net.dtype).removeprefix("torch.")},
-        "fid": "pool_3 (2048)", "sfid": "mixed_6/conv after ReLU, 7 channels, NHWC (2023)",
+        "inception": {
+            "network": "2015-12-05",
+            "weights": net.hash,
+            "resize": "TF1 bilinear to 299",
+            "dtype": str(net.dtype).removeprefix("torch."),
+        },
+        "fid": "pool_3 (2048)",
+        "sfid": "mixed_6/conv after ReLU, 7 channels, NHWC (2023)",
         "is": {"chunk": CHUNK, "order": "file", "outputs": 1008, "bias": False},
-        "precision_recall": {"k": k, "mode": mode, "samples": images.num,
-                             "reference": None if real.features_MF is None else len(real.features_MF)},
-    }  # fmt: skip
+        "precision_recall": {
+            "k": k,
+            "mode": mode,
+            "samples": images.num,
+            "reference": None if real.features_MF is None else len(real.features_MF),
+        },
+    }
 
 
 def _warnings(images: ImageFiles, real: Reference, logits_NC: Tensor) -> list[str]:
     found = []
     by_label = images.labels is not None and class_sorted(images.labels)
     if by_label or class_sorted(logits_NC.argmax(1).cpu().numpy()):
-        found.append(f"{images.name} is sorted by class: the Inception Score of consecutive chunks is far too low; "
-                     "shuffle the images (the other numbers do not depend on the order)")  # fmt: skip
+        found.append(
+            f"{images.name} is sorted by class: the Inception Score of consecutive chunks is far too low; "
+            "shuffle the images (the other numbers do not depend on the order)"
+        )
     if images.num < PUBLISHED_NUM:
         found.append(f"{images.num} samples: FID and sFID are biased upward against published numbers of 50,000")
     if "mu" in images.statistics():
-        found.append(f"{images.name} stores a key mu, which OpenAI's evaluator would use instead of the images: "
-                     "remove it")  # fmt: skip
+        found.append(
+            f"{images.name} stores a key mu, which OpenAI's evaluator would use instead of the images: remove it"
+        )
     if real.spatial is None:
         found.append(f"{Path(real.name).name} has no mu_s and sigma_s: no sFID")
     if real.features_MF is None:
@@ -207,5 +237,8 @@ def format_result(result: AdmResult) -> str:
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {name: value}
-    return {key: item for part, inner in value.items()
-            for key, item in _flat(inner, f"{name}.{part}" if name else str(part)).items()}  # fmt: skip
+    return {
+        key: item
+        for part, inner in value.items()
+        for key, item in _flat(inner, f"{name}.{part}" if name else str(part)).items()
+    }

@@ -25,9 +25,17 @@ from varkd.world import Rng
 
 @torch.no_grad()
 def kept_positions(
-    method: Method, term: Term, source: Source, sequences: Sequences, student: Backbone, teacher: Backbone,
-    state: Mapping[str, Tensor], codebook_tables: Mapping[str, Tensor], seed: int, batch_size: int = 128,
-) -> Tensor:  # fmt: skip
+    method: Method,
+    term: Term,
+    source: Source,
+    sequences: Sequences,
+    student: Backbone,
+    teacher: Backbone,
+    state: Mapping[str, Tensor],
+    codebook_tables: Mapping[str, Tensor],
+    seed: int,
+    batch_size: int = 128,
+) -> Tensor:
     """Where the term's selection gives full weight: bool (B, L), raster order, on the CPU.
 
     `method` is the method at the end of training (`Method.at`), `state` what its last checkpoint remembers.
@@ -48,9 +56,14 @@ def kept_positions(
 
 
 def _scores(
-    method: Method, term: Term, part: Part, student: Backbone, teacher: Backbone, codebook_tables: Mapping[str, Tensor],
+    method: Method,
+    term: Term,
+    part: Part,
+    student: Backbone,
+    teacher: Backbone,
+    codebook_tables: Mapping[str, Tensor],
     rng: Rng,
-) -> dict[Score, Tensor]:  # fmt: skip
+) -> dict[Score, Tensor]:
     wanted = term.selection.reads(term.space)
     with evaluating(teacher), evaluating(student):
         p_ND = teacher(part.codes_BL, part.condition, part.plan).flatten(0, 1)

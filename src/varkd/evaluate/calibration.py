@@ -45,10 +45,16 @@ def calibration(
 
     curve, total_B = centered_curve(statistic, len(value_NL), resamples, seed), count_NB.sum(0)
     return [
-        Bin(b / bins, (b + 1) / bins, int(total_B[b]), float(confidence_B[b] / total_B[b]),
-            Estimate(*(float(part[b]) for part in curve)))
-        for b in range(bins) if total_B[b] > 0
-    ]  # fmt: skip
+        Bin(
+            b / bins,
+            (b + 1) / bins,
+            int(total_B[b]),
+            float(confidence_B[b] / total_B[b]),
+            Estimate(*(float(part[b]) for part in curve)),
+        )
+        for b in range(bins)
+        if total_B[b] > 0
+    ]
 
 
 def expected_error(found: list[Bin]) -> float:

@@ -58,9 +58,12 @@ class CodeSpace:
         index_Vn, squared_Vn = nearest_codes(codebook_VE, count + 1)  # each code is its own nearest
         members = codebook_tables[f"{clusters.key}/members"]
         return cls(
-            codebook_tables[clusters.key].to(device), members.to(device), codebook_VE.to(device),
-            index_Vn[:, 1:].to(device), float(squared_Vn[:, -1].sqrt().mean()),
-        )  # fmt: skip
+            codebook_tables[clusters.key].to(device),
+            members.to(device),
+            codebook_VE.to(device),
+            index_Vn[:, 1:].to(device),
+            float(squared_Vn[:, -1].sqrt().mean()),
+        )
 
 
 @dataclass(frozen=True)
@@ -213,9 +216,14 @@ class Sequences:
 
 @torch.no_grad()
 def measure(
-    student: Backbone, teacher: Backbone, sequences: Sequences, space: CodeSpace, names: Iterable[str] = QUANTITIES,
-    batch_size: int = 128, chunk_rows: int | None = None,
-) -> Values:  # fmt: skip
+    student: Backbone,
+    teacher: Backbone,
+    sequences: Sequences,
+    space: CodeSpace,
+    names: Iterable[str] = QUANTITIES,
+    batch_size: int = 128,
+    chunk_rows: int | None = None,
+) -> Values:
     """The named quantities at every position, (B, L) in raster order on the CPU."""
     names, found = tuple(names), {}
     chunk_rows = chunk_rows or max(1, min(CHUNK_ROWS, CHUNK_NUMBERS // student.vocab_size))

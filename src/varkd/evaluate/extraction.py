@@ -24,9 +24,14 @@ class Features:
 
 
 def extract(
-    images: ImageFiles, net: Inception, *, batch_size: int | None = None, world: World | None = None,
-    quiet: bool = False, label: str = "features",
-) -> Features:  # fmt: skip
+    images: ImageFiles,
+    net: Inception,
+    *,
+    batch_size: int | None = None,
+    world: World | None = None,
+    quiet: bool = False,
+    label: str = "features",
+) -> Features:
     """Features of all images; every rank sees a slice of the file and gets all of them.
 
     Args:

@@ -124,8 +124,10 @@ class _Npz(ImageFiles):
         with _npz_errors(path), zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
             if "arr_0" not in names:
-                raise VarkdError(f"{path} has no key arr_0 (keys: {', '.join(sorted(names)) or 'none'}): write images "
-                                 f"with np.savez(path, images)")  # fmt: skip
+                raise VarkdError(
+                    f"{path} has no key arr_0 (keys: {', '.join(sorted(names)) or 'none'}): write images "
+                    f"with np.savez(path, images)"
+                )
             with archive.open("arr_0.npy") as member:
                 shape, fortran, dtype = _header(member)
             _check_dtype(f"{path}: arr_0", str(dtype))
@@ -138,8 +140,10 @@ class _Npz(ImageFiles):
         label_N = None if labels is None else labels.astype(np.int64)
         result = cls(str(path), num, height, width, channels, label_N, path=path)
         if channels == 1:
-            result.warnings.append(f"{path} holds gray images: they are judged as RGB with three equal channels, which "
-                                   "OpenAI's evaluator would refuse")  # fmt: skip
+            result.warnings.append(
+                f"{path} holds gray images: they are judged as RGB with three equal channels, which "
+                "OpenAI's evaluator would refuse"
+            )
         return result
 
     def batches(self, begin: int, end: int, size: int) -> Iterator[Tensor]:
@@ -198,8 +202,10 @@ class _Folder(ImageFiles):
         labels = np.array([known[parent] for parent in parents], dtype=np.int64) if len(known) > 1 else None
         result = cls(str(folder), len(paths), first.shape[0], first.shape[1], 3, labels, paths=paths)
         if lossy := sum(path.suffix.lower() in _LOSSY for path in paths):
-            result.warnings.append(f"{lossy} of {len(paths)} images in {folder} are stored with loss ({_LOSSY[0]} and "
-                                   "the like): compression moves FID by tenths and more; write PNG")  # fmt: skip
+            result.warnings.append(
+                f"{lossy} of {len(paths)} images in {folder} are stored with loss ({_LOSSY[0]} and "
+                "the like): compression moves FID by tenths and more; write PNG"
+            )
         return result
 
     def batches(self, begin: int, end: int, size: int) -> Iterator[Tensor]:
@@ -207,8 +213,10 @@ class _Folder(ImageFiles):
             batch = [_picture(path) for path in self.paths[start : min(start + size, end)]]
             for path, pixels in zip(self.paths[start:], batch, strict=False):
                 if pixels.shape[:2] != (self.height, self.width):
-                    raise VarkdError(f"{path} is {pixels.shape[1]}x{pixels.shape[0]} pixels but {self.paths[0].name} "
-                                     f"is {self.width}x{self.height}: make all images one size")  # fmt: skip
+                    raise VarkdError(
+                        f"{path} is {pixels.shape[1]}x{pixels.shape[0]} pixels but {self.paths[0].name} "
+                        f"is {self.width}x{self.height}: make all images one size"
+                    )
             yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
 
     def hash(self) -> str:
@@ -271,8 +279,10 @@ class _npz_errors:
 
 def _check_dtype(what: str, dtype: str) -> None:
     if dtype != "uint8":
-        raise VarkdError(f"{what} is {dtype}, not uint8: convert images to 0..255 by the sampler's own rule "
-                         f"(rounding or truncation) before you judge them")  # fmt: skip
+        raise VarkdError(
+            f"{what} is {dtype}, not uint8: convert images to 0..255 by the sampler's own rule "
+            f"(rounding or truncation) before you judge them"
+        )
 
 
 def _check_shape(what: str, shape: tuple[int, ...]) -> tuple[int, int, int, int]:

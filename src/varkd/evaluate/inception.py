@@ -82,8 +82,10 @@ class Inception(nn.Module):
             VarkdError: images that are not uint8 of three channels.
         """
         if images_BCHW.dtype != torch.uint8 or images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
-            raise VarkdError(f"Inception takes uint8 images (B, 3, H, W), not {tuple(images_BCHW.shape)} "
-                             f"{str(images_BCHW.dtype).removeprefix('torch.')}")  # fmt: skip
+            raise VarkdError(
+                f"Inception takes uint8 images (B, 3, H, W), not {tuple(images_BCHW.shape)} "
+                f"{str(images_BCHW.dtype).removeprefix('torch.')}"
+            )
         with full_precision():
             return self.taps(normalized(tf1_resize(images_BCHW.to(self.device))).to(self.dtype))
 
@@ -112,9 +114,13 @@ class _Conv(nn.Module):
     bias: Tensor
 
     def __init__(
-        self, state: Mapping[str, Tensor], names: Sequence[str], stride: int, padding: int | tuple[int, int],
+        self,
+        state: Mapping[str, Tensor],
+        names: Sequence[str],
+        stride: int,
+        padding: int | tuple[int, int],
         dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         folded = [_folded(state, name) for name in names]
         weight = torch.cat([weight for weight, _ in folded]).to(dtype)
@@ -275,15 +281,21 @@ def check_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     shapes = expected_shapes()
     state = {name: value for name, value in state.items() if not name.endswith(".num_batches_tracked")}
     if missing := [name for name in shapes if name not in state]:
-        raise VarkdError(f"these are not the weights of the 2015 Inception network: {len(missing)} of its 472 tensors "
-                         f"are missing, first {missing[0]}")  # fmt: skip
+        raise VarkdError(
+            f"these are not the weights of the 2015 Inception network: {len(missing)} of its 472 tensors "
+            f"are missing, first {missing[0]}"
+        )
     if unknown := [name for name in state if name not in shapes]:
-        raise VarkdError(f"these are not the weights of the 2015 Inception network: {len(unknown)} tensors are not "
-                         f"its own, first {unknown[0]}")  # fmt: skip
+        raise VarkdError(
+            f"these are not the weights of the 2015 Inception network: {len(unknown)} tensors are not "
+            f"its own, first {unknown[0]}"
+        )
     for name, shape in shapes.items():
         if tuple(state[name].shape) != shape:
-            raise VarkdError(f"{name} is {tuple(state[name].shape)}, the 2015 Inception network has {shape} "
-                             f"(torchvision's Inception-v3 is another network)")  # fmt: skip
+            raise VarkdError(
+                f"{name} is {tuple(state[name].shape)}, the 2015 Inception network has {shape} "
+                f"(torchvision's Inception-v3 is another network)"
+            )
         if not state[name].is_floating_point() or not state[name].isfinite().all():
             raise VarkdError(f"{name} does not hold finite floating-point numbers: get the weights again")
     return {name: state[name] for name in shapes}
@@ -301,31 +313,68 @@ def expected_shapes() -> dict[str, tuple[int, ...]]:
 def conv_units() -> list[tuple[str, int, int, int, int]]:
     """(name, input channels, output channels, kernel height, kernel width) of the 94 convolutions."""
     units = [
-        ("Conv2d_1a_3x3", 3, 32, 3, 3), ("Conv2d_2a_3x3", 32, 32, 3, 3), ("Conv2d_2b_3x3", 32, 64, 3, 3),
-        ("Conv2d_3b_1x1", 64, 80, 1, 1), ("Conv2d_4a_3x3", 80, 192, 3, 3),
-    ]  # fmt: skip
+        ("Conv2d_1a_3x3", 3, 32, 3, 3),
+        ("Conv2d_2a_3x3", 32, 32, 3, 3),
+        ("Conv2d_2b_3x3", 32, 64, 3, 3),
+        ("Conv2d_3b_1x1", 64, 80, 1, 1),
+        ("Conv2d_4a_3x3", 80, 192, 3, 3),
+    ]
 
     def block(name: str, *rows: tuple[str, int, int, int, int]) -> None:
         units.extend((f"{name}.{row[0]}", *row[1:]) for row in rows)
 
     for letter, num, pool in (("b", 192, 32), ("c", 256, 64), ("d", 288, 64)):
-        block(f"Mixed_5{letter}", ("branch1x1", num, 64, 1, 1), ("branch5x5_1", num, 48, 1, 1),
-              ("branch5x5_2", 48, 64, 5, 5), ("branch3x3dbl_1", num, 64, 1, 1), ("branch3x3dbl_2", 64, 96, 3, 3),
-              ("branch3x3dbl_3", 96, 96, 3, 3), ("branch_pool", num, pool, 1, 1))  # fmt: skip
-    block("Mixed_6a", ("branch3x3", 288, 384, 3, 3), ("branch3x3dbl_1", 288, 64, 1, 1),
-          ("branch3x3dbl_2", 64, 96, 3, 3), ("branch3x3dbl_3", 96, 96, 3, 3))  # fmt: skip
+        block(
+            f"Mixed_5{letter}",
+            ("branch1x1", num, 64, 1, 1),
+            ("branch5x5_1", num, 48, 1, 1),
+            ("branch5x5_2", 48, 64, 5, 5),
+            ("branch3x3dbl_1", num, 64, 1, 1),
+            ("branch3x3dbl_2", 64, 96, 3, 3),
+            ("branch3x3dbl_3", 96, 96, 3, 3),
+            ("branch_pool", num, pool, 1, 1),
+        )
+    block(
+        "Mixed_6a",
+        ("branch3x3", 288, 384, 3, 3),
+        ("branch3x3dbl_1", 288, 64, 1, 1),
+        ("branch3x3dbl_2", 64, 96, 3, 3),
+        ("branch3x3dbl_3", 96, 96, 3, 3),
+    )
     for letter, mid in (("b", 128), ("c", 160), ("d", 160), ("e", 192)):
-        block(f"Mixed_6{letter}", ("branch1x1", 768, 192, 1, 1), ("branch7x7_1", 768, mid, 1, 1),
-              ("branch7x7_2", mid, mid, 1, 7), ("branch7x7_3", mid, 192, 7, 1), ("branch7x7dbl_1", 768, mid, 1, 1),
-              ("branch7x7dbl_2", mid, mid, 7, 1), ("branch7x7dbl_3", mid, mid, 1, 7),
-              ("branch7x7dbl_4", mid, mid, 7, 1), ("branch7x7dbl_5", mid, 192, 1, 7),
-              ("branch_pool", 768, 192, 1, 1))  # fmt: skip
-    block("Mixed_7a", ("branch3x3_1", 768, 192, 1, 1), ("branch3x3_2", 192, 320, 3, 3),
-          ("branch7x7x3_1", 768, 192, 1, 1), ("branch7x7x3_2", 192, 192, 1, 7), ("branch7x7x3_3", 192, 192, 7, 1),
-          ("branch7x7x3_4", 192, 192, 3, 3))  # fmt: skip
+        block(
+            f"Mixed_6{letter}",
+            ("branch1x1", 768, 192, 1, 1),
+            ("branch7x7_1", 768, mid, 1, 1),
+            ("branch7x7_2", mid, mid, 1, 7),
+            ("branch7x7_3", mid, 192, 7, 1),
+            ("branch7x7dbl_1", 768, mid, 1, 1),
+            ("branch7x7dbl_2", mid, mid, 7, 1),
+            ("branch7x7dbl_3", mid, mid, 1, 7),
+            ("branch7x7dbl_4", mid, mid, 7, 1),
+            ("branch7x7dbl_5", mid, 192, 1, 7),
+            ("branch_pool", 768, 192, 1, 1),
+        )
+    block(
+        "Mixed_7a",
+        ("branch3x3_1", 768, 192, 1, 1),
+        ("branch3x3_2", 192, 320, 3, 3),
+        ("branch7x7x3_1", 768, 192, 1, 1),
+        ("branch7x7x3_2", 192, 192, 1, 7),
+        ("branch7x7x3_3", 192, 192, 7, 1),
+        ("branch7x7x3_4", 192, 192, 3, 3),
+    )
     for letter, num in (("b", 1280), ("c", 2048)):
-        block(f"Mixed_7{letter}", ("branch1x1", num, 320, 1, 1), ("branch3x3_1", num, 384, 1, 1),
-              ("branch3x3_2a", 384, 384, 1, 3), ("branch3x3_2b", 384, 384, 3, 1), ("branch3x3dbl_1", num, 448, 1, 1),
-              ("branch3x3dbl_2", 448, 384, 3, 3), ("branch3x3dbl_3a", 384, 384, 1, 3),
-              ("branch3x3dbl_3b", 384, 384, 3, 1), ("branch_pool", num, 192, 1, 1))  # fmt: skip
+        block(
+            f"Mixed_7{letter}",
+            ("branch1x1", num, 320, 1, 1),
+            ("branch3x3_1", num, 384, 1, 1),
+            ("branch3x3_2a", 384, 384, 1, 3),
+            ("branch3x3_2b", 384, 384, 3, 1),
+            ("branch3x3dbl_1", num, 448, 1, 1),
+            ("branch3x3dbl_2", 448, 384, 3, 3),
+            ("branch3x3dbl_3a", 384, 384, 1, 3),
+            ("branch3x3dbl_3b", 384, 384, 3, 1),
+            ("branch_pool", num, 192, 1, 1),
+        )
     return units

@@ -62,8 +62,10 @@ def read_inception_state(path: Path) -> dict[str, Tensor]:
         VarkdError: see `load_inception`.
     """
     if path.is_file() and zipfile.is_zipfile(path) and _is_torchscript(path):
-        raise VarkdError(f"{path} is TorchScript, a program that would have to be run: give the state dict that "
-                         f"torch-fidelity or pytorch-fid publish ({Path(RELEASES[0]).name})")  # fmt: skip
+        raise VarkdError(
+            f"{path} is TorchScript, a program that would have to be run: give the state dict that "
+            f"torch-fidelity or pytorch-fid publish ({Path(RELEASES[0]).name})"
+        )
     if path.suffix == ".pb":
         state = _from_graph(path)
     else:
@@ -102,8 +104,10 @@ def downloaded() -> Path:
             return path
         except (urllib.error.URLError, TimeoutError, ConnectionError, VarkdError) as error:
             reasons.append(f"{url.split('/')[4]}: {getattr(error, 'reason', error)}")
-    raise VarkdError(f"could not download the Inception weights ({'; '.join(reasons)}): fetch {RELEASES[0]} yourself "
-                     f"and give it with --inception")  # fmt: skip
+    raise VarkdError(
+        f"could not download the Inception weights ({'; '.join(reasons)}): fetch {RELEASES[0]} yourself "
+        f"and give it with --inception"
+    )
 
 
 def _fetch(url: str, path: Path) -> None:
@@ -140,28 +144,63 @@ def _from_graph(path: Path) -> dict[str, Tensor]:
 
 def tensorflow_scopes() -> dict[str, str]:
     """Unit name -> scope in `classify_image_graph_def.pb`, for all 94 units."""
-    names = {"Conv2d_1a_3x3": "conv", "Conv2d_2a_3x3": "conv_1", "Conv2d_2b_3x3": "conv_2", "Conv2d_3b_1x1": "conv_3",
-             "Conv2d_4a_3x3": "conv_4"}  # fmt: skip
+    names = {
+        "Conv2d_1a_3x3": "conv",
+        "Conv2d_2a_3x3": "conv_1",
+        "Conv2d_2b_3x3": "conv_2",
+        "Conv2d_3b_1x1": "conv_3",
+        "Conv2d_4a_3x3": "conv_4",
+    }
     blocks = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
     mixed = {f"Mixed_{block}": "mixed" + (f"_{index}" if index else "") for index, block in enumerate(blocks)}
     branches = {
-        "5": {"branch1x1": "conv", "branch5x5_1": "tower/conv", "branch5x5_2": "tower/conv_1",
-              "branch3x3dbl_1": "tower_1/conv", "branch3x3dbl_2": "tower_1/conv_1",
-              "branch3x3dbl_3": "tower_1/conv_2", "branch_pool": "tower_2/conv"},
-        "6a": {"branch3x3": "conv", "branch3x3dbl_1": "tower/conv", "branch3x3dbl_2": "tower/conv_1",
-               "branch3x3dbl_3": "tower/conv_2"},
-        "6": {"branch1x1": "conv", "branch7x7_1": "tower/conv", "branch7x7_2": "tower/conv_1",
-              "branch7x7_3": "tower/conv_2", "branch7x7dbl_1": "tower_1/conv", "branch7x7dbl_2": "tower_1/conv_1",
-              "branch7x7dbl_3": "tower_1/conv_2", "branch7x7dbl_4": "tower_1/conv_3",
-              "branch7x7dbl_5": "tower_1/conv_4", "branch_pool": "tower_2/conv"},
-        "7a": {"branch3x3_1": "tower/conv", "branch3x3_2": "tower/conv_1", "branch7x7x3_1": "tower_1/conv",
-               "branch7x7x3_2": "tower_1/conv_1", "branch7x7x3_3": "tower_1/conv_2",
-               "branch7x7x3_4": "tower_1/conv_3"},
-        "7": {"branch1x1": "conv", "branch3x3_1": "tower/conv", "branch3x3_2a": "tower/mixed/conv",
-              "branch3x3_2b": "tower/mixed/conv_1", "branch3x3dbl_1": "tower_1/conv",
-              "branch3x3dbl_2": "tower_1/conv_1", "branch3x3dbl_3a": "tower_1/mixed/conv",
-              "branch3x3dbl_3b": "tower_1/mixed/conv_1", "branch_pool": "tower_2/conv"},
-    }  # fmt: skip
+        "5": {
+            "branch1x1": "conv",
+            "branch5x5_1": "tower/conv",
+            "branch5x5_2": "tower/conv_1",
+            "branch3x3dbl_1": "tower_1/conv",
+            "branch3x3dbl_2": "tower_1/conv_1",
+            "branch3x3dbl_3": "tower_1/conv_2",
+            "branch_pool": "tower_2/conv",
+        },
+        "6a": {
+            "branch3x3": "conv",
+            "branch3x3dbl_1": "tower/conv",
+            "branch3x3dbl_2": "tower/conv_1",
+            "branch3x3dbl_3": "tower/conv_2",
+        },
+        "6": {
+            "branch1x1": "conv",
+            "branch7x7_1": "tower/conv",
+            "branch7x7_2": "tower/conv_1",
+            "branch7x7_3": "tower/conv_2",
+            "branch7x7dbl_1": "tower_1/conv",
+            "branch7x7dbl_2": "tower_1/conv_1",
+            "branch7x7dbl_3": "tower_1/conv_2",
+            "branch7x7dbl_4": "tower_1/conv_3",
+            "branch7x7dbl_5": "tower_1/conv_4",
+            "branch_pool": "tower_2/conv",
+        },
+        "7a": {
+            "branch3x3_1": "tower/conv",
+            "branch3x3_2": "tower/conv_1",
+            "branch7x7x3_1": "tower_1/conv",
+            "branch7x7x3_2": "tower_1/conv_1",
+            "branch7x7x3_3": "tower_1/conv_2",
+            "branch7x7x3_4": "tower_1/conv_3",
+        },
+        "7": {
+            "branch1x1": "conv",
+            "branch3x3_1": "tower/conv",
+            "branch3x3_2a": "tower/mixed/conv",
+            "branch3x3_2b": "tower/mixed/conv_1",
+            "branch3x3dbl_1": "tower_1/conv",
+            "branch3x3dbl_2": "tower_1/conv_1",
+            "branch3x3dbl_3a": "tower_1/mixed/conv",
+            "branch3x3dbl_3b": "tower_1/mixed/conv_1",
+            "branch_pool": "tower_2/conv",
+        },
+    }
     for name, *_ in conv_units():
         if name not in names:
             block, branch = name.split(".")
@@ -193,8 +232,13 @@ def _float_tensor(proto: memoryview) -> Tensor | None:
     first = dict(fields)
     if first.get(1) != 1:  # DT_FLOAT
         return None
-    dims = [size for number, dim in _fields(first.get(2, memoryview(b""))) if number == 2
-            for part, size in _fields(dim) if part == 1]  # fmt: skip
+    dims = [
+        size
+        for number, dim in _fields(first.get(2, memoryview(b"")))
+        if number == 2
+        for part, size in _fields(dim)
+        if part == 1
+    ]
     content = first.get(4) or b"".join(bytes(value) for number, value in fields if number == 5)
     values = torch.frombuffer(bytearray(content), dtype=torch.float32)
     return values.expand(dims) if len(values) == 1 else values.view(dims)

@@ -30,12 +30,16 @@ def kid(
     """
     size = min(size, len(reference_MF), len(samples_NF))
     if size < 2 or reference_MF.shape[1] != samples_NF.shape[1]:
-        raise VarkdError(f"KID needs 2 points in each set and one width, not {tuple(reference_MF.shape)} and "
-                         f"{tuple(samples_NF.shape)}")  # fmt: skip
+        raise VarkdError(
+            f"KID needs 2 points in each set and one width, not {tuple(reference_MF.shape)} and "
+            f"{tuple(samples_NF.shape)}"
+        )
     generator, found = Rng(seed).generator("kid"), []
     for _ in range(subsets):
-        x, y = (points[torch.randperm(len(points), generator=generator)[:size].to(points.device)].double()
-                for points in (samples_NF, reference_MF))  # fmt: skip
+        x, y = (
+            points[torch.randperm(len(points), generator=generator)[:size].to(points.device)].double()
+            for points in (samples_NF, reference_MF)
+        )
         within = sum(_kernel(part, part).fill_diagonal_(0).sum() for part in (x, y)) / (size * (size - 1))
         found.append(float(within - 2 * _kernel(x, y.to(x.device)).mean()))
     values = torch.tensor(found, dtype=torch.float64)

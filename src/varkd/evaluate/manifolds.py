@@ -43,9 +43,15 @@ class Manifolds:
 
 
 def precision_recall(
-    reference_MF: Tensor, samples_NF: Tensor, k: int = NEIGHBORS, mode: Mode = "adm", *, resamples: int = 0,
-    seed: int = 0, world: World | None = None,
-) -> Manifolds:  # fmt: skip
+    reference_MF: Tensor,
+    samples_NF: Tensor,
+    k: int = NEIGHBORS,
+    mode: Mode = "adm",
+    *,
+    resamples: int = 0,
+    seed: int = 0,
+    world: World | None = None,
+) -> Manifolds:
     """Precision (share of samples in the reference's manifold) and recall (the other way round).
 
     Args:
@@ -62,8 +68,10 @@ def precision_recall(
     reference_MF = reference_MF.to(samples_NF.device)
     for name, points in (("reference", reference_MF), ("samples", samples_NF)):
         if points.ndim != 2 or len(points) <= k:
-            raise VarkdError(f"precision and recall with k = {k} need at least {k + 1} points in each set: the {name} "
-                             f"have shape {tuple(points.shape)}")  # fmt: skip
+            raise VarkdError(
+                f"precision and recall with k = {k} need at least {k + 1} points in each set: the {name} "
+                f"have shape {tuple(points.shape)}"
+            )
         if not all(bool(rows.isfinite().all()) for rows in points.split(_BLOCK)):
             raise VarkdError(f"some features of the {name} are not finite")
     if reference_MF.shape[1] != samples_NF.shape[1]:

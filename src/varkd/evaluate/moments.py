@@ -37,8 +37,10 @@ class Gaussian:
     def __post_init__(self) -> None:
         width = len(self.mean_F)
         if self.mean_F.shape != (width,) or self.covariance_FF.shape != (width, width):
-            raise VarkdError(f"statistics of shapes {tuple(self.mean_F.shape)} and {tuple(self.covariance_FF.shape)} "
-                             f"are no mean and covariance")  # fmt: skip
+            raise VarkdError(
+                f"statistics of shapes {tuple(self.mean_F.shape)} and {tuple(self.covariance_FF.shape)} "
+                f"are no mean and covariance"
+            )
 
 
 def gaussian_of(features_NF: Tensor) -> Gaussian:

@@ -49,14 +49,23 @@ class Reference:
     def describe(self) -> dict[str, Any]:
         """The reference's part of a protocol."""
         num = None if self.features_MF is None else len(self.features_MF)
-        return {"name": Path(self.name).name, "hash": self.hash, "statistics": self.statistics,
-                "statistics_images": self.pool.num, "precision_recall_images": num}  # fmt: skip
+        return {
+            "name": Path(self.name).name,
+            "hash": self.hash,
+            "statistics": self.statistics,
+            "statistics_images": self.pool.num,
+            "precision_recall_images": num,
+        }
 
 
 def open_reference(
-    source: str | Path | Reference, net: Inception, *, batch_size: int | None = None, world: World | None = None,
+    source: str | Path | Reference,
+    net: Inception,
+    *,
+    batch_size: int | None = None,
+    world: World | None = None,
     quiet: bool = False,
-) -> Reference:  # fmt: skip
+) -> Reference:
     """A reference from any source (see the module); images are seen by `net`, under several ranks shared out.
 
     Raises:
@@ -70,8 +79,10 @@ def open_reference(
     else:
         return _from_images(source, net, batch_size, world, quiet)
     if reference.network not in (None, net.hash):
-        raise VarkdError(f"the reference {reference.name} was seen by other Inception weights "
-                         f"({str(reference.network)[:12]}, not {net.hash[:12]}): build it again")  # fmt: skip
+        raise VarkdError(
+            f"the reference {reference.name} was seen by other Inception weights "
+            f"({str(reference.network)[:12]}, not {net.hash[:12]}): build it again"
+        )
     return reference
 
 
@@ -90,8 +101,15 @@ def _from_images(
     pool, spatial = stored.get("pool"), stored.get("spatial")
     if pool is None:
         pool, spatial = gaussian_of(features.pool_NF), gaussian_of(features.spatial_NF)
-    return Reference(images.name, images.hash(), "stored" if stored else "computed from the images", net.hash, pool,
-                     spatial, features.pool_NF)  # fmt: skip
+    return Reference(
+        images.name,
+        images.hash(),
+        "stored" if stored else "computed from the images",
+        net.hash,
+        pool,
+        spatial,
+        features.pool_NF,
+    )
 
 
 def _stored(path: Path) -> dict[str, Gaussian]:
@@ -104,8 +122,10 @@ def _stored(path: Path) -> dict[str, Gaussian]:
             raise VarkdError(f"{path} has only one of the keys {mean} and {covariance}: get the whole file")
         gaussian = Gaussian(torch.from_numpy(arrays[mean]), torch.from_numpy(arrays[covariance]))
         if len(gaussian.mean_F) != width:
-            raise VarkdError(f"{path}: {mean} has {len(gaussian.mean_F)} features, the 2015 Inception network {width}: "
-                             f"these are statistics of another network")  # fmt: skip
+            raise VarkdError(
+                f"{path}: {mean} has {len(gaussian.mean_F)} features, the 2015 Inception network {width}: "
+                f"these are statistics of another network"
+            )
         if not (gaussian.mean_F.isfinite().all() and gaussian.covariance_FF.isfinite().all()):
             raise VarkdError(f"{path}: {mean} or {covariance} is not finite: download it again")
         found[name] = gaussian
@@ -124,8 +144,10 @@ def save_reference(reference: Reference, folder: Path) -> None:
     with atomic_folder(folder, SAVED) as temporary:
         save_file(tensors, temporary / "reference.safetensors")
         own = {name: getattr(reference, name) for name in names}
-        write_json(temporary / "config.json",
-                   {"kind": _KIND, **own, "num": reference.pool.num, "tensors": _tensor_hash(tensors)})  # fmt: skip
+        write_json(
+            temporary / "config.json",
+            {"kind": _KIND, **own, "num": reference.pool.num, "tensors": _tensor_hash(tensors)},
+        )
 
 
 def load_reference(folder: Path) -> Reference:
@@ -143,8 +165,15 @@ def load_reference(folder: Path) -> Reference:
             raise ValueError("its hash does not fit")
         pool = Gaussian(tensors["mu"], tensors["sigma"], config["num"])
         spatial = Gaussian(tensors["mu_s"], tensors["sigma_s"], config["num"]) if "mu_s" in tensors else None
-        return Reference(config["name"], config["hash"], config["statistics"], config["network"], pool, spatial,
-                         tensors.get("features"))  # fmt: skip
+        return Reference(
+            config["name"],
+            config["hash"],
+            config["statistics"],
+            config["network"],
+            pool,
+            spatial,
+            tensors.get("features"),
+        )
     except (KeyError, ValueError, FileNotFoundError, SafetensorError) as error:
         raise VarkdError(f"the reference in {folder} is damaged: build it again") from error
 

@@ -29,9 +29,7 @@ def samples_per_second(
 
 
 @torch.no_grad()
-def forward_codes_per_second(
-    model: Backbone, planner: Backbone, batch_size: int = 64, repeats: int = 5
-) -> float:  # fmt: skip
+def forward_codes_per_second(model: Backbone, planner: Backbone, batch_size: int = 64, repeats: int = 5) -> float:
     """Codes per second of one forward pass without gradient, all logits included; median after one warm-up."""
     row_B, condition = _rows(model, batch_size)
     plan = planner.plan(batch_size, Rng(0), row_B)

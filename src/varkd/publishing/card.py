@@ -146,14 +146,17 @@ def _protocol(metrics: Mapping[str, Any]) -> list[str]:
         "samples": f"{metrics['num_samples']:,}, labels {protocol.get('labels', 'not stated')}, seed "
         f"{as_text(protocol.get('seed'))}",
         "reference": _named(protocol.get("reference")),
-        "features": _named({key: features.get(key) for key in ("name", "hash", "accuracy")}
-                            if isinstance(features, Mapping) else features),
+        "features": _named(
+            {key: features.get(key) for key in ("name", "hash", "accuracy")}
+            if isinstance(features, Mapping)
+            else features
+        ),
         "sampler": as_text(protocol.get("sampler")),
         "weights": f"{as_text(protocol.get('weights'))} of {as_text(protocol.get('checkpoint'))}",
         "tokenizer": as_text(protocol.get("tokenizer")),
         "training seed": as_text(protocol.get("training_seed")),
         "versions": as_text(protocol.get("versions")),
-    }  # fmt: skip
+    }
     return ["Protocol:", "", *(f"- {name}: {text}" for name, text in shown.items())]
 
 
@@ -231,13 +234,17 @@ def _limits(publication: Publication) -> list[str]:
         "the training images lack or distort, it lacks or distorts too.",
     ]
     if measured:
-        lines.append("FD, precision and recall are measured on features of a small network fitted to the same data, "
-                     "not on Inception features: they compare runs on these data under this protocol, and are not the "
-                     "FID of papers.")  # fmt: skip
+        lines.append(
+            "FD, precision and recall are measured on features of a small network fitted to the same data, "
+            "not on Inception features: they compare runs on these data under this protocol, and are not the "
+            "FID of papers."
+        )
         lines.append("The intervals are of the evaluation's samples alone: they say nothing of other training seeds.")
     if _was_parallel(publication):
-        lines.append("The numbers were measured with parallel decoding (ZipAR); the samples above and the pipeline "
-                     "decode one step after the other.")  # fmt: skip
+        lines.append(
+            "The numbers were measured with parallel decoding (ZipAR); the samples above and the pipeline "
+            "decode one step after the other."
+        )
     lines.append("Nothing filters or marks its images.")
     return ["## Limits", "", *(f"- {line}" for line in lines)]
 
@@ -263,8 +270,13 @@ def record(publication: Publication, version: str) -> dict[str, Any]:
     metrics = publication.run.metrics["metrics"] if publication.run and publication.run.metrics else None
     kept = {key: {end: value.get(end) for end in ("value", "low", "high")} for key, value in (metrics or {}).items()}
     return {
-        "name": publication.name, "varkd": version, "family": publication.model.family,
-        "sampler": json.loads(json.dumps(vars(publication.sampler))), "class_names": list(publication.class_names),
-        "tokenizer_hash": publication.tokenizer.hash, "license": publication.license,
-        "base_model": publication.base_model, "metrics": kept or None,
-    }  # fmt: skip
+        "name": publication.name,
+        "varkd": version,
+        "family": publication.model.family,
+        "sampler": json.loads(json.dumps(vars(publication.sampler))),
+        "class_names": list(publication.class_names),
+        "tokenizer_hash": publication.tokenizer.hash,
+        "license": publication.license,
+        "base_model": publication.base_model,
+        "metrics": kept or None,
+    }

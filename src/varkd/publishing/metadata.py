@@ -34,8 +34,10 @@ LICENSES = frozenset((
 def check_license(text: str | None) -> None:
     """Raise `VarkdError` unless this can name a license on the hub."""
     if text is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]*", text):
-        raise VarkdError(f"--license '{text}': give an identifier such as apache-2.0, mit or cc-by-nc-4.0, or a short "
-                         "name of your own without spaces")  # fmt: skip
+        raise VarkdError(
+            f"--license '{text}': give an identifier such as apache-2.0, mit or cc-by-nc-4.0, or a short "
+            "name of your own without spaces"
+        )
 
 
 def check_base_model(text: str | None) -> None:
@@ -78,10 +80,14 @@ def _results(publication: Publication) -> dict[str, Any] | None:
     measured, num = publication.run.metrics["metrics"], publication.run.metrics["num_samples"]
     values = {column: (measured.get(column.key) or {}).get("value") for column in COLUMNS if column.key not in PLAIN}
     rows = [
-        {"type": column.key, "name": f"{column.title} ({num:,} samples, features of varkd's own network)",
-         "value": round(value * column.scale, 4)}
-        for column, value in values.items() if value is not None and math.isfinite(value)
-    ]  # fmt: skip
+        {
+            "type": column.key,
+            "name": f"{column.title} ({num:,} samples, features of varkd's own network)",
+            "value": round(value * column.scale, 4),
+        }
+        for column, value in values.items()
+        if value is not None and math.isfinite(value)
+    ]
     data = publication.training.data
     slug = re.sub(r"[^a-z0-9._/-]+", "-", data.lower()).strip("-") or "images"
     return {"task": _TASK, "dataset": {"name": data, "type": slug}, "metrics": rows} if rows else None

@@ -100,27 +100,47 @@ def write_onnx(model: Backbone, tokenizer: Tokenizer, sampler: Sampler, folder: 
     config = model.config
     cache = torch.zeros(config.num_layers, 2, 2, config.num_heads, model.sequence_length, config.head_dim)
     step = Step(model).requires_grad_(False).eval()
-    _export(step, (torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), cache), folder / STEP,
-            ("input", "slot", "cache"), ("logits", "new"), {"input": {0: "rows"}, "cache": {2: "rows"}})  # fmt: skip
+    _export(
+        step,
+        (torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), cache),
+        folder / STEP,
+        ("input", "slot", "cache"),
+        ("logits", "new"),
+        {"input": {0: "rows"}, "cache": {2: "rows"}},
+    )
     codes_BL = torch.zeros(2, model.sequence_length, dtype=torch.int32)
     decoder = Decoder(tokenizer).requires_grad_(False).eval()
     _export(decoder, (codes_BL,), folder / DECODER, ("codes",), ("images",), {"codes": {0: "rows"}})
     about = {
-        "name": name, "vocab_size": config.vocab_size, "num_classes": config.num_classes, "grid": list(config.grid),
+        "name": name,
+        "vocab_size": config.vocab_size,
+        "num_classes": config.num_classes,
+        "grid": list(config.grid),
         "class_names": list(model.class_names or map(str, range(config.num_classes))),
-        "layers": config.num_layers, "heads": config.num_heads, "head_dim": config.head_dim,
-        "image_shape": list(tokenizer.image_shape), "parameters": sum(p.numel() for p in model.parameters()),
-        "sampler": {"temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p,
-                    "guidance": sampler.guidance},
-    }  # fmt: skip
+        "layers": config.num_layers,
+        "heads": config.num_heads,
+        "head_dim": config.head_dim,
+        "image_shape": list(tokenizer.image_shape),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "sampler": {
+            "temperature": sampler.temperature,
+            "top_k": sampler.top_k,
+            "top_p": sampler.top_p,
+            "guidance": sampler.guidance,
+        },
+    }
     write_json(folder / ABOUT, about)
     return about
 
 
 def _export(
-    module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: tuple[str, ...], outputs: tuple[str, ...],
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    path: Path,
+    names: tuple[str, ...],
+    outputs: tuple[str, ...],
     dynamic: dict[str, dict[int, str]],
-) -> None:  # fmt: skip
+) -> None:
     import onnx  # noqa: F401 - a missing extra is one line here, not a traceback from inside PyTorch
     import onnxscript  # noqa: F401
 
@@ -131,8 +151,14 @@ def _export(
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            module, inputs, dynamo=True, input_names=names, output_names=outputs, dynamic_shapes=shapes,
-            opset_version=_OPSET, verbose=False,
-        )  # fmt: skip
+            module,
+            inputs,
+            dynamo=True,
+            input_names=names,
+            output_names=outputs,
+            dynamic_shapes=shapes,
+            opset_version=_OPSET,
+            verbose=False,
+        )
         assert program is not None
         program.save(str(path))

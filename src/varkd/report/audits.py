@@ -39,16 +39,29 @@ def swap(found: Analysis) -> Section:
             f"{share(at('data', '0.5', 'accuracy').value)} after a half of data"
         )
     return Section(
-        "D10", "Prefix swap", "Can the teacher complete what the student began?",
+        "D10",
+        "Prefix swap",
+        "Can the teacher complete what the student began?",
         "The plot shows the quality of images whose first k codes come from data or from the student and whose other "
         "codes the teacher samples, by the share k; at 0 both are the teacher's own images, at 1 nothing is "
         "completed.",
         f"After half of the codes from the student the Fréchet distance is {told(half)}, after half from data "
         f"{told(data)}, and {told(own)} for the teacher alone, so {verdict}{accuracy}.",
-        [(f"{label[0].upper()}{label[1:]} by the share that is given.", figures.lines(
-            f"d10-{metric}", [line(source, metric) for source in SOURCE], "share of codes given", label, legend=True,
-            marked=True)) for metric, label in ylabel.items()],
-    )  # fmt: skip
+        [
+            (
+                f"{label[0].upper()}{label[1:]} by the share that is given.",
+                figures.lines(
+                    f"d10-{metric}",
+                    [line(source, metric) for source in SOURCE],
+                    "share of codes given",
+                    label,
+                    legend=True,
+                    marked=True,
+                ),
+            )
+            for metric, label in ylabel.items()
+        ],
+    )
 
 
 def teachers(found: Analysis) -> Section:
@@ -109,7 +122,9 @@ def calibration(found: Analysis) -> Section:
     what = "the divergence to the second teacher" if other else "the mean surprise of the teacher"
     diagonal = Line("calibrated", TEACHER, [0.0, 1.0], [0.0, 1.0])
     return Section(
-        "D12", "Calibration of confidence", "Does confidence predict reliability?",
+        "D12",
+        "Calibration of confidence",
+        "Does confidence predict reliability?",
         "Drawn is, by bins of the teacher's confidence in one code or one cluster, how often that code or cluster "
         f"is the one in the data, and on student samples {what}.",
         f"On data the mean distance to the diagonal (ECE) is {plain(found.info['ece']['max_prob'])} for codes and "
@@ -117,14 +132,30 @@ def calibration(found: Analysis) -> Section:
         f"in the least to {plain(high)} in the most confident bin, so confidence "
         f"{'does' if falls else 'is not seen to'} predict it{after}",
         [
-            ("Realized accuracy on data; the diagonal is perfect calibration.", figures.lines(
-                "d12-data", [diagonal, *(line("data", name) for name in labels)], "confidence", "realized accuracy",
-                legend=True, marked=True)),
-            (f"{what[0].upper()}{what[1:]} on student samples.", figures.lines(
-                "d12-student", [line("student", name) for name in labels], "confidence", ylabel, legend=True,
-                marked=True)),
+            (
+                "Realized accuracy on data; the diagonal is perfect calibration.",
+                figures.lines(
+                    "d12-data",
+                    [diagonal, *(line("data", name) for name in labels)],
+                    "confidence",
+                    "realized accuracy",
+                    legend=True,
+                    marked=True,
+                ),
+            ),
+            (
+                f"{what[0].upper()}{what[1:]} on student samples.",
+                figures.lines(
+                    "d12-student",
+                    [line("student", name) for name in labels],
+                    "confidence",
+                    ylabel,
+                    legend=True,
+                    marked=True,
+                ),
+            ),
         ],
-    )  # fmt: skip
+    )
 
 
 def selection(found: Analysis) -> Section:
@@ -154,7 +185,9 @@ def selection(found: Analysis) -> Section:
     panels = [(f"{term}: {context}", found.map(context, f"kept/{term}")) for term, context in groups]
     shown = [(label, panel) for label, panel in panels if panel is not None]
     return Section(
-        "D13", title, question,
+        "D13",
+        title,
+        question,
         "The plot shows the share of positions that the method's selection gives full weight, with the thresholds of "
         f"its last checkpoint (update {about['checkpoint']}), the share of the forward KL at those positions, where "
         "they lie, and what training logged.",
@@ -162,11 +195,19 @@ def selection(found: Analysis) -> Section:
         [
             ("What is kept now.", figures.bars("d13-kept", names, series, "share kept")),
             ("Share of sequences in which a position is kept.", figures.maps("d13-map", shown, "share kept")),
-            *([("What training logged.", figures.lines("d13-log", history, "update", "share", legend=True),
-                "One number an update.")]
-              if history else []),
+            *(
+                [
+                    (
+                        "What training logged.",
+                        figures.lines("d13-log", history, "update", "share", legend=True),
+                        "One number an update.",
+                    )
+                ]
+                if history
+                else []
+            ),
         ],
-    )  # fmt: skip
+    )
 
 
 def _history(found: Analysis) -> list[Line]:

@@ -176,12 +176,22 @@ def styled(name: str):
     """
     import matplotlib
 
-    return matplotlib.rc_context({
-        "svg.fonttype": "none", "svg.hashsalt": name, "font.sans-serif": ["DejaVu Sans"],
-        "text.parse_math": False, "font.size": 10, "text.color": INK,
-        "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
-        "ytick.color": INK, "xtick.labelsize": 9, "ytick.labelsize": 9,
-    })  # fmt: skip
+    return matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": name,
+            "font.sans-serif": ["DejaVu Sans"],
+            "text.parse_math": False,
+            "font.size": 10,
+            "text.color": INK,
+            "axes.labelcolor": INK,
+            "axes.edgecolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "xtick.labelsize": 9,
+            "ytick.labelsize": 9,
+        }
+    )
 
 
 def new_figure(rows: int, columns: int, height: float, width: float = 5.0):

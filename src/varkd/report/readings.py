@@ -193,19 +193,32 @@ def accumulation(found: Analysis) -> Section:
     # Over the first codes the excess is a ratio of two tiny sums and says nothing.
     begin = found.info["sequence_length"] // 8
     return Section(
-        "D4", "Accumulated error", "Do errors feed on each other?",
+        "D4",
+        "Accumulated error",
+        "Do errors feed on each other?",
         "The plot shows R(l), the reverse KL summed over the first l codes, on student samples and on data, and the "
         "excess of the first over the second in per cent (ExAccErr).",
         f"After all {found.info['sequence_length']} codes R is {plain(total.value)} nats against "
         f"{plain(data.value)}, an excess of {told(Number(*(100 * part for part in last)), ' %')}, so {verdict}.",
         [
-            ("Accumulated reverse KL.", figures.lines("d4-sum", [
-                line("data", LABEL["data"], 0), line("student", LABEL["student"], 1)], xlabel, "R(l), nats",
-                legend=True)),
-            (f"Excess over data, from l = {begin + 1}; 0 is no exposure bias.", figures.lines(
-                "d4-excess", [line("excess", "excess", 1, 100, begin)], xlabel, "ExAccErr(l), %", reference=0.0)),
+            (
+                "Accumulated reverse KL.",
+                figures.lines(
+                    "d4-sum",
+                    [line("data", LABEL["data"], 0), line("student", LABEL["student"], 1)],
+                    xlabel,
+                    "R(l), nats",
+                    legend=True,
+                ),
+            ),
+            (
+                f"Excess over data, from l = {begin + 1}; 0 is no exposure bias.",
+                figures.lines(
+                    "d4-excess", [line("excess", "excess", 1, 100, begin)], xlabel, "ExAccErr(l), %", reference=0.0
+                ),
+            ),
         ],
-    )  # fmt: skip
+    )
 
 
 def choice(found: Analysis) -> Section:
@@ -220,7 +233,9 @@ def choice(found: Analysis) -> Section:
     )
     share_of_misses = (cluster.value - top.value) / max(1 - top.value, 1e-9)
     return Section(
-        "D5", "Agreement on the first choice", "Do both prefer the same code, or at least a similar one?",
+        "D5",
+        "Agreement on the first choice",
+        "Do both prefer the same code, or at least a similar one?",
         "The plot shows the share of positions at which both models rank the same code first, the student's first code "
         "is among the teacher's five likeliest, and both first codes lie in one of "
         f"{found.info['code_space']['clusters']} clusters of the codebook.",
@@ -228,14 +243,26 @@ def choice(found: Analysis) -> Section:
         f"{told(gap)}: {verdict}) and their clusters at {share(cluster.value)}, so {share(share_of_misses)} of the "
         "disagreements are between similar codes.",
         [
-            ("Means over all positions.", figures.bars("d5-bars", list(names.values()), _bars(found, names),
-                                                       "share of positions")),
-            ("By position, on student samples.", figures.lines("d5-lines", [
-                found.curve("student", "top1", "same code", 1),
-                found.curve("student", "top1_cluster", "same cluster", 2),
-                found.curve("student", "top5", "in top 5", 3)], found.xlabel, "share of sequences", legend=True)),
+            (
+                "Means over all positions.",
+                figures.bars("d5-bars", list(names.values()), _bars(found, names), "share of positions"),
+            ),
+            (
+                "By position, on student samples.",
+                figures.lines(
+                    "d5-lines",
+                    [
+                        found.curve("student", "top1", "same code", 1),
+                        found.curve("student", "top1_cluster", "same cluster", 2),
+                        found.curve("student", "top5", "in top 5", 3),
+                    ],
+                    found.xlabel,
+                    "share of sequences",
+                    legend=True,
+                ),
+            ),
         ],
-    )  # fmt: skip
+    )
 
 
 def _bars(found: Analysis, names: Sequence[str] | dict[str, str]) -> list[Bars]:
@@ -257,17 +284,31 @@ def acceptance(found: Analysis) -> Section:
         "the rate is not seen to differ between student samples and data",
     )
     return Section(
-        "D6", "Acceptance", "How often would speculative sampling keep the student's code?",
+        "D6",
+        "Acceptance",
+        "How often would speculative sampling keep the student's code?",
         "The plot shows sum min(p, q), the rate at which a draft of the student is accepted, and the same with the "
         f"mass of up to {space['neighbors']} nearest codes added (LANTERN, at most {space['slack']:g} more).",
         f"On student samples {told(plain_rate)} of the codes are accepted, and {told(wide)} with neighbors, a gain "
         f"of {plain(wide.value - plain_rate.value)}; student samples minus data is {told(gap)}: {verdict}.",
-        [("Acceptance by position.", figures.lines("d6", [
-            found.curve("data", "acceptance", "data", 0), found.curve("student", "acceptance", "student", 1),
-            found.curve("data", "acceptance_neighbors", "data, neighbors", 2),
-            found.curve("student", "acceptance_neighbors", "student, neighbors", 3)],
-            found.xlabel, "acceptance rate", legend=True))],
-    )  # fmt: skip
+        [
+            (
+                "Acceptance by position.",
+                figures.lines(
+                    "d6",
+                    [
+                        found.curve("data", "acceptance", "data", 0),
+                        found.curve("student", "acceptance", "student", 1),
+                        found.curve("data", "acceptance_neighbors", "data, neighbors", 2),
+                        found.curve("student", "acceptance_neighbors", "student, neighbors", 3),
+                    ],
+                    found.xlabel,
+                    "acceptance rate",
+                    legend=True,
+                ),
+            )
+        ],
+    )
 
 
 def distance(found: Analysis) -> Section:
@@ -280,7 +321,9 @@ def distance(found: Analysis) -> Section:
         "it is not seen to differ from data",
     )
     return Section(
-        "D7", "Distance between codes", "How far apart are the codes that both would draw?",
+        "D7",
+        "Distance between codes",
+        "How far apart are the codes that both would draw?",
         "Drawn on student samples is E|e_v - e_u|^2 for v ~ p and u ~ q over codebook vectors, the same for two "
         "draws of the teacher, and |mu_p - mu_q|^2, which is what is left of the first beyond the spread of either "
         "model.",
@@ -288,14 +331,23 @@ def distance(found: Analysis) -> Section:
         f"are apart by {told(gap)}, which is {share(gap.value / max(whole.value, 1e-9))} of the first (student "
         f"samples minus data {told(change)}: {verdict}).",
         [
-            ("Squared distances by position, on student samples.", figures.lines("d7", [
-                found.curve("student", "embedding_distance", "teacher and student", 1),
-                found.curve("student", "embedding_self", "teacher and teacher", TEACHER),
-                found.curve("student", "mean_gap", "between the means", 2)],
-                found.xlabel, "squared distance", legend=True)),
+            (
+                "Squared distances by position, on student samples.",
+                figures.lines(
+                    "d7",
+                    [
+                        found.curve("student", "embedding_distance", "teacher and student", 1),
+                        found.curve("student", "embedding_self", "teacher and teacher", TEACHER),
+                        found.curve("student", "mean_gap", "between the means", 2),
+                    ],
+                    found.xlabel,
+                    "squared distance",
+                    legend=True,
+                ),
+            ),
             *gap_map(found, "d7-map", "mean_gap", "|mu_p - mu_q|^2"),
         ],
-    )  # fmt: skip
+    )
 
 
 def ambiguity(found: Analysis) -> Section:
@@ -305,7 +357,9 @@ def ambiguity(found: Analysis) -> Section:
     vocabulary, count = found.info["vocab_size"], space["clusters"]
     fewer = clusters.value / count < n90.value / vocabulary
     return Section(
-        "D8", "Ambiguity", "Over how many codes does the teacher spread its mass, before and after compression?",
+        "D8",
+        "Ambiguity",
+        "Over how many codes does the teacher spread its mass, before and after compression?",
         "Drawn on data is N90, the number of codes (clusters) that hold 90 % of the teacher's mass, with exp H, and "
         f"the largest mass of one code, of one of {count} clusters, and of all codes within {plain(space['radius'])} "
         "of the likeliest one.",
@@ -314,12 +368,34 @@ def ambiguity(found: Analysis) -> Section:
         f"{'less' if fewer else 'not less'} ambiguous, while the mass of the likeliest outcome rises from "
         f"{share(top.value)} to {share(mass.value)} for a cluster and {share(near.value)} for a neighborhood.",
         [
-            ("Outcomes that hold 90 % of the mass.", figures.lines("d8-n90", [
-                found.curve("data", "n90", "codes (N90)", 0), found.curve("data", "perplexity", "exp H", TEACHER),
-                found.curve("data", "n90_clusters", "clusters (N90)", 2)], found.xlabel, "outcomes", legend=True)),
-            ("Mass of the likeliest outcome.", figures.lines("d8-mass", [
-                found.curve("data", "max_prob", "code", 0), found.curve("data", "cluster_mass", "cluster", 2),
-                found.curve("data", "near_mass", "neighborhood", 3)], found.xlabel, "probability mass", legend=True)),
+            (
+                "Outcomes that hold 90 % of the mass.",
+                figures.lines(
+                    "d8-n90",
+                    [
+                        found.curve("data", "n90", "codes (N90)", 0),
+                        found.curve("data", "perplexity", "exp H", TEACHER),
+                        found.curve("data", "n90_clusters", "clusters (N90)", 2),
+                    ],
+                    found.xlabel,
+                    "outcomes",
+                    legend=True,
+                ),
+            ),
+            (
+                "Mass of the likeliest outcome.",
+                figures.lines(
+                    "d8-mass",
+                    [
+                        found.curve("data", "max_prob", "code", 0),
+                        found.curve("data", "cluster_mass", "cluster", 2),
+                        found.curve("data", "near_mass", "neighborhood", 3),
+                    ],
+                    found.xlabel,
+                    "probability mass",
+                    legend=True,
+                ),
+            ),
             *gap_map(found, "d8-map", "n90", "N90, codes"),
         ],
-    )  # fmt: skip
+    )

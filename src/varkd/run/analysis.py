@@ -35,9 +35,18 @@ SECOND_QUANTITIES = ("jsd", "forward_kl", "acceptance", "top1")
 
 
 def analyze_run(
-    folder: Path, out: Path, *, teacher: Path | None = None, second: Path | None = None, data: Path | None = None,
-    num: int = 1000, seed: int = 0, split: Split = "validation", device: str = "auto", quiet: bool = False,
-) -> Path:  # fmt: skip
+    folder: Path,
+    out: Path,
+    *,
+    teacher: Path | None = None,
+    second: Path | None = None,
+    data: Path | None = None,
+    num: int = 1000,
+    seed: int = 0,
+    split: Split = "validation",
+    device: str = "auto",
+    quiet: bool = False,
+) -> Path:
     """Write `out`: CSV files, `analysis.json` and `index.html`, whose path is returned.
 
     Args:
@@ -87,23 +96,38 @@ def _about(subject: Subject, contexts: Mapping[str, Sequences], split: str, aske
     names: Tensor = data.condition.label_B.cpu()
     return {
         "name": (run.name if run else None) or subject.folder.resolve().name,
-        "method": run.preset if run else None, "student": str(subject.folder), "teacher": str(subject.teacher_path),
+        "method": run.preset if run else None,
+        "student": str(subject.folder),
+        "teacher": str(subject.teacher_path),
         "second": str(subject.second_path) if subject.second_path else None,
-        "teacher_hash": weights_hash(subject.teacher), "families": [subject.student.family, subject.teacher.family],
+        "teacher_hash": weights_hash(subject.teacher),
+        "families": [subject.student.family, subject.teacher.family],
         "parameters": {"student": _size(subject.student), "teacher": _size(subject.teacher)},
-        "data": subject.codes.manifest["source"]["name"], "tokenizer": subject.codes.manifest["tokenizer"]["hash"],
-        "split": split, "num": len(data), "num_asked": asked, "seed": subject.seed,
-        "labels": torch.bincount(names, minlength=layout.num_classes).tolist(), "sampler": asdict(subject.sampler),
-        "grid": list(layout.grid), "scales": list(layout.scales) if layout.scales else None,
-        "steps": len(data.plan.sizes), "sequence_length": data.codes_BL.shape[1], "vocab_size": layout.vocab_size,
+        "data": subject.codes.manifest["source"]["name"],
+        "tokenizer": subject.codes.manifest["tokenizer"]["hash"],
+        "split": split,
+        "num": len(data),
+        "num_asked": asked,
+        "seed": subject.seed,
+        "labels": torch.bincount(names, minlength=layout.num_classes).tolist(),
+        "sampler": asdict(subject.sampler),
+        "grid": list(layout.grid),
+        "scales": list(layout.scales) if layout.scales else None,
+        "steps": len(data.plan.sizes),
+        "sequence_length": data.codes_BL.shape[1],
+        "vocab_size": layout.vocab_size,
         "raster": bool((data.plan.order_BL == torch.arange(data.codes_BL.shape[1], device=subject.device)).all()),
         "code_space": {
-            "clusters": int(subject.space.cluster_V.max()) + 1, "assignment": subject.clusters.key,
-            "radius": subject.space.radius, "slack": diagnostics.SLACK, "mass": diagnostics.MASS,
+            "clusters": int(subject.space.cluster_V.max()) + 1,
+            "assignment": subject.clusters.key,
+            "radius": subject.space.radius,
+            "slack": diagnostics.SLACK,
+            "mass": diagnostics.MASS,
             "neighbors": 0 if subject.space.neighbor_Vk is None else subject.space.neighbor_Vk.shape[1],
         },
-        "versions": versions(), "device": str(subject.device),
-    }  # fmt: skip
+        "versions": versions(),
+        "device": str(subject.device),
+    }
 
 
 def _size(model: Backbone) -> int:

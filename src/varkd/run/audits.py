@@ -40,9 +40,10 @@ def all_of(
     tables["risks"] = risks(values, subject.seed)
     tables["cost"] = cost(subject)
     return {
-        "reference": reference.describe(), "features": record,
+        "reference": reference.describe(),
+        "features": record,
         "selection": selection(subject, contexts, values, tables),
-    }  # fmt: skip
+    }
 
 
 def decode(tokenizer: Tokenizer, codes_BL: Tensor, device: torch.device, batch_size: int = 250) -> Tensor:
@@ -75,10 +76,12 @@ def prefix_swap(subject: Subject, contexts: Mapping[str, Sequences], reference: 
 def risks(values: Mapping[str, Values], seed: int) -> Table:
     """f-DISTILL's two risks, and the teacher's own surprise by its own sequences as their floor."""
     asked = {
-        "likelihood": values["student"]["ce_teacher"], "coverage": values["teacher"]["ce"],
-        "likelihood_floor": values["teacher"]["ce_teacher"], "coverage_floor": values["teacher"]["ce_teacher"],
+        "likelihood": values["student"]["ce_teacher"],
+        "coverage": values["teacher"]["ce"],
+        "likelihood_floor": values["teacher"]["ce_teacher"],
+        "coverage_floor": values["teacher"]["ce_teacher"],
         "student_entropy": values["student"]["ce"],
-    }  # fmt: skip
+    }
     rows = tuple((name, *risk(value_NL, seed=seed), len(value_NL)) for name, value_NL in asked.items())
     return Table(("risk", "value", "low", "high", "num"), rows)
 
@@ -111,8 +114,12 @@ def selection(
     if run is None:
         return {"why_not": "a model folder has no method"}
     log = read_folder(subject.folder).log
-    history = [(entry["step"], key, float(value)) for entry in log for key, value in entry.items()
-               if entry.get("split") == "train" and key.startswith(AUDITED)]  # fmt: skip
+    history = [
+        (entry["step"], key, float(value))
+        for entry in log
+        for key, value in entry.items()
+        if entry.get("split") == "train" and key.startswith(AUDITED)
+    ]
     tables["selection_training"] = Table(("step", "key", "value"), tuple(history))
     terms = [term.name for term in run.method.terms if not term.selection.keeps_all]
     if not terms:
@@ -128,8 +135,17 @@ def selection(
     kept: dict[str, Values] = {name: {} for name in contexts}
     for term in (term for term in method.terms if term.name in terms):
         for source in term.on:
-            kept_BL = kept_positions(method, term, source, contexts[source], subject.student, subject.teacher, state,
-                                     codebook_tables, subject.seed)  # fmt: skip
+            kept_BL = kept_positions(
+                method,
+                term,
+                source,
+                contexts[source],
+                subject.student,
+                subject.teacher,
+                state,
+                codebook_tables,
+                subject.seed,
+            )
             kept[source][f"kept/{term.name}"] = kept_BL
             found = kept_share(kept_BL, values[source]["forward_kl"], seed=subject.seed)
             rows.append((term.name, source, "positions", *found.positions, len(kept_BL)))

@@ -96,8 +96,11 @@ def maps(values: Mapping[str, Values], grid: tuple[int, int], scales: Sequence[i
 def accumulated_error(ranked: Mapping[str, Values], seed: int) -> Table:
     """R(l) on both contexts and the excess, for l = 1 .. L codes."""
     student, data = ranked["student"]["reverse_kl"], ranked["data"]["reverse_kl"]
-    curves = {"student": accumulated(student, seed=seed), "data": accumulated(data, seed=seed),
-              "excess": excess_accumulated(student, data, seed=seed)}  # fmt: skip
+    curves = {
+        "student": accumulated(student, seed=seed),
+        "data": accumulated(data, seed=seed),
+        "excess": excess_accumulated(student, data, seed=seed),
+    }
     rows: list[tuple[Cell, ...]] = []
     for name, curve in curves.items():
         numbers = zip(*(part.tolist() for part in curve), strict=True)
@@ -123,6 +126,16 @@ def calibrations(values: Mapping[str, Values], seed: int) -> tuple[Table, dict[s
             for each in bins:
                 about = (each.low, each.high, each.num, each.confidence)
                 rows.append((context, confidence, quantity, *about, *each.value))
-    columns = ("context", "confidence", "quantity", "bin_low", "bin_high", "codes", "mean_confidence", "value", "low",
-               "high")  # fmt: skip
+    columns = (
+        "context",
+        "confidence",
+        "quantity",
+        "bin_low",
+        "bin_high",
+        "codes",
+        "mean_confidence",
+        "value",
+        "low",
+        "high",
+    )
     return Table(columns, tuple(rows)), errors

@@ -81,11 +81,20 @@ class Codes:
             num = self.manifest["splits"][split]["num"]
             gone = ArchivedImages(name, split, tuple(self.manifest["class_names"]), fingerprint, num)
             return gone if not needed else gone.refuse()
-        images = open_images(name, split, image_size=source["image_size"], validation=source["validation"],
-                             seed=source["seed"], label=source.get("label"), skip=source.get("skipped"))  # fmt: skip
+        images = open_images(
+            name,
+            split,
+            image_size=source["image_size"],
+            validation=source["validation"],
+            seed=source["seed"],
+            label=source.get("label"),
+            skip=source.get("skipped"),
+        )
         if images.fingerprint != fingerprint:
-            raise VarkdError(f"{name} no longer holds the images that were encoded into {self.folder}: put them back, "
-                             "or encode what is there now into another folder")  # fmt: skip
+            raise VarkdError(
+                f"{name} no longer holds the images that were encoded into {self.folder}: put them back, "
+                "or encode what is there now into another folder"
+            )
         return images
 
 
@@ -117,17 +126,32 @@ def pick_tokenizer(name: str, images: ImageSet) -> tuple[Tokenizer, str | None]:
         return load_tokenizer(expand(name)), expand(name)
     channels, height, width = images.image_shape
     if channels != 1:
-        raise VarkdError(f"the pixels tokenizer takes gray images, these have {channels} channels: use "
-                         "`varkd tokenizer fit` and give its folder")  # fmt: skip
+        raise VarkdError(
+            f"the pixels tokenizer takes gray images, these have {channels} channels: use "
+            "`varkd tokenizer fit` and give its folder"
+        )
     return Pixels(PixelsConfig(height=height, width=width)), None
 
 
 def encode(
-    data: str | Indexed, tokenizer: str, out: Path, *, image_size: int | None = None, validation: float = 0.1,
-    seed: int = 0, flip: bool = False, shifts: int = 0, ten_crop: float | None = None, device: str = "auto",
-    batch_size: int = 256, shard_size: int = 4096, class_map: Path | None = None, label: str | None = None,
-    skip_corrupt: bool = False, quiet: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    data: str | Indexed,
+    tokenizer: str,
+    out: Path,
+    *,
+    image_size: int | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+    flip: bool = False,
+    shifts: int = 0,
+    ten_crop: float | None = None,
+    device: str = "auto",
+    batch_size: int = 256,
+    shard_size: int = 4096,
+    class_map: Path | None = None,
+    label: str | None = None,
+    skip_corrupt: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """`varkd encode`: images -> code shards and a reconstruction check. Returns the manifest.
 
     `class_map` is a file that gives each class its number in a model of more classes (`data.classes`).
@@ -162,8 +186,9 @@ def describe_codes(folder: Path) -> list[str]:
     """What `varkd encode` says in the end: images, classes, and everything that is not there or was not read."""
     manifest = read_manifest(folder)
     names, source, check = manifest["class_names"], manifest["source"], manifest["reconstruction"]
-    count_SK = {split: np.bincount(CodeDataset(folder, split).labels, minlength=len(names))
-                for split in manifest["splits"]}  # fmt: skip
+    count_SK = {
+        split: np.bincount(CodeDataset(folder, split).labels, minlength=len(names)) for split in manifest["splits"]
+    }
     images = ", ".join(f"{split} {count_K.sum()}" for split, count_K in count_SK.items())
     total_K = np.sum(list(count_SK.values()), axis=0)
     shown = ", ".join(f"{name} {total}" for name, total in zip(names[:_SHOWN], total_K, strict=False))
@@ -181,8 +206,10 @@ def describe_codes(folder: Path) -> list[str]:
     if ignored := source.get("ignored"):
         lines.append("not read as images: " + ", ".join(f"{num} {ending}" for ending, num in sorted(ignored.items())))
     if skipped := [key for keys in source.get("skipped", {}).values() for key in keys]:
-        lines.append(f"left out as corrupt: {len(skipped)} ({', '.join(skipped[:_SHOWN])}"
-                     f"{', ...' if len(skipped) > _SHOWN else ''})")  # fmt: skip
+        lines.append(
+            f"left out as corrupt: {len(skipped)} ({', '.join(skipped[:_SHOWN])}"
+            f"{', ...' if len(skipped) > _SHOWN else ''})"
+        )
     return lines
 
 
@@ -196,24 +223,46 @@ def open_codes(run: RunConfig) -> Codes:
             codes.checked(load_tokenizer(str(run.tokenizer)))
         return codes
     if run.tokenizer is None:
-        raise VarkdError(f"data={run.data} is not a codes folder: encode it first (`varkd encode {run.data} "
-                         "--tokenizer DIR --out CODES`), or give tokenizer= too")  # fmt: skip
+        raise VarkdError(
+            f"data={run.data} is not a codes folder: encode it first (`varkd encode {run.data} "
+            "--tokenizer DIR --out CODES`), or give tokenizer= too"
+        )
     encode(run.data, run.tokenizer, Path(run.out) / "codes", device=run.device)
     return Codes(Path(run.out) / "codes")
 
 
 def fit(
-    data: str, out: Path, *, kind: str = "vq", scales: Sequence[int] | None = None, image_size: int | None = None,
-    validation: float = 0.1, vocab_size: int = 512, downsampling: int = 4, steps: int | None = None, seed: int = 0,
-    flip: bool = True, label: str | None = None, skip_corrupt: bool = False, device: str = "auto",
-    overwrite: bool = False, quiet: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    data: str,
+    out: Path,
+    *,
+    kind: str = "vq",
+    scales: Sequence[int] | None = None,
+    image_size: int | None = None,
+    validation: float = 0.1,
+    vocab_size: int = 512,
+    downsampling: int = 4,
+    steps: int | None = None,
+    seed: int = 0,
+    flip: bool = True,
+    label: str | None = None,
+    skip_corrupt: bool = False,
+    device: str = "auto",
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """`varkd tokenizer fit`: train a tokenizer on images, save it to `out`, return its record (PSNR, seconds)."""
     _check_free(out, overwrite)
     if kind == "vq" and scales is not None:
         raise VarkdError("--scales is for --kind multiscale: the vq tokenizer has one grid of codes")
-    sets, skipped = open_checked(data, skip_corrupt=skip_corrupt, quiet=quiet, image_size=image_size,
-                                 validation=validation, seed=seed, label=label)  # fmt: skip
+    sets, skipped = open_checked(
+        data,
+        skip_corrupt=skip_corrupt,
+        quiet=quiet,
+        image_size=image_size,
+        validation=validation,
+        seed=seed,
+        label=label,
+    )
     train, held_out = sets["train"], sets["validation"]
     channels, height, width = train.image_shape
     if height != width:
@@ -240,9 +289,14 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 
 def import_official(
-    file: Path, out: Path, *, image_size: int = 256, kind: str | None = None, scales: Sequence[int] | None = None,
+    file: Path,
+    out: Path,
+    *,
+    image_size: int = 256,
+    kind: str | None = None,
+    scales: Sequence[int] | None = None,
     overwrite: bool = False,
-) -> Tokenizer:  # fmt: skip
+) -> Tokenizer:
     """`varkd tokenizer import`: a published tokenizer (see `load_official`) -> a tokenizer folder."""
     _check_free(out, overwrite)
     tokenizer = load_official(file, image_size, kind, scales)

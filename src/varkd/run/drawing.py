@@ -57,8 +57,9 @@ class Drawing:
 
     def __post_init__(self) -> None:
         if len(self.label_N) < 1 or self.batch_size < 1:
-            raise VarkdError(f"num={len(self.label_N)}, batch_size={self.batch_size}: ask for at least one sample at "
-                             "a time")  # fmt: skip
+            raise VarkdError(
+                f"num={len(self.label_N)}, batch_size={self.batch_size}: ask for at least one sample at a time"
+            )
 
     @property
     def num(self) -> int:
@@ -78,11 +79,17 @@ class Drawing:
     def request(self, layout: Layout) -> dict[str, Any]:
         """What decides the bytes; a part of another request is not taken up."""
         return {
-            "weights": weights_hash(self.model), "tokenizer": self.tokenizer.hash, "num": self.num, "seed": self.seed,
-            "labels_hash": sha256_of(self.label_N.numpy().tobytes()), "sampler": vars(self.sampler),
+            "weights": weights_hash(self.model),
+            "tokenizer": self.tokenizer.hash,
+            "num": self.num,
+            "seed": self.seed,
+            "labels_hash": sha256_of(self.label_N.numpy().tobytes()),
+            "sampler": vars(self.sampler),
             "resize": self.resize,
-            "batch_size": self.batch_size, "order": self.order, "layout": layout,
-        }  # fmt: skip
+            "batch_size": self.batch_size,
+            "order": self.order,
+            "layout": layout,
+        }
 
 
 def file_order(num: int) -> Literal["given", "shuffled"]:
@@ -91,9 +98,14 @@ def file_order(num: int) -> Literal["given", "shuffled"]:
 
 
 def draw_to(
-    drawing: Drawing, out: Path, layout: Layout = "npz", *, about: dict[str, Any] | None = None,
-    world: World | None = None, quiet: bool = False,
-) -> Path:  # fmt: skip
+    drawing: Drawing,
+    out: Path,
+    layout: Layout = "npz",
+    *,
+    about: dict[str, Any] | None = None,
+    world: World | None = None,
+    quiet: bool = False,
+) -> Path:
     """Draw the images and write the folder `out` at once when all are there; the same call resumes.
 
     `samples.npz` (arr_0 uint8 NHWC, label, codes) or `images/000000.png` with `labels.npy`; `grid.png`, and
@@ -134,8 +146,10 @@ def _open(partial: Path, request: dict[str, Any]) -> None:
     if (partial / "request.json").is_file():
         found = read_json(partial / "request.json")
         if different := [name for name in request if found.get(name) != request[name]]:
-            raise VarkdError(f"{partial} holds unfinished samples of other settings ({', '.join(different)}): finish "
-                             f"those with the same command, or choose another --out")  # fmt: skip
+            raise VarkdError(
+                f"{partial} holds unfinished samples of other settings ({', '.join(different)}): finish "
+                f"those with the same command, or choose another --out"
+            )
         return
     write_json(partial / "request.json", request)
 
@@ -153,9 +167,16 @@ def _draw_part(drawing: Drawing, partial: Path, part: int, layout: Layout, place
     first = part * drawing.batch_size
     label_B = drawing.label_N[first : first + drawing.batch_size]
     images, codes_BL = generate_with_codes(
-        drawing.model, drawing.tokenizer, label_B, drawing.sampler, drawing.seed, drawing.batch_size, quiet=True,
-        first_row=first, resize=drawing.resize,
-    )  # fmt: skip
+        drawing.model,
+        drawing.tokenizer,
+        label_B,
+        drawing.sampler,
+        drawing.seed,
+        drawing.batch_size,
+        quiet=True,
+        first_row=first,
+        resize=drawing.resize,
+    )
     images_BHWC = images.permute(0, 2, 3, 1).contiguous().numpy()
     if layout == "png":
         for row, image_HWC in enumerate(images_BHWC):
@@ -198,9 +219,12 @@ def _finish(drawing: Drawing, partial: Path, out: Path, layout: Layout, about: d
 
 
 def _write_npz(
-    path: Path, parts: list[NDArray[np.uint8]], drawing: Drawing, label_N: NDArray[np.int64],
+    path: Path,
+    parts: list[NDArray[np.uint8]],
+    drawing: Drawing,
+    label_N: NDArray[np.int64],
     codes_NL: NDArray[np.uint16],
-) -> None:  # fmt: skip
+) -> None:
     """An .npz as `np.savez` writes it, image by image and without the time of day."""
     order = drawing.row_of_N
     shape = (drawing.num, *parts[0].shape[1:])

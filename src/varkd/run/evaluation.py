@@ -46,9 +46,14 @@ _AGREEMENT_SEQUENCES = 512
 
 
 def evaluate_run(
-    folder: Path, *, features: Path | None = None, teacher: Path | None = None,
-    settings: EvaluationConfig | None = None, device: str = "auto", quiet: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    folder: Path,
+    *,
+    features: Path | None = None,
+    teacher: Path | None = None,
+    settings: EvaluationConfig | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Measure a run and write `metrics.json` and `evaluation/samples.png` into its folder.
 
     Args:
@@ -73,15 +78,22 @@ def evaluate_run(
     means, curves = judge.agreement(model, loaded, run.method, settings.seed) if loaded else (None, None)
     status = read_json(folder / "status.json")
     metrics = {
-        "name": run.name or folder.name, "method": run.preset, "updates": status["step"], "seconds": status["seconds"],
+        "name": run.name or folder.name,
+        "method": run.preset,
+        "updates": status["step"],
+        "seconds": status["seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "samples_per_second": samples_per_second(model, settings.sampler),
-        "num_samples": settings.num_samples, "metrics": seen.metrics, "floors": judge.floors(),
+        "num_samples": settings.num_samples,
+        "metrics": seen.metrics,
+        "floors": judge.floors(),
         "validation_ce": judge.cross_entropy(model),
-        "agreement": means, "agreement_by_position": curves, "grid": codes.manifest["grid"],
+        "agreement": means,
+        "agreement_by_position": curves,
+        "grid": codes.manifest["grid"],
         "protocol": _protocol(run, codes, settings, judge, teacher_path, teacher_hash, folder),
         "samples": "evaluation/samples.png",
-    }  # fmt: skip
+    }
     write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -121,8 +133,9 @@ class Judge:
     def see(self, model: Backbone, settings: EvaluationConfig, label: str = "sample", quiet: bool = False) -> Seen:
         """Sample as the settings say, and measure."""
         images, label_B = self._samples(model, settings.num_samples, settings.sampler, settings, label, quiet)
-        found = sample_metrics(images, label_B, self.reference, self.net, resamples=settings.resamples,
-                               seed=settings.seed)  # fmt: skip
+        found = sample_metrics(
+            images, label_B, self.reference, self.net, resamples=settings.resamples, seed=settings.seed
+        )
         return Seen(images, model.num_classes, found)
 
     def distance(self, model: Backbone, num: int, sampler: Sampler, settings: EvaluationConfig) -> float:
@@ -135,8 +148,8 @@ class Judge:
     ) -> tuple[Tensor, Tensor]:
         label_B = balanced_labels(num, model.num_classes)
         images, _ = generate_with_codes(
-            model, self.codes.tokenizer, label_B, sampler, settings.seed, settings.batch_size, label,
-                             quiet)  # fmt: skip
+            model, self.codes.tokenizer, label_B, sampler, settings.seed, settings.batch_size, label, quiet
+        )
         return images, label_B
 
     def cross_entropy(self, model: Backbone) -> float:
@@ -197,16 +210,13 @@ def feature_network(codes: Codes, folder: Path, device: str, quiet: bool = False
         if not quiet:
             console.print(f"fitting the feature network on {codes.manifest['source']['name']} (once; kept in {folder})")
         flip = has_flips(codes.manifest["views"])
-        net, record = fit_features(*images, FitFeatures(flip=flip),
-                                   device=pick_device(device), quiet=quiet)  # fmt: skip
+        net, record = fit_features(*images, FitFeatures(flip=flip), device=pick_device(device), quiet=quiet)
         record["images"] = fingerprint
         save_features(net, record, folder)
     return net.to(pick_device(device)), record
 
 
-def reference_for(
-    codes: Codes, net: FeatureNet, quiet: bool = False, folder: Path | None = None
-) -> ReferenceSet:  # fmt: skip
+def reference_for(codes: Codes, net: FeatureNet, quiet: bool = False, folder: Path | None = None) -> ReferenceSet:
     """The training images as the reference, kept in `folder`, by default beside the codes."""
     flips = has_flips(codes.manifest["views"])
     cache = (folder or codes.folder) / f"reference-{net.hash[:8]}"
@@ -221,17 +231,29 @@ def _data_batches(codes: Codes) -> list[Batch]:
 
 
 def _protocol(
-    run: RunConfig, codes: Codes, settings: EvaluationConfig, judge: Judge, teacher: Path | None,
-    teacher_hash: str | None, folder: Path,
-) -> dict[str, Any]:  # fmt: skip
+    run: RunConfig,
+    codes: Codes,
+    settings: EvaluationConfig,
+    judge: Judge,
+    teacher: Path | None,
+    teacher_hash: str | None,
+    folder: Path,
+) -> dict[str, Any]:
     selected = read_json(folder / "checkpoints" / "selected.json")
     labels = labels_in_words(settings.num_samples, len(codes.manifest["class_names"]))
     return {
-        "reference": judge.reference.describe(), "features": judge.record,
+        "reference": judge.reference.describe(),
+        "features": judge.record,
         "tokenizer": codes.manifest["tokenizer"]["hash"],
-        "data": codes.manifest["source"]["name"], "sampler": vars(settings.sampler), "seed": settings.seed,
-        "training_seed": run.seed, "labels": labels, "versions": versions(),
-        "weights": selected["weights"], "checkpoint": selected["checkpoint"],
-        "teacher": str(teacher) if teacher else None, "teacher_hash": teacher_hash,
+        "data": codes.manifest["source"]["name"],
+        "sampler": vars(settings.sampler),
+        "seed": settings.seed,
+        "training_seed": run.seed,
+        "labels": labels,
+        "versions": versions(),
+        "weights": selected["weights"],
+        "checkpoint": selected["checkpoint"],
+        "teacher": str(teacher) if teacher else None,
+        "teacher_hash": teacher_hash,
         "init": run.init,
-    }  # fmt: skip
+    }

@@ -31,8 +31,16 @@ def judge_images(samples: Path, judge: Judge) -> AdmResult:
     Raises:
         VarkdError: see `varkd.metrics.adm`.
     """
-    return adm(samples, judge.reference, judge.net, mode=judge.mode, resamples=judge.resamples, extras=judge.extras,
-               world=judge.world, quiet=judge.quiet)  # fmt: skip
+    return adm(
+        samples,
+        judge.reference,
+        judge.net,
+        mode=judge.mode,
+        resamples=judge.resamples,
+        extras=judge.extras,
+        world=judge.world,
+        quiet=judge.quiet,
+    )
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,14 @@ class Judge:
         if not samples.exists():
             raise VarkdError(f"{samples} is not a run folder, an .npz file or a folder of images")
         if arguments.reference is None and arguments.protocol:
-            raise VarkdError("samples are judged against a reference: give --reference FILE, such as "
-                             "VIRTUAL_imagenet256_labeled.npz")  # fmt: skip
+            raise VarkdError(
+                "samples are judged against a reference: give --reference FILE, such as VIRTUAL_imagenet256_labeled.npz"
+            )
         if arguments.reference is None:
-            raise VarkdError(f"{samples} is not a run folder, and images are judged against a reference: give "
-                             "--reference FILE, such as VIRTUAL_imagenet256_labeled.npz")  # fmt: skip
+            raise VarkdError(
+                f"{samples} is not a run folder, and images are judged against a reference: give "
+                "--reference FILE, such as VIRTUAL_imagenet256_labeled.npz"
+            )
         net = load_inception(arguments.inception, device=rank_device(arguments.device, world))
         reference = open_reference(arguments.reference, net, world=world, quiet=arguments.json)
         if arguments.save_reference is not None and world.is_main:
@@ -97,8 +108,13 @@ def evaluate_verb(arguments: argparse.Namespace, sampler_of: SamplerOf) -> None:
 
     given = {"num_samples": arguments.num, "seed": arguments.seed, "sampler": sampler_of(arguments)}
     settings = replace(read_run(arguments.run_folder).evaluation, **{k: v for k, v in given.items() if v is not None})
-    metrics = evaluate_run(arguments.run_folder, features=arguments.features, teacher=arguments.teacher,
-                           settings=settings, device=arguments.device)  # fmt: skip
+    metrics = evaluate_run(
+        arguments.run_folder,
+        features=arguments.features,
+        teacher=arguments.teacher,
+        settings=settings,
+        device=arguments.device,
+    )
     print(format_text_table(comparison_table([metrics])))
     print(arguments.run_folder / "metrics.json")
 
@@ -129,14 +145,31 @@ def _draw_and_judge(arguments: argparse.Namespace, world: World) -> tuple[AdmRes
     changes = _changes(arguments)
     if arguments.search_guidance is not None:
         changes["guidance"], more["search"] = search_guidance(
-            candidate, name, judge.reference, judge.net, arguments.search_guidance, num=arguments.search_num,
-            changes=changes, world=world, quiet=judge.quiet, **options,
-        )  # fmt: skip
+            candidate,
+            name,
+            judge.reference,
+            judge.net,
+            arguments.search_guidance,
+            num=arguments.search_num,
+            changes=changes,
+            world=world,
+            quiet=judge.quiet,
+            **options,
+        )
     chosen = plan_of(candidate, name, num=arguments.num or PUBLISHED_NUM, changes=changes, **options)
     if world.is_main and not arguments.json:
         print(format_card(chosen), end="\n\n")
-    result = evaluate_plan(candidate, chosen, judge.reference, judge.net, mode=judge.mode, resamples=judge.resamples,
-                           extras=judge.extras, world=world, quiet=judge.quiet)  # fmt: skip
+    result = evaluate_plan(
+        candidate,
+        chosen,
+        judge.reference,
+        judge.net,
+        mode=judge.mode,
+        resamples=judge.resamples,
+        extras=judge.extras,
+        world=world,
+        quiet=judge.quiet,
+    )
     return result, {**more, "card": chosen.card()}
 
 

@@ -63,10 +63,18 @@ def build_objects(run: RunConfig, codes: Codes, world: World, device: torch.devi
     if run.method.needs_reference:
         reference = distribute(new_student(run, codes).to(device).requires_grad_(False), world, run.train.replicas)
     distiller = Distiller(
-        run.method, student, cache or teacher, updates=run.train.updates, seed=run.seed,
-        label_drop=run.train.label_drop, chunk_rows=run.train.chunk_rows, precision=run.train.precision, world=world,
-        reference=reference, codebook_tables=codebook_tables,
-    )  # fmt: skip
+        run.method,
+        student,
+        cache or teacher,
+        updates=run.train.updates,
+        seed=run.seed,
+        label_drop=run.train.label_drop,
+        chunk_rows=run.train.chunk_rows,
+        precision=run.train.precision,
+        world=world,
+        reference=reference,
+        codebook_tables=codebook_tables,
+    )
     return Objects(distiller, teacher_hash, cache.cache.hash if cache else None)
 
 
@@ -109,8 +117,10 @@ def check_scale(run: RunConfig, student: Backbone) -> None:
     """Raise `VarkdError` where a student reads the guidance scale but would be taught a guided teacher as scale 1."""
     target = run.method.target
     if student.guidance_conditioned and target.one_scale is not None:
-        raise VarkdError(f"this student reads the guidance scale, and one scale for all is not told: set "
-                         f"method.target.highest ({target.one_scale:g} or more)")  # fmt: skip
+        raise VarkdError(
+            f"this student reads the guidance scale, and one scale for all is not told: set "
+            f"method.target.highest ({target.one_scale:g} or more)"
+        )
 
 
 def open_model(path: str | Path, codes: Codes, student: Backbone | None = None, device: str = "cpu") -> Backbone:
@@ -145,8 +155,10 @@ def _check_codes(model: Backbone, codes: Codes) -> None:
         raise VarkdError(f"this model has {model.vocab_size} codes, the data {wanted}: use codes of the same tokenizer")
     length = sequence_length(codes.manifest)
     if model.sequence_length != length:
-        raise VarkdError(f"this model has {model.sequence_length} codes an image, the data {length} "
-                         f"({codes.layout}): use codes with the same grid")  # fmt: skip
+        raise VarkdError(
+            f"this model has {model.sequence_length} codes an image, the data {length} "
+            f"({codes.layout}): use codes with the same grid"
+        )
 
 
 def load_trained(folder: str | Path, device: str = "auto") -> tuple[RunConfig, Codes, Backbone]:
@@ -160,8 +172,10 @@ def load_trained(folder: str | Path, device: str = "auto") -> tuple[RunConfig, C
     codes = Codes(locate(recorded["codes"], folder, run.data))
     for name, found in (("tokenizer_hash", codes.manifest["tokenizer"]["hash"]), ("codes_hash", codes.hash)):
         if recorded.get(name, found) != found:
-            raise VarkdError(f"{folder} was trained on other codes than {codes.folder} holds now ({name[:-5]} "
-                             f"{recorded[name][:12]}, now {found[:12]}): put them back")  # fmt: skip
+            raise VarkdError(
+                f"{folder} was trained on other codes than {codes.folder} holds now ({name[:-5]} "
+                f"{recorded[name][:12]}, now {found[:12]}): put them back"
+            )
     model, _ = load_backbone(folder, str(pick_device(device)))
     return run, codes, model
 

@@ -26,10 +26,19 @@ _PICKLES = (".pt", ".pth", ".bin")
 
 
 def load_official(
-    path: str | Path, family: str | None = None, *, heads: int | None = None, grid: int | Sequence[int] | None = None,
-    scales: Sequence[int] | None = None, model: str | None = None, num_classes: int | None = None,
-    tokenizer: str | Path | None = None, weights: Weights = "model", seed: int = 0, device: str = "auto",
-) -> Backbone:  # fmt: skip
+    path: str | Path,
+    family: str | None = None,
+    *,
+    heads: int | None = None,
+    grid: int | Sequence[int] | None = None,
+    scales: Sequence[int] | None = None,
+    model: str | None = None,
+    num_classes: int | None = None,
+    tokenizer: str | Path | None = None,
+    weights: Weights = "model",
+    seed: int = 0,
+    device: str = "auto",
+) -> Backbone:
     """`varkd.load_official`: an official checkpoint as a backbone, float32, in evaluation mode.
 
     Args:
@@ -44,8 +53,18 @@ def load_official(
     Raises:
         VarkdError: as `containers.read_state` and `backbones.official.convert`, or the tokenizer does not fit.
     """
-    loaded = _load(Path(path), family, heads=heads, grid=grid, scales=scales, model=model, num_classes=num_classes,
-                   tokenizer=tokenizer, weights=weights, seed=seed)[0]  # fmt: skip
+    loaded = _load(
+        Path(path),
+        family,
+        heads=heads,
+        grid=grid,
+        scales=scales,
+        model=model,
+        num_classes=num_classes,
+        tokenizer=tokenizer,
+        weights=weights,
+        seed=seed,
+    )[0]
     return loaded.to(pick_device(device))
 
 
@@ -74,8 +93,10 @@ def export(source: Path, out: Path, official: bool = False) -> str:
         raise VarkdError(f"--out {out}: an official file ends in {', '.join(_PICKLES)} or .safetensors")
     model, info = load_backbone(source)
     if official and model.guidance_conditioned:
-        raise VarkdError(f"{source} reads the guidance scale, which official files have no place for: export a model "
-                         "folder (without --official)")  # fmt: skip
+        raise VarkdError(
+            f"{source} reads the guidance scale, which official files have no place for: export a model "
+            "folder (without --official)"
+        )
     if not official:
         save_backbone(model, out, info.get("tokenizer_hash"))
         return f"{model.family}: {len(model.state_dict())} tensors"
@@ -112,18 +133,29 @@ def check_new(out: Path) -> None:
 
 
 def _load(
-    path: Path, family: str | None, *, grid: int | Sequence[int] | None = None, scales: Sequence[int] | None = None,
-    tokenizer: str | Path | None = None, weights: Weights = "model", **options: Any,
-) -> tuple[Backbone, list[str], str | None]:  # fmt: skip
+    path: Path,
+    family: str | None,
+    *,
+    grid: int | Sequence[int] | None = None,
+    scales: Sequence[int] | None = None,
+    tokenizer: str | Path | None = None,
+    weights: Weights = "model",
+    **options: Any,
+) -> tuple[Backbone, list[str], str | None]:
     """The model, the report, and the tokenizer's hash."""
     codes = load_tokenizer(tokenizer) if tokenizer is not None else None
     container = read_state(path, weights)
     if scales is None and codes is not None and "pos_1LC" in container.state and "lvl_1L" not in container.state:
         scales = codes.scales  # a VAR without its buffers
     model, report = convert(
-        container.state, family, grid=_sides(grid), scales=scales, file_name=path.name,
-        quantizer=codes.quantizer if codes is not None else None, **options,
-    )  # fmt: skip
+        container.state,
+        family,
+        grid=_sides(grid),
+        scales=scales,
+        file_name=path.name,
+        quantizer=codes.quantizer if codes is not None else None,
+        **options,
+    )
     check_finite(model.state_dict(), str(path))
     if codes is not None:
         _check_tokenizer(model, codes)
@@ -148,12 +180,16 @@ def _sides(grid: int | Sequence[int] | None) -> tuple[int, ...] | None:
 
 def _check_tokenizer(model: Backbone, codes: Tokenizer) -> None:
     """The tokenizer must speak of the same codes, laid out alike."""
-    ours = {"codes": model.vocab_size, **{name: tuple(getattr(model.config, name)) for name in ("grid", "scales")
-                                          if hasattr(model.config, name)}}  # fmt: skip
+    ours = {
+        "codes": model.vocab_size,
+        **{name: tuple(getattr(model.config, name)) for name in ("grid", "scales") if hasattr(model.config, name)},
+    }
     theirs = {"codes": codes.vocab_size, **({"scales": codes.scales} if codes.scales else {"grid": codes.grid})}
     if ours != theirs:
-        raise VarkdError(f"the tokenizer has {_sizes(theirs)}, but this {model.family} model {_sizes(ours)}: give the "
-                         "tokenizer (and --image-size at `varkd tokenizer import`) of this model")  # fmt: skip
+        raise VarkdError(
+            f"the tokenizer has {_sizes(theirs)}, but this {model.family} model {_sizes(ours)}: give the "
+            "tokenizer (and --image-size at `varkd tokenizer import`) of this model"
+        )
 
 
 def _sizes(values: dict[str, Any]) -> str:

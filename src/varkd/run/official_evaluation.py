@@ -60,25 +60,36 @@ def open_candidate(folder: Path, tokenizer: Path | None = None, device: str = "a
         raise VarkdError(f"{folder} is a model folder, not a run: give its tokenizer with --tokenizer DIR")
     found, recorded = load_tokenizer(tokenizer), info.get("tokenizer_hash")
     if recorded is not None and recorded != found.hash:
-        raise VarkdError(f"the model in {folder} speaks the codes of tokenizer {recorded[:12]}, {tokenizer} is "
-                         f"{found.hash[:12]}")  # fmt: skip
+        raise VarkdError(
+            f"the model in {folder} speaks the codes of tokenizer {recorded[:12]}, {tokenizer} is {found.hash[:12]}"
+        )
     return Candidate(folder, model, found, None, None)
 
 
 def plan_of(candidate: Candidate, name: str, **options: Any) -> Plan:
     """`protocols.plan` for a candidate; under "own" the seed is the run's."""
     if name == "own" and candidate.own is None:
-        raise VarkdError(f"{candidate.folder} is no run, it has no protocol of its own: use --protocol "
-                         f"{candidate.model.family}")  # fmt: skip
+        raise VarkdError(
+            f"{candidate.folder} is no run, it has no protocol of its own: use --protocol {candidate.model.family}"
+        )
     if name == "own" and options.get("seed") is None:
         options["seed"] = candidate.seed
     return plan(name, candidate.model, candidate.tokenizer, own=candidate.own, **options)
 
 
 def evaluate_plan(
-    candidate: Candidate, chosen: Plan, reference: Reference, net: Inception, *, mode: Mode = "adm",
-    resamples: int = 200, extras: bool = False, world: World | None = None, quiet: bool = False, keep: bool = True,
-) -> AdmResult:  # fmt: skip
+    candidate: Candidate,
+    chosen: Plan,
+    reference: Reference,
+    net: Inception,
+    *,
+    mode: Mode = "adm",
+    resamples: int = 200,
+    extras: bool = False,
+    world: World | None = None,
+    quiet: bool = False,
+    keep: bool = True,
+) -> AdmResult:
     """Draw what the plan says into the candidate's `evaluation/PROTOCOL` (the same call resumes), and judge it.
 
     The result's protocol holds what was drawn, but not the sampler: models are compared each at its own settings.
@@ -90,8 +101,9 @@ def evaluate_plan(
     request = drawing.request("npz")
     if not _is_drawn(folder, request):
         draw_to(drawing, folder, about={"card": card}, world=world, quiet=quiet)
-    result = adm(folder / "samples.npz", reference, net, mode=mode, resamples=resamples, extras=extras, world=world,
-                 quiet=quiet)  # fmt: skip
+    result = adm(
+        folder / "samples.npz", reference, net, mode=mode, resamples=resamples, extras=extras, world=world, quiet=quiet
+    )
     drawn = {key: card[key] for key in ("protocol", "num", "labels", "seed", "resize", "uint8", "file_order")}
     result = replace(result, protocol={**result.protocol, "drawn": drawn})
     if world.is_main and keep:
@@ -108,10 +120,18 @@ def _is_drawn(folder: Path, request: dict[str, Any]) -> bool:
 
 
 def search_guidance(
-    candidate: Candidate, name: str, reference: Reference, net: Inception, scales: Sequence[float] = (), *,
-    num: int = SEARCH_NUM, changes: Mapping[str, Any] | None = None, world: World | None = None, quiet: bool = False,
+    candidate: Candidate,
+    name: str,
+    reference: Reference,
+    net: Inception,
+    scales: Sequence[float] = (),
+    *,
+    num: int = SEARCH_NUM,
+    changes: Mapping[str, Any] | None = None,
+    world: World | None = None,
+    quiet: bool = False,
     **options: Any,
-) -> tuple[float, list[dict[str, float]]]:  # fmt: skip
+) -> tuple[float, list[dict[str, float]]]:
     """The guidance scale of the lowest FID on `num` samples of another seed than the one that is reported.
 
     FIDs of 10,000 samples are higher than of 50,000: they rank scales, and are not reported as results.
@@ -124,8 +144,16 @@ def search_guidance(
     for scale in scales:
         chosen = plan_of(candidate, name, num=num, changes={**(changes or {}), "guidance": scale}, **options)
         drawing = replace(chosen.drawing, seed=chosen.drawing.seed + 1)
-        result = evaluate_plan(candidate, replace(chosen, drawing=drawing), reference, net, resamples=0, world=world,
-                               quiet=quiet, keep=False)  # fmt: skip
+        result = evaluate_plan(
+            candidate,
+            replace(chosen, drawing=drawing),
+            reference,
+            net,
+            resamples=0,
+            world=world,
+            quiet=quiet,
+            keep=False,
+        )
         rows.append({"guidance": scale, "fid": float(result["fid"] or 0.0)})
         if not quiet and (world is None or world.is_main):
             console.print(f"guidance {scale:g}: FID {rows[-1]['fid']:.3f} on {num} samples")

@@ -37,14 +37,19 @@ def codebook_panel(subject: Subject, data: Sequences, split: Split, num: int, ou
     difference_BCHW = (full_BCHW[shown].int() - merged_BCHW[shown].int()).abs().mul(4).clamp(max=255).to(torch.uint8)
     images = subject.codes.images(split)
     originals_BCHW = images.batch(chosen_images(subject, len(images), num)[shown])
-    rows = {"original": originals_BCHW, "full codebook": full_BCHW[shown],
-            f"{int(group_V.max()) + 1} groups": merged_BCHW[shown],
-            "|difference| x 4": difference_BCHW}  # fmt: skip
+    rows = {
+        "original": originals_BCHW,
+        "full codebook": full_BCHW[shown],
+        f"{int(group_V.max()) + 1} groups": merged_BCHW[shown],
+        "|difference| x 4": difference_BCHW,
+    }
     pictures.save_png(out / CODEBOOK, pictures.labeled({name: _pixels(images) for name, images in rows.items()}))
     return {
-        "codes": tokenizer.vocab_size, "groups": int(group_V.max()) + 1,
-        "largest_group": int(torch.bincount(group_V).max()), "psnr": float(psnr(full_BCHW, merged_BCHW).mean()),
-    }  # fmt: skip
+        "codes": tokenizer.vocab_size,
+        "groups": int(group_V.max()) + 1,
+        "largest_group": int(torch.bincount(group_V).max()),
+        "psnr": float(psnr(full_BCHW, merged_BCHW).mean()),
+    }
 
 
 def continuations_panel(subject: Subject, data: Sequences, out: Path) -> dict[str, Any]:

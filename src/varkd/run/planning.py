@@ -71,8 +71,14 @@ def plan_run(
     decoded = {name: cost[f"{name}_decode"] for name in ("student", "teacher")}
     sampler = next(iter(run.method.contexts.samplers), Sampler())
     bf16 = run.train.precision == "bf16"
-    probe = Probe(micro, max(1, round(batch * max(*decoded.values(), 1e-9))) if any(decoded.values()) else 1, sampler,
-                  bf16, machine is None, pick_device(run.device))  # fmt: skip
+    probe = Probe(
+        micro,
+        max(1, round(batch * max(*decoded.values(), 1e-9))) if any(decoded.values()) else 1,
+        sampler,
+        bf16,
+        machine is None,
+        pick_device(run.device),
+    )
     own = probe.phases(student.family, student.sizes, True, decoded["student"] > 0)
     taught = teacher and probe.phases(teacher.family, teacher.sizes, False, decoded["teacher"] > 0)
     length = student.blank().sequence_length
@@ -85,15 +91,21 @@ def plan_run(
     seconds = sum(amount.seconds or 0.0 for amount in phases.values())
     parameters = {"student": _count(student), **({"teacher": _count(teacher)} if teacher else {})}
     return {
-        "method": run.preset, "student": student.family, "parameters": parameters,
-        "batch_size": run.train.batch_size, "micro_batches": run.train.micro_batches, "devices": devices,
+        "method": run.preset,
+        "student": student.family,
+        "parameters": parameters,
+        "batch_size": run.train.batch_size,
+        "micro_batches": run.train.micro_batches,
+        "devices": devices,
         "timed": machine is None,
         "phases": {name: {"flops": amount.flops, "seconds": amount.seconds} for name, amount in phases.items()},
-        "seconds_per_update": seconds, "sequences_per_second": run.train.batch_size / seconds,
-        "total_seconds": seconds * run.train.updates, "updates": run.train.updates,
+        "seconds_per_update": seconds,
+        "sequences_per_second": run.train.batch_size / seconds,
+        "total_seconds": seconds * run.train.updates,
+        "updates": run.train.updates,
         "memory_gib": {name: value / _GIB for name, value in held.items()},
         **({} if memory is None else _fitting(memory, held, devices, batch, micro)),
-    }  # fmt: skip
+    }
 
 
 def format_plan(plan: dict[str, Any]) -> str:
@@ -109,9 +121,13 @@ def format_plan(plan: dict[str, Any]) -> str:
         share = (phase["seconds"] or 0.0) / total
         lines.append(f"{name:<16}{phase['flops'] / 1e12:>10.3f}{phase['seconds'] or 0.0:>10.3f}{share:>8.0%}")
     how = "timed here on shallow models" if plan["timed"] else "computed for the given device, not measured"
-    lines += [f"{'one update':<16}{'':>10}{total:>10.3f}   {how}", "",
-              f"{plan['sequences_per_second']:,.1f} sequences/s; {plan['updates']:,} updates take "
-              f"{_duration(plan['total_seconds'])}, validation and checkpoints apart", ""]  # fmt: skip
+    lines += [
+        f"{'one update':<16}{'':>10}{total:>10.3f}   {how}",
+        "",
+        f"{plan['sequences_per_second']:,.1f} sequences/s; {plan['updates']:,} updates take "
+        f"{_duration(plan['total_seconds'])}, validation and checkpoints apart",
+        "",
+    ]
     lines += [f"{name:<16}{_size(value):>14}" for name, value in plan["memory_gib"].items()]
     if "fits" in plan:
         lines += ["", plan["fits"]]
@@ -157,8 +173,10 @@ def _layout(run: RunConfig, teacher: _Model | None) -> dict[str, Any]:
         read_manifest(Path(run.data))
         return family_class(run.model.family).sizes_for(Codes(Path(run.data)).layout)
     if teacher is None:
-        raise VarkdError(f"there are no codes at data={run.data or '(nothing)'} yet: give the codes folder, or a "
-                         "teacher= or init= (a folder or a name of `varkd zoo`) that says what they are")  # fmt: skip
+        raise VarkdError(
+            f"there are no codes at data={run.data or '(nothing)'} yet: give the codes folder, or a "
+            "teacher= or init= (a folder or a name of `varkd zoo`) that says what they are"
+        )
     shared = ("vocab_size", "num_classes", "grid", "scales", "code_dim", "num_phi")
     return {name: teacher.sizes[name] for name in shared if name in teacher.sizes}
 
@@ -191,9 +209,14 @@ def _at(machine: Device, amount: Amount) -> Amount:
 
 
 def _read_bound(
-    phases: dict[str, Amount], machine: Device, student: _Model, teacher: _Model | None, length: int, sampler: Sampler,
+    phases: dict[str, Amount],
+    machine: Device,
+    student: _Model,
+    teacher: _Model | None,
+    length: int,
+    sampler: Sampler,
     bf16: bool,
-) -> dict[str, Amount]:  # fmt: skip
+) -> dict[str, Amount]:
     """No decode step is faster than its weights are read, no optimizer step than its state is read and written."""
     bounds = {"optimizer": 36 * _count(student) / machine.bandwidth}
     steps = sampler.steps or length
@@ -207,26 +230,41 @@ def _read_bound(
 
 
 def _memory(
-    run: RunConfig, student: _Model, teacher: _Model | None, devices: int, micro: int, own: Phases, probe: Probe,
-    cost: dict[str, float], length: int,
-) -> dict[str, float]:  # fmt: skip
+    run: RunConfig,
+    student: _Model,
+    teacher: _Model | None,
+    devices: int,
+    micro: int,
+    own: Phases,
+    probe: Probe,
+    cost: dict[str, float],
+    length: int,
+) -> dict[str, float]:
     """Bytes on one device by kind; what is sharded is divided by the devices. Weights are float32."""
     size, rows = 4 * _count(student), cost["student_train"]
     chunk = run.train.chunk_rows or affordable_rows(student.sizes["vocab_size"])
     held = {
-        "weights": size / devices, "gradients": size / devices, "optimizer": 2 * size / devices,
+        "weights": size / devices,
+        "gradients": size / devices,
+        "optimizer": 2 * size / devices,
         "average": size / devices if run.train.optim.ema else 0.0,
         "teacher": 4 * _count(teacher) / devices if teacher else 0.0,
         "reference": size / devices if run.method.needs_reference else 0.0,
         "activations": own.train.kept_bytes * rows,
-        "loss": 32.0 * chunk * student.sizes["vocab_size"] + 8.0 * micro * length * student.sizes["dim"]
+        "loss": 32.0 * chunk * student.sizes["vocab_size"]
+        + 8.0 * micro * length * student.sizes["dim"]
         + 4.0 * student.sizes["vocab_size"] * student.sizes["dim"],
-    }  # fmt: skip
+    }
     caches = [
-        (4 if run.train.precision == "fp32" else 2) * 2 * probe.decoded * model.sizes["num_layers"]
-        * (length + 1) * model.sizes["dim"]
-        for name, model in (("student", student), ("teacher", teacher)) if model and cost[f"{name}_decode"]
-    ]  # fmt: skip
+        (4 if run.train.precision == "fp32" else 2)
+        * 2
+        * probe.decoded
+        * model.sizes["num_layers"]
+        * (length + 1)
+        * model.sizes["dim"]
+        for name, model in (("student", student), ("teacher", teacher))
+        if model and cost[f"{name}_decode"]
+    ]
     held["KV cache"] = float(sum(caches)) * (2 if probe.sampler.guidance != 1 else 1)
     passing = max(held["activations"] + held["loss"], held["KV cache"])
     static = sum(held[name] for name in ("weights", "gradients", "optimizer", "average", "teacher", "reference"))
@@ -249,5 +287,8 @@ def _fitting(memory: float, held: dict[str, float], devices: int, batch: int, mi
     left = memory * _GIB - held["loss"] - max(per_sequence, held.get("KV cache", 0.0))
     needed = math.ceil(fixed * devices / left) if left > 0 else None
     told = f"take {needed} devices (FSDP) or more" if needed else "the passes alone do not fit: lower train.batch_size"
-    return {"fits": f"does not fit {memory:g} GiB on {devices} device(s): {told}", "micro_batches_needed": None,
-            "devices_needed": needed}  # fmt: skip
+    return {
+        "fits": f"does not fit {memory:g} GiB on {devices} device(s): {told}",
+        "micro_batches_needed": None,
+        "devices_needed": needed,
+    }

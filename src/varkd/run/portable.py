@@ -77,8 +77,10 @@ def _cached() -> Path:
         with urllib.request.urlopen(_RUNTIME_URL, timeout=60) as answer:
             content = answer.read()
     except OSError as error:
-        raise VarkdError(f"cannot download {_RUNTIME_URL} ({error}): get it with `npm pack onnxruntime-web@"
-                         f"{_RUNTIME_VERSION}`, unpack it, and give --runtime DIR") from error  # fmt: skip
+        raise VarkdError(
+            f"cannot download {_RUNTIME_URL} ({error}): get it with `npm pack onnxruntime-web@"
+            f"{_RUNTIME_VERSION}`, unpack it, and give --runtime DIR"
+        ) from error
     if hashlib.sha256(content).hexdigest() != _RUNTIME_SHA256:
         raise VarkdError(f"{_RUNTIME_URL} is not the file that is expected (its hash differs): give --runtime DIR")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")

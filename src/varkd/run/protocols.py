@@ -97,18 +97,33 @@ class Plan:
         by_rank = self.family.labels == "balanced by rank"
         resize = f"bicubic to {drawing.resize}, no antialiasing, before rounding"
         return {
-            "protocol": self.name, "model": self.model_name, "script": self.family.script, "official": self.official,
-            "num": drawing.num, "labels": self.family.labels, "seed": drawing.seed, "sampler": vars(drawing.sampler),
-            "resize": "none" if drawing.resize is None else resize, "uint8": pixel_rule(drawing.tokenizer),
+            "protocol": self.name,
+            "model": self.model_name,
+            "script": self.family.script,
+            "official": self.official,
+            "num": drawing.num,
+            "labels": self.family.labels,
+            "seed": drawing.seed,
+            "sampler": vars(drawing.sampler),
+            "resize": "none" if drawing.resize is None else resize,
+            "uint8": pixel_rule(drawing.tokenizer),
             "file_order": f"interleaved by {RANKS} ranks" if by_rank else drawing.order,
-            "published": published, "departures": list(self.family.departures),
-        }  # fmt: skip
+            "published": published,
+            "departures": list(self.family.departures),
+        }
 
 
 def plan(
-    name: str, model: Backbone, tokenizer: Tokenizer, num: int = PUBLISHED_NUM, *, seed: int | None = None,
-    batch_size: int = 250, changes: Mapping[str, Any] | None = None, own: Sampler | None = None,
-) -> Plan:  # fmt: skip
+    name: str,
+    model: Backbone,
+    tokenizer: Tokenizer,
+    num: int = PUBLISHED_NUM,
+    *,
+    seed: int | None = None,
+    batch_size: int = 250,
+    changes: Mapping[str, Any] | None = None,
+    own: Sampler | None = None,
+) -> Plan:
     """The evaluation of `model` under a family's protocol (or "own": the run's sampler).
 
     A model of the zoo takes the published settings; another one (a student) the family's, with what these leave open
@@ -123,8 +138,9 @@ def plan(
     if name not in PROTOCOLS:
         raise VarkdError(f"unknown protocol '{name}': known: {', '.join(PROTOCOLS)}")
     if name not in ("own", model.family):
-        raise VarkdError(f"protocol '{name}' is for {name} models, this one is {model.family}: "
-                         f"use --protocol {model.family}, or own")  # fmt: skip
+        raise VarkdError(
+            f"protocol '{name}' is for {name} models, this one is {model.family}: use --protocol {model.family}, or own"
+        )
     family = OWN if name == "own" else FAMILIES[name]
     entry = zoo_entry(model, tokenizer)
     settings = dict(family.settings)
@@ -134,8 +150,10 @@ def plan(
         official = entry.official
     settings |= changes or {}
     if name != "own" and "guidance" not in settings and (entry is not None or own is None):
-        raise VarkdError(f"nobody states the guidance scale of {entry.name if entry else 'this model'}: give "
-                         "--guidance, or find it with --search-guidance")  # fmt: skip
+        raise VarkdError(
+            f"nobody states the guidance scale of {entry.name if entry else 'this model'}: give "
+            "--guidance, or find it with --search-guidance"
+        )
     chosen = replace(own or Sampler(), **settings)
     resize = family.size if family.size is not None and tokenizer.image_shape[1] > family.size else None
     own_seed = family.seed if seed is None else seed
@@ -151,8 +169,11 @@ def zoo_entry(model: Backbone, tokenizer: Tokenizer) -> zoo.Entry | None:
     config = vars(model.config)
     if model.num_classes != zoo.NUM_CLASSES:
         return None
-    found = [known for known in zoo.with_sizes(model.family, config)
-             if known.resolution == tokenizer.image_shape[1] and known.codes == model.sequence_length]  # fmt: skip
+    found = [
+        known
+        for known in zoo.with_sizes(model.family, config)
+        if known.resolution == tokenizer.image_shape[1] and known.codes == model.sequence_length
+    ]
     return found[0] if len(found) == 1 else None
 
 

@@ -38,10 +38,21 @@ _COLUMNS = 10
 
 
 def publish(
-    source: str | Path, to: str | Path, *, tokenizer: str | Path | None = None, sampler: Sampler | None = None,
-    license: str | None = None, base_model: str | None = None, name: str | None = None, rows: int = 4, seed: int = 0,
-    private: bool | None = None, token: hub.Token = None, device: str = "auto", quiet: bool = False,
-) -> str:  # fmt: skip
+    source: str | Path,
+    to: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    sampler: Sampler | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    name: str | None = None,
+    rows: int = 4,
+    seed: int = 0,
+    private: bool | None = None,
+    token: hub.Token = None,
+    device: str = "auto",
+    quiet: bool = False,
+) -> str:
     """Write a run's selected model, or a model folder, as a folder that others can use without varkd.
 
     Model, tokenizer, `README.md` (the model card), `samples.png`, and the files of code that
@@ -69,8 +80,10 @@ def publish(
     check_base_model(base_model)
     check_seed("seed", seed)
     if sampler is not None and sampler.parallel != "off":
-        raise VarkdError(f"parallel={sampler.parallel} cannot be published: the pipeline decodes one step after the "
-                         "other; leave it out")  # fmt: skip
+        raise VarkdError(
+            f"parallel={sampler.parallel} cannot be published: the pipeline decodes one step after the "
+            "other; leave it out"
+        )
     if rows < 1:
         raise VarkdError(f"--rows {rows}: the sample grid needs at least one row")
     if repo_id is None:
@@ -78,10 +91,18 @@ def publish(
     origin = _open(source, tokenizer, device)
     default = repo_id.split("/")[1] if repo_id else None
     publication = Publication(
-        name or default or origin.name, origin.model, origin.tokenizer,
-        replace(sampler or origin.sampler, parallel="off"), seed,
-        min(origin.model.num_classes, _COLUMNS), origin.training, origin.measured, license, base_model, repo_id,
-    )  # fmt: skip
+        name or default or origin.name,
+        origin.model,
+        origin.tokenizer,
+        replace(sampler or origin.sampler, parallel="off"),
+        seed,
+        min(origin.model.num_classes, _COLUMNS),
+        origin.training,
+        origin.measured,
+        license,
+        base_model,
+        repo_id,
+    )
     grid = _draw(publication, rows, quiet)
     publication.model.cpu()
     publication.tokenizer.cpu()
@@ -141,19 +162,24 @@ def _open_run(source: Path, device: str) -> _Origin:
     measured = read_run_folder(source)
     _check_measured(source, measured)
     sampler = _sampler(run, measured)
-    return _Origin(run.name or source.resolve().name, model, codes.tokenizer, sampler, _training(source, run, codes),
-                   measured)  # fmt: skip
+    return _Origin(
+        run.name or source.resolve().name, model, codes.tokenizer, sampler, _training(source, run, codes), measured
+    )
 
 
 def _check_pair(model: Backbone, tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer of other codes; where the model does not name its own, by what sizes tell."""
     if model.tokenizer_hash not in (None, tokenizer.hash):
-        raise VarkdError(f"this model speaks the codes of tokenizer {str(model.tokenizer_hash)[:12]}, not of "
-                         f"{tokenizer.hash[:12]}: give the tokenizer that it was trained with")  # fmt: skip
+        raise VarkdError(
+            f"this model speaks the codes of tokenizer {str(model.tokenizer_hash)[:12]}, not of "
+            f"{tokenizer.hash[:12]}: give the tokenizer that it was trained with"
+        )
     ours, theirs = ((each.vocab_size, each.sequence_length) for each in (model, tokenizer))
     if ours != theirs:
-        raise VarkdError(f"the model has {ours[0]} codes, {ours[1]} an image, the tokenizer {theirs[0]} and "
-                         f"{theirs[1]}: give the tokenizer that it was trained with")  # fmt: skip
+        raise VarkdError(
+            f"the model has {ours[0]} codes, {ours[1]} an image, the tokenizer {theirs[0]} and "
+            f"{theirs[1]}: give the tokenizer that it was trained with"
+        )
 
 
 def _check_measured(source: Path, measured: RunFolder) -> None:
@@ -163,8 +189,10 @@ def _check_measured(source: Path, measured: RunFolder) -> None:
     selected, protocol = read_json(source / "checkpoints" / "selected.json"), measured.metrics.get("protocol") or {}
     for key in ("checkpoint", "weights"):
         if protocol.get(key) != selected[key]:
-            raise VarkdError(f"{source / 'metrics.json'} was measured on {protocol.get(key)}, the run's model is now "
-                             f"{selected[key]}: run `varkd evaluate {source}` again")  # fmt: skip
+            raise VarkdError(
+                f"{source / 'metrics.json'} was measured on {protocol.get(key)}, the run's model is now "
+                f"{selected[key]}: run `varkd evaluate {source}` again"
+            )
 
 
 def _sampler(run: RunConfig, measured: RunFolder) -> Sampler:
@@ -177,11 +205,18 @@ def _training(source: Path, run: RunConfig, codes: Codes) -> Training:
     preset = METHODS[run.preset]
     recorded, manifest = read_json(source / "environment.json"), codes.manifest
     return Training(
-        run.preset, preset.source, preset.summary, preset.method != run.method, explain(run.method),
-        read_json(source / "status.json")["step"], run.train.batch_size, without_folders(manifest["source"]["name"]),
-        manifest["splits"]["train"]["num"], Path(run.init).name if run.init else None,
+        run.preset,
+        preset.source,
+        preset.summary,
+        preset.method != run.method,
+        explain(run.method),
+        read_json(source / "status.json")["step"],
+        run.train.batch_size,
+        without_folders(manifest["source"]["name"]),
+        manifest["splits"]["train"]["num"],
+        Path(run.init).name if run.init else None,
         _teacher(source, run, recorded),
-    )  # fmt: skip
+    )
 
 
 def _teacher(source: Path, run: RunConfig, recorded: dict[str, Any]) -> Teacher | None:
@@ -195,6 +230,7 @@ def _teacher(source: Path, run: RunConfig, recorded: dict[str, Any]) -> Teacher 
 def _draw(publication: Publication, rows: int, quiet: bool) -> NDArray[np.uint8]:
     """The sample grid: one column a class, nothing left out."""
     label_B = torch.tensor(shown_labels(publication)).repeat(rows)
-    images, _ = generate_with_codes(publication.model, publication.tokenizer, label_B, publication.sampler,
-                                    publication.seed, quiet=quiet)  # fmt: skip
+    images, _ = generate_with_codes(
+        publication.model, publication.tokenizer, label_B, publication.sampler, publication.seed, quiet=quiet
+    )
     return pictures.grid(images.permute(0, 2, 3, 1).numpy(), publication.columns)

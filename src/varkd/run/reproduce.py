@@ -99,23 +99,81 @@ def commands(name: str, places: Places) -> list[list[str]]:
     spread = ["torchrun", "--nproc-per-node", str(places.gpus), "-m", "varkd"]
     train = [*spread, "train", chosen.recipe, f"data={codes}", f"teacher={models / teacher.name}"]
     made = [
-        ["varkd", "tokenizer", "import", str(places.downloads / tokenizer.file), "--out", str(vq), "--image-size",
-         str(chosen.image_size)],
-        *(["varkd", "convert", str(places.downloads / known.file), "--out", str(models / known.name), "--model",
-           known.name, "--tokenizer", str(vq)] for known in (student, teacher)),
-        [*spread, "encode", str(places.images), "--tokenizer", str(vq), "--out", str(codes), "--image-size",
-         str(chosen.image_size), *_views(student.family)],
-        [*train, f"out={kd}", "name=kd", f"init={models / student.name}", "method=kd", "train.select=best",
-         f"train.updates={KD_UPDATES}", *places.overrides],
-    ]  # fmt: skip
+        [
+            "varkd",
+            "tokenizer",
+            "import",
+            str(places.downloads / tokenizer.file),
+            "--out",
+            str(vq),
+            "--image-size",
+            str(chosen.image_size),
+        ],
+        *(
+            [
+                "varkd",
+                "convert",
+                str(places.downloads / known.file),
+                "--out",
+                str(models / known.name),
+                "--model",
+                known.name,
+                "--tokenizer",
+                str(vq),
+            ]
+            for known in (student, teacher)
+        ),
+        [
+            *spread,
+            "encode",
+            str(places.images),
+            "--tokenizer",
+            str(vq),
+            "--out",
+            str(codes),
+            "--image-size",
+            str(chosen.image_size),
+            *_views(student.family),
+        ],
+        [
+            *train,
+            f"out={kd}",
+            "name=kd",
+            f"init={models / student.name}",
+            "method=kd",
+            "train.select=best",
+            f"train.updates={KD_UPDATES}",
+            *places.overrides,
+        ],
+    ]
     for method in places.methods:
         if method != "kd":
-            made.append([*train, f"out={places.out / name / method}", f"name={method}", f"init={kd}",
-                         f"method={method}", f"train.updates={SECOND_UPDATES}", *places.overrides])  # fmt: skip
+            made.append(
+                [
+                    *train,
+                    f"out={places.out / name / method}",
+                    f"name={method}",
+                    f"init={kd}",
+                    f"method={method}",
+                    f"train.updates={SECOND_UPDATES}",
+                    *places.overrides,
+                ]
+            )
     for method in dict.fromkeys(("kd", *places.methods)):
         run = places.out / name / method
-        made.append([*spread, "evaluate", str(run), "--protocol", student.family, "--reference",
-                     str(places.downloads / REFERENCE), "--out", str(run / "official.json")])  # fmt: skip
+        made.append(
+            [
+                *spread,
+                "evaluate",
+                str(run),
+                "--protocol",
+                student.family,
+                "--reference",
+                str(places.downloads / REFERENCE),
+                "--out",
+                str(run / "official.json"),
+            ]
+        )
     return made
 
 
@@ -141,9 +199,11 @@ def missing(name: str, places: Places) -> list[str]:
     chosen = row(name)
     student, teacher = zoo.entry(chosen.student), zoo.entry(chosen.teacher)
     tokenizer = next(known for known in zoo.TOKENIZERS if known.name == student.tokenizer)
-    lines = [f"{places.downloads / known.file} (https://huggingface.co/{known.hub})"
-             for known in (tokenizer, student, teacher)
-             if not (places.downloads / known.file).is_file()]  # fmt: skip
+    lines = [
+        f"{places.downloads / known.file} (https://huggingface.co/{known.hub})"
+        for known in (tokenizer, student, teacher)
+        if not (places.downloads / known.file).is_file()
+    ]
     if not (places.downloads / REFERENCE).is_file():
         lines.append(f"{places.downloads / REFERENCE} (guided-diffusion's evaluation data)")
     if not places.images.exists():
@@ -170,16 +230,20 @@ def describe(name: str, places: Places) -> str:
     """The paper's numbers, the commands, and what is missing, as text."""
     chosen, need = row(name), needs(name, places)
     header = f"{'':12s} {'FID':>6s} {'IS':>7s} {'prec.':>6s} {'recall':>6s}"
-    numbers = [f"{_STAGES.get(stage, 'student'):12s} {fid:6.2f} {score:7.1f} {precision:6.2f} {recall:6.2f}"
-               for stage, (fid, score, precision, recall) in chosen.paper.items()]  # fmt: skip
+    numbers = [
+        f"{_STAGES.get(stage, 'student'):12s} {fid:6.2f} {score:7.1f} {precision:6.2f} {recall:6.2f}"
+        for stage, (fid, score, precision, recall) in chosen.paper.items()
+    ]
     absent = missing(name, places)
-    return "\n".join([
-        f"# {chosen.student} <- {chosen.teacher}, {chosen.image_size} px. The paper reports (50,000 samples):",
-        *(f"#   {line}" for line in (header, *numbers)),
-        f"# Writes about {need['disk']:.0f} GB; weights and optimizer take {need['gpu']:.1f} GB on each GPU.",
-        *(shlex.join(command) for command in commands(name, places)),
-        *(f"# missing: {line}" for line in absent),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"# {chosen.student} <- {chosen.teacher}, {chosen.image_size} px. The paper reports (50,000 samples):",
+            *(f"#   {line}" for line in (header, *numbers)),
+            f"# Writes about {need['disk']:.0f} GB; weights and optimizer take {need['gpu']:.1f} GB on each GPU.",
+            *(shlex.join(command) for command in commands(name, places)),
+            *(f"# missing: {line}" for line in absent),
+        ]
+    )
 
 
 def already_made(command: Sequence[str]) -> bool:

@@ -29,10 +29,19 @@ def labels_in_words(num: int, num_classes: int) -> str:
 
 
 def sample_run(
-    folder: Path, out: Path, num: int, *, seed: int | None = None, sampler: Sampler | None = None,
-    labels: list[int] | None = None, batch_size: int = 250, device: str = "auto", quiet: bool = False,
-    layout: Layout = "npz", world: World | None = None,
-) -> Path:  # fmt: skip
+    folder: Path,
+    out: Path,
+    num: int,
+    *,
+    seed: int | None = None,
+    sampler: Sampler | None = None,
+    labels: list[int] | None = None,
+    batch_size: int = 250,
+    device: str = "auto",
+    quiet: bool = False,
+    layout: Layout = "npz",
+    world: World | None = None,
+) -> Path:
     """Write `num` images of a run to `out`: `samples.npz` (arr_0 uint8 NHWC, label, codes), or PNGs; `grid.png`.
 
     Labels are balanced (`balanced_labels`) unless given (then they repeat). Seed and sampler default to the run's own

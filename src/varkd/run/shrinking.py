@@ -30,9 +30,16 @@ _BATCH, _VALIDATION_CODES = 16, 256
 
 
 def shrink(
-    model: Backbone, codes: CodeDataset, *, params: float | None = None, layers: int | None = None,
-    dim: int | None = None, heads: int | None = None, ffn: int | None = None, num: int = 256,
-) -> Backbone:  # fmt: skip
+    model: Backbone,
+    codes: CodeDataset,
+    *,
+    params: float | None = None,
+    layers: int | None = None,
+    dim: int | None = None,
+    heads: int | None = None,
+    ffn: int | None = None,
+    num: int = 256,
+) -> Backbone:
     """`varkd.shrink`: a smaller model made of the parts of `model` that matter most on `num` sequences of `codes`.
 
     Sizes that are not given stay; `dim` and `heads` give each other. `params` is a share of the parameters instead, for
@@ -46,15 +53,26 @@ def shrink(
     """
     sizes = _sizes(model, params, layers, dim, heads, ffn)
     if model.tokenizer_hash not in (None, codes.tokenizer_hash):
-        raise VarkdError(f"this model speaks the codes of tokenizer {str(model.tokenizer_hash)[:12]}, the data are of "
-                         f"{codes.tokenizer_hash[:12]}: give codes of the model's tokenizer")  # fmt: skip
+        raise VarkdError(
+            f"this model speaks the codes of tokenizer {str(model.tokenizer_hash)[:12]}, the data are of "
+            f"{codes.tokenizer_hash[:12]}: give codes of the model's tokenizer"
+        )
     return cut(model, sizes, _importance(model, codes, num, quiet=True))
 
 
 def shrink_run(
-    teacher: Path, data: Path, out: Path, *, params: float | None = None, layers: int | None = None,
-    dim: int | None = None, heads: int | None = None, ffn: int | None = None, num: int = 256, device: str = "auto",
-) -> list[str]:  # fmt: skip
+    teacher: Path,
+    data: Path,
+    out: Path,
+    *,
+    params: float | None = None,
+    layers: int | None = None,
+    dim: int | None = None,
+    heads: int | None = None,
+    ffn: int | None = None,
+    num: int = 256,
+    device: str = "auto",
+) -> list[str]:
     """Write the shrunk model as a model folder, with a record of what was kept; returns lines for a person.
 
     Raises:
@@ -74,17 +92,27 @@ def shrink_run(
     small = small.to("cpu")
     with atomic_folder(out, _SHRUNK) as folder:
         write_json(folder / "config.json", small.describe())
-        save_file({name: value.contiguous() for name, value in small.state_dict().items()},
-                  folder / "model.safetensors")  # fmt: skip
-        write_json(folder / RECORD, {"teacher": str(teacher), "teacher_hash": weights_hash(model), "sequences": num,
-                                     "validation_ce": [before, after], **_record(importance)})  # fmt: skip
+        save_file(
+            {name: value.contiguous() for name, value in small.state_dict().items()}, folder / "model.safetensors"
+        )
+        write_json(
+            folder / RECORD,
+            {
+                "teacher": str(teacher),
+                "teacher_hash": weights_hash(model),
+                "sequences": num,
+                "validation_ce": [before, after],
+                **_record(importance),
+            },
+        )
     whole = Sizes.of(model)
     lines = [f"{name.replace('_', ' ')}: {vars(whole)[name]} -> {size}" for name, size in vars(sizes).items()]
     nums = [count(each) for each in (model, small)]
     return [
-        *lines, f"parameters: {nums[0]:,} -> {nums[1]:,} ({nums[1] / nums[0]:.1%})",
+        *lines,
+        f"parameters: {nums[0]:,} -> {nums[1]:,} ({nums[1] / nums[0]:.1%})",
         f"validation cross-entropy: {before:.3f} -> {after:.3f}, before any training",
-    ]  # fmt: skip
+    ]
 
 
 def _sizes(
@@ -108,6 +136,7 @@ def _importance(model: Backbone, codes: CodeDataset, num: int, quiet: bool) -> I
 def _record(importance: Importance) -> dict[str, Any]:
     """The scores, for who wants to know why."""
     return {
-        "blocks": importance.blocks, "channels": importance.channel_D.tolist(),
+        "blocks": importance.blocks,
+        "channels": importance.channel_D.tolist(),
         "heads": {name: score_H.tolist() for name, score_H in importance.heads.items()},
-    }  # fmt: skip
+    }

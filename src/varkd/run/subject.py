@@ -81,8 +81,20 @@ def open_subject(
         if path is not None:
             models[option] = _open(option, path, codes, student, str(chosen)).requires_grad_(False)
             models[option].check(sampler.plan(student, Rng(0), torch.zeros(1, dtype=torch.long)))
-    return Subject(folder, run, codes, student.requires_grad_(False), models["--teacher"], models["--second"], teacher,
-                   second, sampler, seed, chosen, quiet)  # fmt: skip
+    return Subject(
+        folder,
+        run,
+        codes,
+        student.requires_grad_(False),
+        models["--teacher"],
+        models["--second"],
+        teacher,
+        second,
+        sampler,
+        seed,
+        chosen,
+        quiet,
+    )
 
 
 def _open(what: str, path: Path, codes: Codes, student: Backbone | None, device: str) -> Backbone:
@@ -112,5 +124,7 @@ def sequences_of(subject: Subject, split: Split, num: int) -> dict[str, Sequence
     models = {"teacher": subject.teacher, "student": subject.student}
     if not subject.quiet:
         console.print(f"{len(data)} sequences of the {split} split, as many of the teacher and of the student")
-    return {"data": data, **{name: sampled(model, data, subject.sampler, subject.seed)
-                             for name, model in models.items()}}  # fmt: skip
+    return {
+        "data": data,
+        **{name: sampled(model, data, subject.sampler, subject.seed) for name, model in models.items()},
+    }

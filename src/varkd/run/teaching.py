@@ -47,10 +47,19 @@ _MOST_LINES = 16
 
 
 def teach(
-    teacher: str | Path, data: str | Path, out: str | Path, *, top_k: int | None = None, dtype: Dtype = "float16",
-    null: bool = True, guidance: float | None = None, batch_size: int = 64, shard_size: int = 1024,
-    device: str = "auto", quiet: bool = False,
-) -> Manifest:  # fmt: skip
+    teacher: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    top_k: int | None = None,
+    dtype: Dtype = "float16",
+    null: bool = True,
+    guidance: float | None = None,
+    batch_size: int = 64,
+    shard_size: int = 1024,
+    device: str = "auto",
+    quiet: bool = False,
+) -> Manifest:
     """Write the cache `out` of what a model says of the codes `data`; a stopped job goes on where it stopped.
 
     Sequences are read in raster order (in maps, where the codes are multi-scale), also by a model whose own order is
@@ -84,12 +93,22 @@ def teach(
     train, plan = codes.split("train"), raster_plan(model)
     top_k = min(_TOP_K, model.vocab_size) if top_k is None else top_k
     planned = plan_cache(
-        **{name: {"path": relative(path, folder), "given": str(path), "hash": found}
-           for name, (path, found) in places.items()},
-        tokenizer_hash=train.tokenizer_hash, vocab_size=model.vocab_size, num_classes=model.num_classes,
-        sizes=plan.sizes, views=codes.manifest["views"], num=len(train), top_k=top_k, dtype=dtype, null=null,
-        guidance=guidance, shard_size=shard_size,
-    )  # fmt: skip
+        **{
+            name: {"path": relative(path, folder), "given": str(path), "hash": found}
+            for name, (path, found) in places.items()
+        },
+        tokenizer_hash=train.tokenizer_hash,
+        vocab_size=model.vocab_size,
+        num_classes=model.num_classes,
+        sizes=plan.sizes,
+        views=codes.manifest["views"],
+        num=len(train),
+        top_k=top_k,
+        dtype=dtype,
+        null=null,
+        guidance=guidance,
+        shard_size=shard_size,
+    )
     writer = CacheWriter(folder, planned, world)
     was_finished = writer.is_finished
     world.barrier()  # every rank has looked before one writes
@@ -122,9 +141,12 @@ class Asked:
         row_B = torch.arange(len(label_B), device=device)
         condition = Condition(label_B.to(device))
         part = Part.of(
-            "data", codes_BL.to(device), condition.null(self.model.null_label) if null else condition,
-            Plan(self.plan.order_BL.expand(len(row_B), -1), self.plan.sizes), row_B,
-        )  # fmt: skip
+            "data",
+            codes_BL.to(device),
+            condition.null(self.model.null_label) if null else condition,
+            Plan(self.plan.order_BL.expand(len(row_B), -1), self.plan.sizes),
+            row_B,
+        )
         rows, shape, found = live_rows(self.model, part, target), codes_BL.shape, []
         for chunk in chunks(codes_BL.numel(), self.chunk_rows):
             logp_NV = log_softmax(rows.logits(chunk))

@@ -121,13 +121,16 @@ def check_folder(run: RunConfig, folder: Path, overwrite: bool, world: World) ->
         if (folder / "run.yaml").is_file():
             RUN.check(folder, "out=")
             if (folder / "model.safetensors").is_file():
-                raise VarkdError(f"{folder} holds a finished model (varkd quantize), not a run that can go on: choose "
-                                 "another out=")  # fmt: skip
+                raise VarkdError(
+                    f"{folder} holds a finished model (varkd quantize), not a run that can go on: choose another out="
+                )
             before = None if overwrite else read_run(folder)
             changed = [] if before is None else differences(_grown(before, run), run)
             if changed:
-                raise VarkdError(f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): choose another "
-                                 "out=, or --overwrite to start it anew")  # fmt: skip
+                raise VarkdError(
+                    f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): choose another "
+                    "out=, or --overwrite to start it anew"
+                )
         elif _foreign(folder):
             raise VarkdError(f"{folder} is not empty and not a run folder: choose another out=")
     world.barrier()
@@ -165,8 +168,11 @@ def extension(before: RunConfig, run: RunConfig) -> str | None:
     was, now = (run.train.optim.lr_at(old - 1, updates) for updates in (old, new))
     moved = [f"the learning rate goes from {was:.3g} to {now:.3g}"] if was != now else []
     moved += ["so do the schedules of the method"] if run.method.at(0.0) != run.method.at(1.0) else []
-    told = f"schedules now end there ({', '.join(moved)}), so this is not a run of {new} from the start" if moved else (
-        f"no schedule depends on it, so this is a run of {new} from the start")  # fmt: skip
+    told = (
+        f"schedules now end there ({', '.join(moved)}), so this is not a run of {new} from the start"
+        if moved
+        else (f"no schedule depends on it, so this is a run of {new} from the start")
+    )
     return f"train.updates {old} -> {new}: {told}"
 
 
@@ -217,8 +223,10 @@ def check_same(folder: Path, made_of: dict[str, str | None]) -> None:
         if before.get(name, now) != now:
             old, new = (str(value)[:12] for value in (before[name], now))
             what = name.removesuffix("_hash").replace("_", " ")
-            raise VarkdError(f"{folder} was begun with another {what} ({old}, now {new}): give "
-                             "the same one again, or choose another out= (--overwrite starts anew)")  # fmt: skip
+            raise VarkdError(
+                f"{folder} was begun with another {what} ({old}, now {new}): give "
+                "the same one again, or choose another out= (--overwrite starts anew)"
+            )
 
 
 def _record(
@@ -235,12 +243,21 @@ def _record(
     }
     cached = objects.distiller.cache
     teacher = cached.cache.teacher_place if cached else run.teacher
-    paths = {"codes": codes.folder, "teacher": teacher, "teacher_cache": run.teacher if cached else None,
-             "init": run.init}  # fmt: skip
-    write_json(folder / "environment.json", {
-        **made_of, **{name: relative(path, folder) if path else None for name, path in paths.items()},
-        **({"clusters": clusters} if clusters else {}), **environment(world),
-    })  # fmt: skip
+    paths = {
+        "codes": codes.folder,
+        "teacher": teacher,
+        "teacher_cache": run.teacher if cached else None,
+        "init": run.init,
+    }
+    write_json(
+        folder / "environment.json",
+        {
+            **made_of,
+            **{name: relative(path, folder) if path else None for name, path in paths.items()},
+            **({"clusters": clusters} if clusters else {}),
+            **environment(world),
+        },
+    )
 
 
 def _job(
@@ -264,6 +281,13 @@ def _job(
         return new_student(run, codes).to(device)
 
     return Job(
-        objects.distiller, DataLoader(codes.split("train"), run.train.batch_size, run.seed, world), run.train, folder,
-        plain_copy, validate, draw_grid, label=run.name or folder.name, quiet=quiet,
-    )  # fmt: skip
+        objects.distiller,
+        DataLoader(codes.split("train"), run.train.batch_size, run.seed, world),
+        run.train,
+        folder,
+        plain_copy,
+        validate,
+        draw_grid,
+        label=run.name or folder.name,
+        quiet=quiet,
+    )

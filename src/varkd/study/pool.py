@@ -145,8 +145,10 @@ def execute(tasks: Sequence[Task], pool: Pool, label: str, quiet: bool = False) 
                 elif isinstance(error, VarkdError):
                     failed[task.name] = str(error)
                 elif isinstance(error, BrokenProcessPool):
-                    raise VarkdError("a worker process died (out of memory?): run the same command again to resume, "
-                                     "with a smaller workers= if it happens again") from error  # fmt: skip
+                    raise VarkdError(
+                        "a worker process died (out of memory?): run the same command again to resume, "
+                        "with a smaller workers= if it happens again"
+                    ) from error
                 else:
                     raise error
                 progress.update(round(moved), task.name if error is None else f"{task.name} failed")

@@ -49,13 +49,25 @@ def collect(study: Study, failures: Mapping[str, str], facts: Mapping[str, Any])
                 samplers.append(here | {"choices": choice["choices"], "chosen": best})
     expected = 2 * len(study.seeds) * sum(len(study.methods_of(pair)) for pair in study.pairs)
     return {
-        "format": "varkd-study", "version": 1, "name": study.name,
+        "format": "varkd-study",
+        "version": 1,
+        "name": study.name,
         "finished": len(rows) == expected and len(families) == len(study.pairs),
-        "updates": study.updates, "seeds": list(study.seeds), "validation_seed": study.validation_seed,
-        "starts": study.starts, "num_samples": study.evaluation.num_samples, "gap_baseline": baseline,
-        "families": families, "rows": rows, "summary": summary, "controls": controls, "sweeps": sweeps,
-        "samplers": samplers, "failures": dict(failures), "machine": {"cores": os.cpu_count(), **facts},
-    }  # fmt: skip
+        "updates": study.updates,
+        "seeds": list(study.seeds),
+        "validation_seed": study.validation_seed,
+        "starts": study.starts,
+        "num_samples": study.evaluation.num_samples,
+        "gap_baseline": baseline,
+        "families": families,
+        "rows": rows,
+        "summary": summary,
+        "controls": controls,
+        "sweeps": sweeps,
+        "samplers": samplers,
+        "failures": dict(failures),
+        "machine": {"cores": os.cpu_count(), **facts},
+    }
 
 
 def _judged(study: Study, pair: str, method: str, seed: int, name: str = "judged") -> dict[str, Any] | None:
@@ -84,31 +96,45 @@ def _rows(study: Study, pair: str, baseline: str) -> list[Row]:
 
 def _reference_fd(study: Study, pair: str, baseline: str, seed: int, name: str) -> float | None:
     """The distance from which the gap to the teacher is measured: of the baseline at this seed and budget."""
-    found = (_model(study, pair, study.start_of(seed)) if baseline == "start"
-             else _judged(study, pair, baseline, seed, name))  # fmt: skip
+    found = (
+        _model(study, pair, study.start_of(seed)) if baseline == "start" else _judged(study, pair, baseline, seed, name)
+    )
     return None if found is None else found["metrics"]["fd"]["value"]
 
 
 def _row(
-    study: Study, place: tuple[str, str, int, str], judged: dict[str, Any], reference: float | None,
+    study: Study,
+    place: tuple[str, str, int, str],
+    judged: dict[str, Any],
+    reference: float | None,
     target: float | None,
-) -> Row:  # fmt: skip
+) -> Row:
     pair, method, seed, budget = place
     metrics, folder = judged["metrics"], Path(study.out) / pair / method
     fd, run = metrics["fd"], f"{pair}/{method}/seed-{seed}"
     gap = None if reference is None or target is None or reference <= target else reference - target
     picture = f"{run}/samples.png" if budget == "updates" else None
     return {
-        "family": pair, "method": method, "seed": seed, "budget": budget, "updates": judged["updates"],
-        "seconds": judged["seconds"], "fd": fd["value"], "fd_low": fd["low"], "fd_high": fd["high"],
+        "family": pair,
+        "method": method,
+        "seed": seed,
+        "budget": budget,
+        "updates": judged["updates"],
+        "seconds": judged["seconds"],
+        "fd": fd["value"],
+        "fd_low": fd["low"],
+        "fd_high": fd["high"],
         **{name: metrics[name]["value"] for name in ("precision", "recall", "accuracy")},
-        "ce": judged["ce"], "student_kl": judged["agreement"]["student"]["forward_kl"],
+        "ce": judged["ce"],
+        "student_kl": judged["agreement"]["student"]["forward_kl"],
         "data_kl": judged["agreement"]["data"]["forward_kl"],
         "acceptance": judged["agreement"]["student"]["acceptance"],
         "gap_closed": None if gap is None or reference is None else (reference - fd["value"]) / gap,
-        "sampler": judged["sampler"], "setting": read_json(folder / "choice.json")["setting"], "run": run,
+        "sampler": judged["sampler"],
+        "setting": read_json(folder / "choice.json")["setting"],
+        "run": run,
         "samples": picture,
-    }  # fmt: skip
+    }
 
 
 def _draws(study: Study, rows: Sequence[Row]) -> list[list[float]]:
@@ -123,13 +149,21 @@ def _of(rows: Sequence[Row], method: str, budget: str) -> list[Row]:
 
 def _summary(study: Study, pair: str, budget: str, rows: Sequence[Row]) -> list[Row]:
     found = {method: mine for method in study.methods_of(pair) if (mine := _of(rows, method, budget))}
-    rivals = {m: mean_estimate([row["fd"] for row in mine])["value"] for m, mine in found.items()
-              if study.role(m) == "baseline" and len(mine) == len(study.seeds)}  # fmt: skip
+    rivals = {
+        m: mean_estimate([row["fd"] for row in mine])["value"]
+        for m, mine in found.items()
+        if study.role(m) == "baseline" and len(mine) == len(study.seeds)
+    }
     best = min(rivals, key=lambda method: rivals[method]) if rivals else None
     summary = []
     for method, mine in found.items():
-        row: Row = {"family": pair, "budget": budget, "method": method, "role": study.role(method),
-                    "num_seeds": len(mine)}  # fmt: skip
+        row: Row = {
+            "family": pair,
+            "budget": budget,
+            "method": method,
+            "role": study.role(method),
+            "num_seeds": len(mine),
+        }
         row |= {name: sum(one[name] for one in mine) / len(mine) for name in ("updates", "seconds")}
         row["fd"] = mean_estimate([one["fd"] for one in mine], _draws(study, mine))
         for name in _MEANS:
@@ -171,8 +205,17 @@ def _controls(study: Study, pair: str, budget: str, rows: Sequence[Row]) -> list
             if mine and len(mine) == len(other):
                 difference, won, lost = _against(study, mine, other, control)
                 del difference["to"]
-                found.append({"family": pair, "budget": budget, "method": method, "control": control, **difference,
-                              "wins": won, "losses": lost})  # fmt: skip
+                found.append(
+                    {
+                        "family": pair,
+                        "budget": budget,
+                        "method": method,
+                        "control": control,
+                        **difference,
+                        "wins": won,
+                        "losses": lost,
+                    }
+                )
     return found
 
 
@@ -182,10 +225,15 @@ def _family(study: Study, pair: str, baseline: str, summary: Sequence[Row]) -> d
         return None
     verdict, clear = _verdict(teacher, start, baseline, [row for row in summary if row["budget"] == "updates"])
     return {
-        "family": pair, "data": study.pairs[pair].data, "teacher": _about(study, pair, "teacher", teacher),
-        "start": _about(study, pair, study.start_of(study.seeds[0]), start), "floors": teacher["floors"],
-        "time_budget": time_budget(study, pair), "verdict": verdict, "distinguishable": clear,
-    }  # fmt: skip
+        "family": pair,
+        "data": study.pairs[pair].data,
+        "teacher": _about(study, pair, "teacher", teacher),
+        "start": _about(study, pair, study.start_of(study.seeds[0]), start),
+        "floors": teacher["floors"],
+        "time_budget": time_budget(study, pair),
+        "verdict": verdict,
+        "distinguishable": clear,
+    }
 
 
 def _about(study: Study, pair: str, name: str, model: dict[str, Any]) -> Row:
@@ -193,11 +241,17 @@ def _about(study: Study, pair: str, name: str, model: dict[str, Any]) -> Row:
     home = Path(study.out) / pair / name
     run = os.path.relpath(model["run"], study.out) if Path(model["run"]).is_dir() else model["run"]
     return {
-        "run": run, "parameters": model["parameters"], "fd": fd["value"], "fd_low": fd["low"], "fd_high": fd["high"],
-        **{key: model["metrics"][key]["value"] for key in ("precision", "recall", "accuracy")}, "ce": model["ce"],
-        "sampler": model["sampler"], "seconds": model["seconds"],
+        "run": run,
+        "parameters": model["parameters"],
+        "fd": fd["value"],
+        "fd_low": fd["low"],
+        "fd_high": fd["high"],
+        **{key: model["metrics"][key]["value"] for key in ("precision", "recall", "accuracy")},
+        "ce": model["ce"],
+        "sampler": model["sampler"],
+        "seconds": model["seconds"],
         "samples": f"{pair}/{name}/samples.png" if (home / "samples.png").is_file() else None,
-    }  # fmt: skip
+    }
 
 
 def gap_is_small(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> bool:
@@ -221,6 +275,8 @@ def _verdict(teacher: dict[str, Any], start: dict[str, Any], baseline: str, summ
         return f"{told}; the start stood at {begun['value']:.2f}", True
     half = median(widths) / 2
     if gap < 4 * half:
-        return (f"{told}, and paired differences are known to +-{half:.2f} only: methods can hardly be told apart; add "
-                "seeds, or train a better teacher"), False  # fmt: skip
+        return (
+            f"{told}, and paired differences are known to +-{half:.2f} only: methods can hardly be told apart; add "
+            "seeds, or train a better teacher"
+        ), False
     return f"{told}, and paired differences are known to about +-{half:.2f}: enough room to tell methods apart", True

@@ -144,8 +144,10 @@ def _check(study: Study) -> None:
     if not study.pairs or not study.methods or not study.seeds:
         raise VarkdError("a study needs pairs:, methods: and seeds: (recipes/study-smoke.yaml is a small one)")
     if study.validation_seed in study.seeds:
-        raise VarkdError(f"validation_seed {study.validation_seed} is a reported seed: choose another one, so that "
-                         "nothing is chosen on what is reported")  # fmt: skip
+        raise VarkdError(
+            f"validation_seed {study.validation_seed} is a reported seed: choose another one, so that "
+            "nothing is chosen on what is reported"
+        )
     if study.search_sampling_seed == study.evaluation.seed:
         raise VarkdError("search_sampling_seed must differ from evaluation.seed: nothing is chosen on what is reported")
     if not study.temperatures or not study.guidances or min(study.temperatures) <= 0:
@@ -155,16 +157,22 @@ def _check(study: Study) -> None:
             raise VarkdError(f"{name} must be at least 1, got {getattr(study, name)}")
     for method in study.methods:
         if study.preset(method) not in METHODS:
-            raise VarkdError(f"methods.{method}: unknown preset '{study.preset(method)}': "
-                             f"{did_you_mean(study.preset(method), METHODS)}")  # fmt: skip
+            raise VarkdError(
+                f"methods.{method}: unknown preset '{study.preset(method)}': "
+                f"{did_you_mean(study.preset(method), METHODS)}"
+            )
         if len(study.settings(method)) != len(study.sweep):
-            raise VarkdError(f"methods.{method}.sweep tries {len(study.settings(method))} settings, the study "
-                             f"{len(study.sweep)}: the same budget for all")  # fmt: skip
+            raise VarkdError(
+                f"methods.{method}.sweep tries {len(study.settings(method))} settings, the study "
+                f"{len(study.sweep)}: the same budget for all"
+            )
     for name, pair in study.pairs.items():
         unknown = [method for method in pair.methods or () if method not in study.methods]
         if unknown:
-            raise VarkdError(f"pairs.{name}.methods: '{unknown[0]}' is no method of this study: "
-                             f"{did_you_mean(unknown[0], study.methods)}")  # fmt: skip
+            raise VarkdError(
+                f"pairs.{name}.methods: '{unknown[0]}' is no method of this study: "
+                f"{did_you_mean(unknown[0], study.methods)}"
+            )
         second_stage_run(study, name, study.seeds[0], "", "")
         for method in study.methods_of(name):
             for setting in study.settings(method):
@@ -178,9 +186,16 @@ def student_run(
     entry, chosen = study.entry(method), study.pairs[pair]
     changes = _explicit(chosen.student, (*chosen.student_set, f"method={study.preset(method)}"), (*entry.set, *setting))
     every = max(1, updates // study.time_points)
-    fixed = (f"seed={seed}", f"train.updates={updates}", f"train.checkpoint_every={every}", "train.tensorboard=false",
-             f"train.keep={updates // every + 2}", "train.grid_every=0", "train.select=last",
-             f"device={study.device}")  # fmt: skip
+    fixed = (
+        f"seed={seed}",
+        f"train.updates={updates}",
+        f"train.checkpoint_every={every}",
+        "train.tensorboard=false",
+        f"train.keep={updates // every + 2}",
+        "train.grid_every=0",
+        "train.select=last",
+        f"device={study.device}",
+    )
     run = load_run(chosen.student, (*changes, *fixed))
     name = method if seed == study.seeds[0] else f"{method}, seed {seed}"
     return replace(run, evaluation=study.evaluation, out=folder, name=name)
@@ -205,9 +220,15 @@ def second_stage_run(study: Study, pair: str, seed: int, folder: str, init: str)
     if chosen.start is None:
         return None
     changes = _explicit(chosen.student, (), (*chosen.student_set, *chosen.start.set))
-    fixed = [f"method={chosen.start.method}", f"seed={seed}", "train.tensorboard=false", "train.grid_every=0",
-             f"device={study.device}", f"train.updates={chosen.start.updates}",
-             f"train.select={chosen.start.select}"]  # fmt: skip
+    fixed = [
+        f"method={chosen.start.method}",
+        f"seed={seed}",
+        "train.tensorboard=false",
+        "train.grid_every=0",
+        f"device={study.device}",
+        f"train.updates={chosen.start.updates}",
+        f"train.select={chosen.start.select}",
+    ]
     run = load_run(chosen.student, (*changes, *fixed))
     return replace(run, evaluation=study.evaluation, out=folder, init=init, name="start")
 
@@ -263,5 +284,7 @@ def _check_same(old: Study, new: Study, folder: Path) -> None:
             continue
         if name == "seeds" and set(before) <= set(now) and before[0] == now[0]:
             continue
-        raise VarkdError(f"{folder} holds a study with other settings ({name}): methods, pairs and seeds may be added, "
-                         "for anything else choose another out=")  # fmt: skip
+        raise VarkdError(
+            f"{folder} holds a study with other settings ({name}): methods, pairs and seeds may be added, "
+            "for anything else choose another out="
+        )

@@ -30,9 +30,10 @@ def mean_estimate(value_S: Sequence[float], draw_SR: Sequence[Sequence[float]] |
 
 
 def paired_difference(
-    first_S: Sequence[float], second_S: Sequence[float],
+    first_S: Sequence[float],
+    second_S: Sequence[float],
     draw_SR: tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]] | None = None,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """first - second, paired by seed, and by sample where the draws of both are given."""
     difference = [a - b for a, b in zip(first_S, second_S, strict=True)]
     draws = None if draw_SR is None else np.asarray(draw_SR[0], float) - np.asarray(draw_SR[1], float)

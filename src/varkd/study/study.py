@@ -45,8 +45,9 @@ def run_study(study: Study, quiet: bool = False) -> Path:
     page = write_study(folder)
     if failures:
         first, reason = next(iter(failures.items()))
-        raise VarkdError(f"{len(failures)} of the study's tasks failed, first {first}: {reason}; the others stand on "
-                         f"{page}")  # fmt: skip
+        raise VarkdError(
+            f"{len(failures)} of the study's tasks failed, first {first}: {reason}; the others stand on {page}"
+        )
     return page
 
 
@@ -81,12 +82,16 @@ def cell_tasks(study: Study, failures: dict[str, str]) -> list[Task]:
             continue
         for method in study.methods_of(pair):
             name, settings = f"{pair}/{method}", study.settings(method)
-            swept = [Task(f"{name}/sweep-{index}", work.sweep, (study, pair, method, index), (), study.sweep_updates)
-                     for index in range(len(settings) if len(settings) > 1 else 0)]  # fmt: skip
+            swept = [
+                Task(f"{name}/sweep-{index}", work.sweep, (study, pair, method, index), (), study.sweep_updates)
+                for index in range(len(settings) if len(settings) > 1 else 0)
+            ]
             needs = tuple(task.name for task in swept)
             chosen = Task(f"{name}/choice", work.choose, (study, pair, method), needs, study.updates)
-            cells = [Task(f"{name}/seed-{seed}", work.cell, (study, pair, method, seed), (chosen.name,), study.updates)
-                     for seed in study.seeds]  # fmt: skip
+            cells = [
+                Task(f"{name}/seed-{seed}", work.cell, (study, pair, method, seed), (chosen.name,), study.updates)
+                for seed in study.seeds
+            ]
             tasks += [*swept, chosen, *cells]
     return tasks
 
@@ -113,5 +118,7 @@ def _look_at_the_gaps(study: Study, quiet: bool) -> None:
         found: list[dict[str, Any]] = [read_json(path)["metrics"]["fd"] for path in paths]
         taught, begun = found
         if gap_is_small(taught, begun):
-            console.print(f"warning: {pair}: the student starts at FD {begun['value']:.2f}, the teacher is at "
-                          f"{taught['value']:.2f}: too small a gap to tell methods apart")  # fmt: skip
+            console.print(
+                f"warning: {pair}: the student starts at FD {begun['value']:.2f}, the teacher is at "
+                f"{taught['value']:.2f}: too small a gap to tell methods apart"
+            )

@@ -48,8 +48,9 @@ def prepare(study: Study, pair: str) -> None:
     chosen, folder = study.pairs[pair], codes_folder(study, pair)
     if folder != Path(chosen.data):
         if chosen.tokenizer is None:
-            raise VarkdError(f"pairs.{pair}: data={chosen.data} is not a codes folder: encode it first, or give "
-                             "tokenizer too")  # fmt: skip
+            raise VarkdError(
+                f"pairs.{pair}: data={chosen.data} is not a codes folder: encode it first, or give tokenizer too"
+            )
         encode(chosen.data, chosen.tokenizer, folder, device=study.device, quiet=True)
     Judge.of(Codes(folder), study.device, quiet=True)
 
@@ -75,12 +76,19 @@ def model(study: Study, pair: str, name: str, seed: int) -> None:
     seen = judge.see(loaded, settings_of(study, best), quiet=True)
     seen.save_grid(home / "samples.png")
     status = folder / "status.json"
-    write_json(home / "judged.json", {
-        "run": str(folder), "metrics": seen.metrics, "sampler": best, "choices": tried,
-        "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
-        "seconds": read_json(status)["seconds"] if status.is_file() else None,
-        "ce": judge.cross_entropy(loaded), "floors": judge.floors() if name == "teacher" else None,
-    })  # fmt: skip
+    write_json(
+        home / "judged.json",
+        {
+            "run": str(folder),
+            "metrics": seen.metrics,
+            "sampler": best,
+            "choices": tried,
+            "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
+            "seconds": read_json(status)["seconds"] if status.is_file() else None,
+            "ce": judge.cross_entropy(loaded),
+            "floors": judge.floors() if name == "teacher" else None,
+        },
+    )
 
 
 def _train_model(study: Study, pair: str, name: str, seed: int, folder: Path) -> None:
@@ -151,9 +159,16 @@ def choose(study: Study, pair: str, method: str) -> None:
         tried, sampler = [only | {"fd": None}], only
     else:
         tried, sampler = _best_sampler(study, pair, method, settings[chosen])
-    write_json(folder / "choice.json", {
-        "setting": list(settings[chosen]), "sweep": scores, "chosen": chosen, "sampler": sampler, "choices": tried,
-    })  # fmt: skip
+    write_json(
+        folder / "choice.json",
+        {
+            "setting": list(settings[chosen]),
+            "sweep": scores,
+            "chosen": chosen,
+            "sampler": sampler,
+            "choices": tried,
+        },
+    )
 
 
 def _best_sampler(

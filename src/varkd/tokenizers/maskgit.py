@@ -62,9 +62,15 @@ class MaskGITConfig:
         widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)]
         vocab_size, z_channels = shapes["quantize.embedding.weight"]
         return cls(
-            image_size, channels, ch, tuple(width // ch for width in widths), z_channels,
-            count_numbered(shapes, r"encoder\.down\.0\.block\.(\d+)\."), vocab_size, OFFICIAL_GROUPS,
-        )  # fmt: skip
+            image_size,
+            channels,
+            ch,
+            tuple(width // ch for width in widths),
+            z_channels,
+            count_numbered(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+            vocab_size,
+            OFFICIAL_GROUPS,
+        )
 
     @property
     def downsampling(self) -> int:

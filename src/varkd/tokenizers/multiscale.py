@@ -79,18 +79,30 @@ class MultiScaleConfig:
 
     @classmethod
     def small(
-        cls, image_size: int = 32, channels: int = 3, vocab_size: int = 512, downsampling: int = 4,
+        cls,
+        image_size: int = 32,
+        channels: int = 3,
+        vocab_size: int = 512,
+        downsampling: int = 4,
         scales: Sequence[int] | None = None,
-    ) -> Self:  # fmt: skip
+    ) -> Self:
         """Sizes that train in minutes on two CPU cores for images of about 32 x 32 pixels; scales double by default."""
         if downsampling < 1 or downsampling & (downsampling - 1):
             raise VarkdError(f"multiscale tokenizer: downsampling must be a power of 2, got {downsampling}")
         levels = downsampling.bit_length()
         scales = doubling(image_size // downsampling) if scales is None else tuple(scales)
         return cls(
-            image_size, channels, ch=32, ch_mult=(*(1,) * (levels - 1), 2), z_channels=16, num_res_blocks=1,
-            decoder_res_blocks=1, vocab_size=vocab_size, scales=scales, norm_groups=8,
-        )  # fmt: skip
+            image_size,
+            channels,
+            ch=32,
+            ch_mult=(*(1,) * (levels - 1), 2),
+            z_channels=16,
+            num_res_blocks=1,
+            decoder_res_blocks=1,
+            vocab_size=vocab_size,
+            scales=scales,
+            norm_groups=8,
+        )
 
     @classmethod
     def infer(cls, shapes: Shapes, image_size: int, scales: Sequence[int] | None = None) -> Self:
@@ -110,12 +122,19 @@ class MultiScaleConfig:
         widths = [shapes[f"encoder.down.{level}.block.0.conv1.bias"][0] for level in range(levels)]
         vocab_size, z_channels = shapes["quantize.embedding.weight"]
         return cls(
-            image_size, channels, ch, tuple(width // ch for width in widths), z_channels,
+            image_size,
+            channels,
+            ch,
+            tuple(width // ch for width in widths),
+            z_channels,
             count_numbered(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
             count_numbered(shapes, r"decoder\.up\.0\.block\.(\d+)\."),
-            vocab_size, scales, count_numbered(shapes, r"quantize\.quant_resi\.qresi_ls\.(\d+)\."), OFFICIAL_GROUPS,
+            vocab_size,
+            scales,
+            count_numbered(shapes, r"quantize\.quant_resi\.qresi_ls\.(\d+)\."),
+            OFFICIAL_GROUPS,
             attention="encoder.mid.attn_1.qkv.weight" in shapes,
-        )  # fmt: skip
+        )
 
     @property
     def downsampling(self) -> int:
@@ -266,12 +285,15 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
             Level(
-                widths[level], widths[level + 1], config.num_res_blocks, config.norm_groups,
+                widths[level],
+                widths[level + 1],
+                config.num_res_blocks,
+                config.norm_groups,
                 attention=config.attention and level == last,
                 downsample=Downsample(widths[level + 1]) if level < last else None,
             )
             for level in range(last + 1)
-        )  # fmt: skip
+        )
         self.mid = Middle(widths[-1], config)
         self.norm_out = norm(widths[-1], config.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
@@ -294,12 +316,15 @@ class Decoder(nn.Module):
         self.mid = Middle(widths[-1], config)
         self.up = nn.ModuleList(
             Level(
-                widths[level + 1], widths[level], config.decoder_res_blocks, config.norm_groups,
+                widths[level + 1],
+                widths[level],
+                config.decoder_res_blocks,
+                config.norm_groups,
                 attention=config.attention and level == last,
                 upsample=Upsample(widths[level]) if level else None,
             )
             for level in range(last + 1)
-        )  # fmt: skip
+        )
         self.norm_out = norm(widths[0], config.norm_groups)
         self.conv_out = nn.Conv2d(widths[0], config.channels, 3, padding=1)
 
@@ -314,9 +339,16 @@ class Level(nn.Module):
     """Residual blocks (each followed by attention, if any) at one resolution, then the way to the next."""
 
     def __init__(
-        self, width_in: int, width: int, num_blocks: int, groups: int, *, attention: bool,
-        downsample: Downsample | None = None, upsample: Upsample | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        width_in: int,
+        width: int,
+        num_blocks: int,
+        groups: int,
+        *,
+        attention: bool,
+        downsample: Downsample | None = None,
+        upsample: Upsample | None = None,
+    ) -> None:
         super().__init__()
         self.block = nn.ModuleList(
             ResidualBlock(width if index else width_in, width, groups) for index in range(num_blocks)

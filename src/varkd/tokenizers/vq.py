@@ -75,9 +75,16 @@ class VQConfig:
             raise VarkdError(f"vq tokenizer: downsampling must be a power of 2, got {downsampling}")
         levels = downsampling.bit_length()
         return cls(
-            image_size, channels, ch=32, ch_mult=(*(1,) * (levels - 1), 2), z_channels=64, num_res_blocks=1,
-            decoder_res_blocks=1, vocab_size=vocab_size, norm_groups=8,
-        )  # fmt: skip
+            image_size,
+            channels,
+            ch=32,
+            ch_mult=(*(1,) * (levels - 1), 2),
+            z_channels=64,
+            num_res_blocks=1,
+            decoder_res_blocks=1,
+            vocab_size=vocab_size,
+            norm_groups=8,
+        )
 
     @classmethod
     def infer(cls, shapes: Shapes, image_size: int) -> Self:
@@ -87,11 +94,18 @@ class VQConfig:
         widths = [shapes[f"encoder.conv_blocks.{level}.res.0.conv1.bias"][0] for level in range(levels)]
         vocab_size, codebook_dim = shapes["quantize.embedding.weight"]
         return cls(
-            image_size, channels, ch, tuple(width // ch for width in widths), shapes["encoder.conv_out.bias"][0],
+            image_size,
+            channels,
+            ch,
+            tuple(width // ch for width in widths),
+            shapes["encoder.conv_out.bias"][0],
             count_numbered(shapes, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
             count_numbered(shapes, r"decoder\.conv_blocks\.0\.res\.(\d+)\."),
-            vocab_size, codebook_dim, OFFICIAL_GROUPS, attention="encoder.mid.1.q.weight" in shapes,
-        )  # fmt: skip
+            vocab_size,
+            codebook_dim,
+            OFFICIAL_GROUPS,
+            attention="encoder.mid.1.q.weight" in shapes,
+        )
 
     @property
     def downsampling(self) -> int:
@@ -199,12 +213,15 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.channels, widths[0], 3, padding=1)
         self.conv_blocks = nn.ModuleList(
             Level(
-                widths[level], widths[level + 1], config.num_res_blocks, config.norm_groups,
+                widths[level],
+                widths[level + 1],
+                config.num_res_blocks,
+                config.norm_groups,
                 attention=config.attention and level == last,
                 downsample=Downsample(widths[level + 1]) if level < last else None,
             )
             for level in range(last + 1)
-        )  # fmt: skip
+        )
         self.mid = _middle(widths[-1], config)
         self.norm_out = norm(widths[-1], config.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
@@ -227,12 +244,15 @@ class Decoder(nn.Module):
         self.mid = _middle(widths[0], config)
         self.conv_blocks = nn.ModuleList(
             Level(
-                widths[max(0, level - 1)], widths[level], config.decoder_res_blocks, config.norm_groups,
+                widths[max(0, level - 1)],
+                widths[level],
+                config.decoder_res_blocks,
+                config.norm_groups,
                 attention=config.attention and level == 0,
                 upsample=Upsample(widths[level]) if level < last else None,
             )
             for level in range(last + 1)
-        )  # fmt: skip
+        )
         self.norm_out = norm(widths[-1], config.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], config.channels, 3, padding=1)
 
@@ -247,9 +267,16 @@ class Level(nn.Module):
     """Residual blocks (each followed by attention, if any) at one resolution, then the way to the next."""
 
     def __init__(
-        self, width_in: int, width: int, num_blocks: int, groups: int, *, attention: bool,
-        downsample: Downsample | None = None, upsample: Upsample | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        width_in: int,
+        width: int,
+        num_blocks: int,
+        groups: int,
+        *,
+        attention: bool,
+        downsample: Downsample | None = None,
+        upsample: Upsample | None = None,
+    ) -> None:
         super().__init__()
         self.res = nn.ModuleList(
             ResidualBlock(width if index else width_in, width, groups) for index in range(num_blocks)

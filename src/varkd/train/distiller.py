@@ -59,11 +59,21 @@ class Distiller:
     """
 
     def __init__(
-        self, method: str | Method, student: Backbone, teacher: Backbone | CachedTeacher | None = None,
-        tokenizer: Tokenizer | Tensor | None = None, *, updates: int, seed: int = 0, label_drop: float = 0.1,
-        chunk_rows: int | None = None, precision: Literal["fp32", "bf16"] = "fp32", world: World | None = None,
-        reference: Backbone | None = None, codebook_tables: CodebookTables | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        method: str | Method,
+        student: Backbone,
+        teacher: Backbone | CachedTeacher | None = None,
+        tokenizer: Tokenizer | Tensor | None = None,
+        *,
+        updates: int,
+        seed: int = 0,
+        label_drop: float = 0.1,
+        chunk_rows: int | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        world: World | None = None,
+        reference: Backbone | None = None,
+        codebook_tables: CodebookTables | None = None,
+    ) -> None:
         if updates < 1 or not 0 <= label_drop <= 1:
             raise VarkdError(f"distiller: need updates >= 1 and label_drop in [0, 1], got {updates} and {label_drop}")
         self.method = _method(method)
@@ -104,9 +114,18 @@ class Distiller:
         """
         method, rng = self.method.at(min(self.step / self.updates, 1.0), self.state), Rng(self.seed, self.step)
         inputs = StepInputs(
-            method, self.student, self.teacher, self.state, rng, self.world, self.chunk_rows, self.codebook_tables,
-            self.reference, audit, self.cache,
-        )  # fmt: skip
+            method,
+            self.student,
+            self.teacher,
+            self.state,
+            rng,
+            self.world,
+            self.chunk_rows,
+            self.codebook_tables,
+            self.reference,
+            audit,
+            self.cache,
+        )
         with self._autocast():
             sequences = self._sequences(batch, inputs)
             fed = self._drop_labels(sequences, rng)

@@ -34,12 +34,24 @@ _SHOWN_IMAGES = 16
 
 
 def encode_images(
-    source: str | Indexed, tokenizer: Tokenizer, tokenizer_path: str | None, out: Path, *,
-    image_size: int | None = None, validation: float = 0.1, seed: int = 0, views: tuple[str, ...] = ("identity",),
+    source: str | Indexed,
+    tokenizer: Tokenizer,
+    tokenizer_path: str | None,
+    out: Path,
+    *,
+    image_size: int | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+    views: tuple[str, ...] = ("identity",),
     batch_size: int = 256,
-    shard_size: int = 4096, class_map: list[int] | None = None, label: str | None = None, skip_corrupt: bool = False,
-    device: str | torch.device = "cpu", world: World | None = None, quiet: bool = False,
-) -> Manifest:  # fmt: skip
+    shard_size: int = 4096,
+    class_map: list[int] | None = None,
+    label: str | None = None,
+    skip_corrupt: bool = False,
+    device: str | torch.device = "cpu",
+    world: World | None = None,
+    quiet: bool = False,
+) -> Manifest:
     """Encode both splits of `source` into `out` and return the manifest; a stopped job goes on where it stopped.
 
     The train split is encoded in all `views`, the validation split as it is. With `tokenizer_path` None the tokenizer
@@ -130,9 +142,14 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _write_shards(
-    writer: CodeWriter, sets: dict[Split, ImageSet], tokenizer: Tokenizer, views: tuple[str, ...], batch_size: int,
-    device: str | torch.device, quiet: bool,
-) -> None:  # fmt: skip
+    writer: CodeWriter,
+    sets: dict[Split, ImageSet],
+    tokenizer: Tokenizer,
+    views: tuple[str, ...],
+    batch_size: int,
+    device: str | torch.device,
+    quiet: bool,
+) -> None:
     todo = [
         (sets["train" if split == "train" else "validation"], shard, views if split == "train" else ("identity",))
         for split, shard in writer.todo()
@@ -152,9 +169,13 @@ def _write_shards(
 
 @torch.no_grad()
 def _encoded(
-    images: ImageSet, shard: Manifest, views: tuple[str, ...], tokenizer: Tokenizer, batch_size: int,
+    images: ImageSet,
+    shard: Manifest,
+    views: tuple[str, ...],
+    tokenizer: Tokenizer,
+    batch_size: int,
     device: str | torch.device,
-) -> Iterator[tuple[slice, int, NDArray[np.int64]]]:  # fmt: skip
+) -> Iterator[tuple[slice, int, NDArray[np.int64]]]:
     """(rows of the shard, view, codes_BL). Batches begin with the shard, so a resumed job makes the same ones."""
     for start in range(0, shard["num"], batch_size):
         rows = slice(start, min(start + batch_size, shard["num"]))

@@ -69,9 +69,14 @@ class FitConfig:
 
 
 def fit_tokenizer(
-    train: ImageSet, validation: ImageSet, config: VQConfig | MultiScaleConfig, fit: FitConfig, *,
-    device: torch.device | str = "cpu", quiet: bool = False,
-) -> tuple[Fitted, dict[str, Any]]:  # fmt: skip
+    train: ImageSet,
+    validation: ImageSet,
+    config: VQConfig | MultiScaleConfig,
+    fit: FitConfig,
+    *,
+    device: torch.device | str = "cpu",
+    quiet: bool = False,
+) -> tuple[Fitted, dict[str, Any]]:
     """Train a tokenizer on `train` and measure it on `validation`.
 
     Returns the tokenizer (in evaluation mode) and its record, plain JSON: `psnr` (mean dB on validation), `num`,
@@ -111,9 +116,11 @@ def measure(tokenizer: Tokenizer, images: ImageSet, *, quiet: bool = False) -> d
             count_V += torch.bincount(codes_BL.flatten().cpu(), minlength=tokenizer.vocab_size)
             running.update(stop)
     return {
-        "psnr": total / len(images), "num": len(images),
-        "codes_used": float((count_V > 0).double().mean()), "perplexity": _perplexity(count_V),
-    }  # fmt: skip
+        "psnr": total / len(images),
+        "num": len(images),
+        "codes_used": float((count_V > 0).double().mean()),
+        "perplexity": _perplexity(count_V),
+    }
 
 
 def _build(config: VQConfig | MultiScaleConfig, seed: int) -> Fitted:

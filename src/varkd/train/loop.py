@@ -59,8 +59,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_range("train", "label_drop", self.label_drop, 0, 1)
         check_range("train", "dropout", self.dropout, 0, 1)
-        positive = ("updates", "batch_size", "micro_batches", "validate_every", "checkpoint_every", "keep", "log_every",
-                    "chunk_rows", "replicas")  # fmt: skip
+        positive = (
+            "updates",
+            "batch_size",
+            "micro_batches",
+            "validate_every",
+            "checkpoint_every",
+            "keep",
+            "log_every",
+            "chunk_rows",
+            "replicas",
+        )
         for name in positive:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise VarkdError(f"train: {name} must be at least 1, got {getattr(self, name)}")
@@ -260,8 +269,12 @@ class Session:
         """Flush the log and write `status.json`."""
         self.log.close()
         if self.job.world.is_main:
-            status = {"state": state, "step": self.progress.step, "updates": self.job.train.updates,
-                      "seconds": self.progress.seconds}  # fmt: skip
+            status = {
+                "state": state,
+                "step": self.progress.step,
+                "updates": self.job.train.updates,
+                "seconds": self.progress.seconds,
+            }
             write_json(self.job.folder / "status.json", status)
 
 

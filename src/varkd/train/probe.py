@@ -88,9 +88,9 @@ class Probe:
             self._measure(family, {**sizes, "num_layers": blocks * step}, trained, decodes) for blocks in (1, 2)
         )
         extra = depth // step - 1
-        return Phases(**{
-            item.name: _extended(getattr(one, item.name), getattr(two, item.name), extra) for item in fields(Phases)
-        })  # fmt: skip
+        return Phases(
+            **{item.name: _extended(getattr(one, item.name), getattr(two, item.name), extra) for item in fields(Phases)}
+        )
 
     def loss(self, student: dict[str, Any], teacher_dim: int | None, length: int) -> Amount:
         """The chunked loss of `batch_size` sequences: both heads, a divergence, and its gradient."""

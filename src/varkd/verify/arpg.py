@@ -88,12 +88,18 @@ def _sizes(model: ARPG, size: dict[str, Any]) -> Iterator[Check]:
     _, first = model.class_rows(model.config)
     rows = {"mask": model.vocab_size, "first_class": first, "null_class": first + model.null_label}
     ours = {
-        "n_layer": model.config.num_layers, "dim": model.config.dim, "vocab_size": model.vocab_size,
-        "num_classes": model.num_classes, "block_size": model.sequence_length, "head_dim": model.config.head_dim,
-        "self_layers": len(model.layers.self_dec), "cross_layers": len(model.layers.cross_dec),
-        "ffn_hidden": model.config.ffn_width, "null_label": model.null_label,
+        "n_layer": model.config.num_layers,
+        "dim": model.config.dim,
+        "vocab_size": model.vocab_size,
+        "num_classes": model.num_classes,
+        "block_size": model.sequence_length,
+        "head_dim": model.config.head_dim,
+        "self_layers": len(model.layers.self_dec),
+        "cross_layers": len(model.layers.cross_dec),
+        "ffn_hidden": model.config.ffn_width,
+        "null_label": model.null_label,
         "embedding_rows": {**rows, "unused": len(model.embeddings.weight) - 1},
-    }  # fmt: skip
+    }
     yield from described(ours, size)
 
 

@@ -18,9 +18,16 @@ from varkd.verify.golden import Check, Golden, forced_logits, greedy_codes
 def checks(golden: Golden) -> Iterator[Check]:
     size = golden.info["config"]
     config = LlamaGenConfig(
-        size["vocab_size"], size["num_classes"], (size["grid"], size["grid"]), size["n_layer"], size["dim"],
-        size["n_head"], None, size["rope_base"], size["norm_eps"],
-    )  # fmt: skip
+        size["vocab_size"],
+        size["num_classes"],
+        (size["grid"], size["grid"]),
+        size["n_layer"],
+        size["dim"],
+        size["n_head"],
+        None,
+        size["rope_base"],
+        size["norm_eps"],
+    )
     model = LlamaGen(config).eval()
     model.load_state_dict(golden.state())
     codes_BL, condition = golden["codes"], Condition(golden["labels"])

@@ -75,10 +75,16 @@ def _run(golden: Golden, model: RandAR, condition: Condition, name: str, run: di
 def _sizes(model: RandAR, size: dict[str, Any]) -> Iterator[Check]:
     """Every size of the description against what the shapes say."""
     ours = {
-        "n_layer": model.config.num_layers, "dim": model.config.dim, "vocab_size": model.vocab_size,
-        "num_classes": model.num_classes, "block_size": model.sequence_length, "head_dim": model.config.head_dim,
-        "ffn_hidden": model.config.ffn_width, "null_label": model.null_label, "cls_token_num": 1,
-    }  # fmt: skip
+        "n_layer": model.config.num_layers,
+        "dim": model.config.dim,
+        "vocab_size": model.vocab_size,
+        "num_classes": model.num_classes,
+        "block_size": model.sequence_length,
+        "head_dim": model.config.head_dim,
+        "ffn_hidden": model.config.ffn_width,
+        "null_label": model.null_label,
+        "cls_token_num": 1,
+    }
     yield from described(ours, size)
 
 

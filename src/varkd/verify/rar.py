@@ -48,13 +48,19 @@ def schedule(params: dict[str, Any]) -> tuple[tuple[int, ...], Tensor]:
 def _sizes(model: RAR, size: dict[str, Any], inferred: dict[str, Any]) -> Iterator[Check]:
     """Every size of the description against what the shapes say."""
     ours = {
-        "num_hidden_layers": inferred["num_layers"], "hidden_size": inferred["dim"],
-        "num_attention_heads": inferred["num_heads"], "intermediate_size": inferred["ffn_dim"],
-        "codebook_size": inferred["vocab_size"], "num_classes": inferred["num_classes"],
-        "image_seq_len": model.sequence_length, "head_dim": model.config.head_dim, "null_label": model.null_label,
-        "embedding_rows": _embedding_rows(model), "position_rows": model.pos_embed.shape[1],
+        "num_hidden_layers": inferred["num_layers"],
+        "hidden_size": inferred["dim"],
+        "num_attention_heads": inferred["num_heads"],
+        "intermediate_size": inferred["ffn_dim"],
+        "codebook_size": inferred["vocab_size"],
+        "num_classes": inferred["num_classes"],
+        "image_seq_len": model.sequence_length,
+        "head_dim": model.config.head_dim,
+        "null_label": model.null_label,
+        "embedding_rows": _embedding_rows(model),
+        "position_rows": model.pos_embed.shape[1],
         "timestep_rows": model.timesteps_embeddings.shape[1],
-    }  # fmt: skip
+    }
     yield from described(ours, size)
 
 
@@ -66,6 +72,7 @@ def _embedding_rows(model: RAR) -> dict[str, int]:
 def _sampler(run: dict[str, Any]) -> Sampler:
     """The official names; `randomize_temperature` (absent in schedules) divides the logits only when they are drawn."""
     return Sampler(
-        guidance=run["guidance_scale"], guidance_power=run["guidance_scale_pow"],
+        guidance=run["guidance_scale"],
+        guidance_power=run["guidance_scale_pow"],
         temperature=run.get("randomize_temperature", 1.0),
-    )  # fmt: skip
+    )

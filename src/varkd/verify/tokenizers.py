@@ -87,24 +87,39 @@ def _uint8(golden: Golden, model: Tokenizer, images: Tensor) -> Check:
 
 def _vq_config(size: dict[str, Any]) -> VQConfig:
     return VQConfig(
-        image_size=size["image"], ch=size["ch"], ch_mult=tuple(size["ch_mult"]), z_channels=size["z_channels"],
-        num_res_blocks=size["num_res_blocks"], decoder_res_blocks=size["decoder_res_blocks"],
-        vocab_size=size["codebook_size"], codebook_dim=size["codebook_embed_dim"],
-    )  # fmt: skip
+        image_size=size["image"],
+        ch=size["ch"],
+        ch_mult=tuple(size["ch_mult"]),
+        z_channels=size["z_channels"],
+        num_res_blocks=size["num_res_blocks"],
+        decoder_res_blocks=size["decoder_res_blocks"],
+        vocab_size=size["codebook_size"],
+        codebook_dim=size["codebook_embed_dim"],
+    )
 
 
 def _multiscale_config(size: dict[str, Any]) -> MultiScaleConfig:
     return MultiScaleConfig(
-        image_size=size["image"], ch=size["ch"], ch_mult=tuple(size["ch_mult"]), z_channels=size["z_channels"],
-        num_res_blocks=size["num_res_blocks"], decoder_res_blocks=size["decoder_res_blocks"],
-        vocab_size=size["vocab_size"], scales=tuple(size["patch_nums"]), num_phi=size["share_quant_resi"],
+        image_size=size["image"],
+        ch=size["ch"],
+        ch_mult=tuple(size["ch_mult"]),
+        z_channels=size["z_channels"],
+        num_res_blocks=size["num_res_blocks"],
+        decoder_res_blocks=size["decoder_res_blocks"],
+        vocab_size=size["vocab_size"],
+        scales=tuple(size["patch_nums"]),
+        num_phi=size["share_quant_resi"],
         norm_groups=size["group_norm_groups"],
-    )  # fmt: skip
+    )
 
 
 def _maskgit_config(size: dict[str, Any]) -> MaskGITConfig:
     return MaskGITConfig(
-        image_size=size["resolution"], ch=size["hidden_channels"], ch_mult=tuple(size["channel_mult"]),
-        z_channels=size["z_channels"], num_res_blocks=size["num_res_blocks"], vocab_size=size["codebook_size"],
+        image_size=size["resolution"],
+        ch=size["hidden_channels"],
+        ch_mult=tuple(size["channel_mult"]),
+        z_channels=size["z_channels"],
+        num_res_blocks=size["num_res_blocks"],
+        vocab_size=size["codebook_size"],
         norm_groups=size["group_norm_groups"],
-    )  # fmt: skip
+    )

@@ -58,9 +58,18 @@ def _load(golden: Golden) -> VAR:
     """The model under its official names, and the quantizer out of the tokenizer's tensors."""
     size = golden.info["config"]
     config = VARConfig(
-        size["vocab_size"], size["num_classes"], tuple(size["patch_nums"]), size["code_dim"], size["depth"],
-        size["embed_dim"], size["num_heads"], None, size["shared_aln"], size["share_quant_resi"], size["norm_eps"],
-    )  # fmt: skip
+        size["vocab_size"],
+        size["num_classes"],
+        tuple(size["patch_nums"]),
+        size["code_dim"],
+        size["depth"],
+        size["embed_dim"],
+        size["num_heads"],
+        None,
+        size["shared_aln"],
+        size["share_quant_resi"],
+        size["norm_eps"],
+    )
     model = VAR(config).eval()
     wanted = set(model.official_state()) & set(model.state_dict())
     state = {name: value for name, value in golden.state().items() if name in wanted}

@@ -96,10 +96,16 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], groups, config.attention)
         self.up = nn.ModuleList(
-            Level(widths[level + 1], widths[level], config.decoder_res_blocks, groups,
-                  attention=config.attention and level == last, upsample=level > 0)
+            Level(
+                widths[level + 1],
+                widths[level],
+                config.decoder_res_blocks,
+                groups,
+                attention=config.attention and level == last,
+                upsample=level > 0,
+            )
             for level in range(last + 1)
-        )  # fmt: skip
+        )
         self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], config.channels, 3, padding=1)
 

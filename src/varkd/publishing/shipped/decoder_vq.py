@@ -73,10 +73,16 @@ class Decoder(nn.Module):
             middle.insert(1, Attention(widths[0], groups))
         self.mid = nn.ModuleList(middle)
         self.conv_blocks = nn.ModuleList(
-            Level(widths[max(0, level - 1)], widths[level], config.decoder_res_blocks, groups,
-                  attention=config.attention and level == 0, upsample=level < last)
+            Level(
+                widths[max(0, level - 1)],
+                widths[level],
+                config.decoder_res_blocks,
+                groups,
+                attention=config.attention and level == 0,
+                upsample=level < last,
+            )
             for level in range(last + 1)
-        )  # fmt: skip
+        )
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.channels, 3, padding=1)
 

@@ -84,8 +84,13 @@ class AutoregressivePipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
         labels = self._labels([class_labels] if isinstance(class_labels, int | str) else class_labels)
-        given = {"guidance": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-                 "steps": num_inference_steps}  # fmt: skip
+        given = {
+            "guidance": guidance_scale,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "steps": num_inference_steps,
+        }
         sampler = {**self.sampler, **{name: value for name, value in given.items() if value is not None}}
         noise, found = _noise(seed, generator, len(labels)), []
         for begin in range(0, len(labels), batch_size):
