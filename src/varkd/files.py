@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 from varkd.errors import VarkdError
@@ -100,6 +101,10 @@ def check_writable(folder: Path, advice: str) -> None:
             pass
     except OSError as error:
         raise VarkdError(f"cannot write into {folder} ({error.strerror}): {advice}") from error
+
+
+NPY_ERRORS: tuple[type[Exception], ...] = (SyntaxError, TokenError, TypeError, OverflowError, MemoryError)
+"""What numpy raises besides ValueError where the header of an .npy file, a Python literal, is damaged."""
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from varkd.errors import VarkdError
-from varkd.files import file_hash, read_errors, read_json, write_json
+from varkd.files import NPY_ERRORS, file_hash, read_errors, read_json, write_json
 from varkd.folders import Own
 from varkd.world import World
 
@@ -33,7 +33,7 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike, verb: str) -
     """
     if not path.exists() and not path.is_symlink():
         raise VarkdError(f"{path} is missing: run `{verb}` again to write it")
-    with read_errors(path, f"is truncated or not a shard: move it away and run `{verb}` again"):
+    with read_errors(path, f"is truncated or not a shard: move it away and run `{verb}` again", NPY_ERRORS):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.shape != shape or array.dtype != dtype:
         raise VarkdError(

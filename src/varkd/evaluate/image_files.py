@@ -10,6 +10,7 @@ import hashlib
 import re
 import struct
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from varkd.errors import VarkdError
+from varkd.files import NPY_ERRORS
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 _LOSSY = (".jpg", ".jpeg", ".webp")
@@ -273,7 +275,8 @@ class _npz_errors:
         del kind, trace
         if isinstance(error, VarkdError) or error is None:
             return
-        if isinstance(error, zipfile.BadZipFile | EOFError | ValueError | struct.error | KeyError | OSError):
+        damaged = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, struct.error, KeyError, NotImplementedError)
+        if isinstance(error, (*damaged, OSError, *NPY_ERRORS)):
             raise VarkdError(f"{self.path} is truncated or not an .npz file: write or download it again") from error
 
 

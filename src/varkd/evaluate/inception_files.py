@@ -127,7 +127,7 @@ def _from_graph(path: Path) -> dict[str, Tensor]:
         raise VarkdError(f"no such file: {path}")
     try:
         constants = dict(_constants(memoryview(path.read_bytes())))
-    except (IndexError, ValueError, UnicodeDecodeError, RuntimeError, TypeError):
+    except (LookupError, ValueError, RuntimeError, TypeError, OverflowError):
         raise VarkdError(f"{path} is truncated or not a TensorFlow graph: download it again") from None
     state = {}
     parts = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
@@ -139,6 +139,8 @@ def _from_graph(path: Path) -> dict[str, Tensor]:
         state["fc.bias"] = constants["softmax/biases"]
     except KeyError as error:
         raise VarkdError(f"{path} is not the 2015 Inception graph: it has no constant {error}") from None
+    except RuntimeError:
+        raise VarkdError(f"{path} is not the 2015 Inception graph: its constants have other shapes") from None
     return state
 
 

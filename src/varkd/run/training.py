@@ -20,7 +20,7 @@ from varkd.distill.clustering import cluster_statistics
 from varkd.distill.filtering import difference_scores
 from varkd.errors import VarkdError
 from varkd.evaluate.agreement import cross_entropy
-from varkd.files import atomic_file, read_json, write_errors, write_json, write_text
+from varkd.files import NPY_ERRORS, atomic_file, read_errors, read_json, write_errors, write_json, write_text
 from varkd.folders import Own, contents, locked, relative
 from varkd.progress import console, track
 from varkd.run.data import Codes, open_codes, rank_device
@@ -102,7 +102,8 @@ def chosen_images(
             with atomic_file(path) as temporary, temporary.open("wb") as file:
                 np.save(file, kept.numpy())
         world.barrier()
-    return np.load(path, allow_pickle=False)
+    with read_errors(path, "is damaged: move it away, and the images are chosen again", NPY_ERRORS):
+        return np.load(path, allow_pickle=False)
 
 
 def _note_start(run: RunConfig, what: str, world: World, quiet: bool) -> None:
