@@ -69,8 +69,9 @@ def _construct(family: str, sizes: dict[str, Any], dropout: float) -> Backbone:
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
     try:
         return model_class(model_class.config_class(**sizes), dropout)
-    except TypeError as error:
-        raise VarkdError(f"{family}: {str(error).replace('__init__() ', '')}") from None
+    except (TypeError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split()).replace("__init__() ", "")[:200]
+        raise VarkdError(f"{family}: {reason}") from None
 
 
 def save_backbone(model: Backbone, folder: str | Path, tokenizer_hash: str | None = None) -> None:

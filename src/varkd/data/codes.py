@@ -122,7 +122,9 @@ class CodeDataset:
         try:
             self._check(tokenizer_hash)
             self._open()
-        except (KeyError, TypeError) as error:
+        except VarkdError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise VarkdError(f"{self.folder / MANIFEST} is damaged (at {error}): run `varkd encode` again") from error
         low, high = int(self.labels.min(initial=0)), int(self.labels.max(initial=0))
         if low < 0 or high >= self.num_classes:

@@ -157,8 +157,13 @@ def _looks_like(value: Any, example: Any) -> bool:
 
 def _with_state(module: type[Tokenizer], config: Any, path: Path) -> Tokenizer:
     """Build `module` with the weights at `path`, or as it is when it has none."""
-    with torch.device("meta"):
-        empty = module(config)
+    try:
+        with torch.device("meta"):
+            empty = module(config)
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise VarkdError(
+            f"{path.with_name(_CONFIG)} has sizes that no tokenizer can have: copy the folder again"
+        ) from error
     if not empty.state_dict():
         return module(config).eval()
     return _assign(empty, read_tensors(path, "copy the tokenizer folder again, or fit it again"), path)

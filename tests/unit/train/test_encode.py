@@ -99,8 +99,9 @@ def test_manifest_is_as_documented(tmp_path: Path) -> None:
     manifest = encode(tmp_path, views=("identity", "flip"), seed=3)
     assert list(manifest) == [
         "format", "version", "tokenizer", "image_shape", "grid", "class_names", "views", "source", "splits",
-        "reconstruction",
+        "reconstruction", "sha256",
     ]  # fmt: skip
+    assert set(manifest["sha256"]) == {path.name for path in tmp_path.glob("*.npy")}
     assert manifest["format"] == "varkd-codes" and manifest["version"] == 1
     assert set(manifest["tokenizer"]) == {"path", "hash", "kind", "vocab_size"}
     assert manifest["image_shape"] == [1, 8, 8] and manifest["grid"] == [8, 8]
