@@ -139,8 +139,10 @@ def _read_codes(folder: Path) -> object:
 
 
 def _read_images(folder: Path) -> object:
-    images = open_images(str(folder / "images"), "train", image_size=4, validation=0.25)
-    return images.batch(np.arange(len(images)))
+    sets = [
+        open_images(str(folder / "images"), split, image_size=4, validation=0.25) for split in ("train", "validation")
+    ]
+    return [images.batch(np.arange(len(images))) for images in sets]
 
 
 def _read_parquet(folder: Path) -> object:
