@@ -275,7 +275,7 @@ class _npz_errors:
         del kind, trace
         if isinstance(error, VarkdError) or error is None:
             return
-        damaged = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, struct.error, KeyError, NotImplementedError)
+        damaged = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, struct.error, KeyError, RuntimeError)
         if isinstance(error, (*damaged, OSError, *NPY_ERRORS)):
             raise VarkdError(f"{self.path} is truncated or not an .npz file: write or download it again") from error
 

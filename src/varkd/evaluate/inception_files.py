@@ -127,7 +127,7 @@ def _from_graph(path: Path) -> dict[str, Tensor]:
         raise VarkdError(f"no such file: {path}")
     try:
         constants = dict(_constants(memoryview(path.read_bytes())))
-    except (LookupError, ValueError, RuntimeError, TypeError, OverflowError):
+    except (LookupError, ValueError, RuntimeError, TypeError, OverflowError, MemoryError):
         raise VarkdError(f"{path} is truncated or not a TensorFlow graph: download it again") from None
     state = {}
     parts = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
@@ -219,10 +219,10 @@ def _constants(graph: memoryview) -> Iterator[tuple[str, Tensor]]:
         name, tensor = "", None
         for part, value in _fields(node):
             if part == 1:  # NodeDef.name
-                name = bytes(value).decode()
+                name = bytes(memoryview(value)).decode()
             elif part == 5:  # NodeDef.attr, a map entry: key = 1, value = 2
                 entry = dict(_fields(value))
-                if bytes(entry.get(1, b"")) == b"value":
+                if bytes(memoryview(entry.get(1, b""))) == b"value":
                     tensor = dict(_fields(entry[2])).get(8)  # AttrValue.tensor
         if tensor is not None and (value := _float_tensor(tensor)) is not None:
             yield name, value
@@ -241,8 +241,8 @@ def _float_tensor(proto: memoryview) -> Tensor | None:
         for part, size in _fields(dim)
         if part == 1
     ]
-    content = first.get(4) or b"".join(bytes(value) for number, value in fields if number == 5)
-    values = torch.frombuffer(bytearray(content), dtype=torch.float32)
+    content = first.get(4) or b"".join(bytes(memoryview(value)) for number, value in fields if number == 5)
+    values = torch.frombuffer(bytearray(memoryview(content)), dtype=torch.float32)
     return values.expand(dims) if len(values) == 1 else values.view(dims)
 
 
@@ -272,6 +272,8 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = message[position]
+        if shift > 63:
+            raise ValueError("not a protocol buffer")
         value |= (byte & 127) << shift
         position += 1
         if byte < 128:
