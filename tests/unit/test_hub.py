@@ -121,7 +121,10 @@ def test_another_family_than_the_one_asked_for(tmp_path: Path):
 
 
 @pytest.mark.parametrize("source", ["no-such-folder", "a/b/c", "../x", Path("me/student")])
-def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(source: Any, fake_hub: FakeHub):
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(
+    source: Any, fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(VarkdError, match=r"no folder .*OWNER/NAME"):
         varkd.Backbone.from_pretrained(source)
     assert fake_hub.calls == []
