@@ -12,7 +12,10 @@ from difflib import get_close_matches
 
 
 class VarkdError(ValueError):
-    """Something the caller can put right. `str(error)` is one line."""
+    """Something the caller can put right. `str(error)` is one line, whatever names from files stand in it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 _EXTRA_OF = {"datasets": "data", "matplotlib": "report", "jinja2": "report", "sklearn": "demo",

@@ -147,7 +147,7 @@ class CodeDataset:
         self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
         self.image_shape: tuple[int, int, int] = tuple(manifest["image_shape"])
         self.tokenizer_hash: str = manifest["tokenizer"]["hash"]
-        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
+        self.vocab_size = int(manifest["tokenizer"]["vocab_size"])
         self.sequence_length: int = sequence_length(manifest)
         self.num_views = len(manifest["views"]) if self.split == "train" else 1
         self._shard = lru_cache(_OPEN_SHARDS)(self._map)

@@ -39,6 +39,7 @@ _SIGNATURE_KEYS = {
     "maskgit": ("encoder.down.0.block.0.conv1.weight", "encoder.mid.0.conv1.weight"),
 }
 """Tensors by which a state dict is recognized."""
+_MOST_BLOCKS = 1000  # a damaged number would be built for hours
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, fit: dict[str, Any] | None = None) -> None:
@@ -144,6 +145,9 @@ def _config(config: type, settings: dict[str, Any], path: Path) -> Any:
     for name, default in defaults.items():
         if name not in values:
             raise VarkdError(f"{path} lacks the field '{name}'")
+        value = settings[name]
+        if name.endswith("res_blocks") and isinstance(value, int) and value > _MOST_BLOCKS:
+            raise VarkdError(f"field '{name}' in {path} asks for {value} blocks: copy the folder again")
         if not _looks_like(values[name], default):
             raise VarkdError(f"field '{name}' in {path} should look like {default!r}, got {settings[name]!r}")
     return config(**values)
