@@ -192,6 +192,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
+def cache_folder() -> Path:
+    """`varkd` in the user's cache: `$XDG_CACHE_HOME`, or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "varkd"
+
+
 def file_hash(path: Path) -> str:
     """The hex SHA-256 of a file."""
     with read_errors(path), path.open("rb") as file:

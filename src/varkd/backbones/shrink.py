@@ -62,7 +62,7 @@ class Importance:
 
 
 def shrink(model: Backbone, sizes: Sizes, importance: Importance) -> Backbone:
-    """The part of `model` that matters most: a new model of `sizes`, float32, on the CPU.
+    """The part of `model` that matters most: a new model of `sizes`, in the same dtype, on the CPU.
 
     Raises:
         VarkdError: sizes that are no smaller model of this family.

@@ -177,10 +177,9 @@ def _scores(
 
 
 def _part_selection(inputs: StepInputs, term: Term, part: Part, scores: Scores, stats: Stats) -> Tensor:
-    memory = inputs.state.get(term.key(term.selection))
-    selected_BL = term.selection(scores, part, term.space, memory, inputs.rng)
-    if term.selection.memory:
-        stats.observe(term.key(term.selection), term.selection.observed(scores, part, term.space))
+    selected_BL = term.selection(scores, part, term.space, term.threshold(inputs.state), inputs.rng)
+    if (remembering := term.selection.remembers) is not None:
+        stats.observe(term.key(remembering), remembering.observed(scores, part, term.space))
     stats.add(f"kept/{term.name}", (selected_BL == 1).double().sum(), selected_BL.numel())
     for name, (numerator, denominator) in term.selection.statistics(selected_BL, part).items():
         stats.add(f"{name}/{term.name}", numerator, denominator)

@@ -92,8 +92,13 @@ class Term:
     @property
     def memories(self) -> dict[str, Remembers]:
         """The parts that remember something between steps, by the key of their entry in the state."""
-        parts: tuple[Remembers | None, ...] = (self.selection, self.skew)
-        return {self.key(part): part for part in parts if part is not None and part.memory}
+        parts: tuple[Remembers | None, ...] = (self.selection.remembers, self.skew)
+        return {self.key(part): part for part in parts if part is not None}
+
+    def threshold(self, state: Mapping[str, Tensor]) -> Tensor | None:
+        """What the selection remembers of former steps; None where it keeps nothing, or nothing yet."""
+        part = self.selection.remembers
+        return None if part is None else state.get(self.key(part))
 
     def key(self, part: Remembers) -> str:
         """Where the state keeps what a part of this term remembers."""

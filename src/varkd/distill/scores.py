@@ -75,24 +75,24 @@ class Score(ABC):
 Scores = Mapping[Score, Tensor]
 
 
-class Remembers:
+class Remembers(ABC):
     """A part that keeps a number or a few between steps: what it observed on all ranks moves them afterwards."""
 
-    memory: ClassVar[str] = ""
-    """What its entry of the state is called; "" where it keeps none."""
+    memory: ClassVar[str]
+    """What its entry of the state is called."""
 
     def width(self, length: int) -> int:
         """How many numbers it observes of a sequence of `length` codes."""
         del length
         return 1
 
+    @abstractmethod
     def observed(self, scores: Scores, part: Part, space: Space) -> Tensor:
         """What it observes of the rows of a part, (B, width)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def updated(self, memory: Tensor | None, observed_BX: Tensor) -> Tensor:
         """The memory after a step in which all rows of all ranks were observed."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

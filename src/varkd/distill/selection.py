@@ -39,7 +39,7 @@ ScoreName = Literal["max_prob", "entropy", "margin", "cluster_mass", "code_prob"
 _SCORES = {"max_prob": MaxProb(), "entropy": Entropy(), "margin": Margin(), "code_prob": CodeProb()}
 
 
-class SelectionRule(Remembers, ABC):
+class SelectionRule(ABC):
     """Base of all selections. Most read no score, need nothing of the codebook, and keep `floor` of what they drop."""
 
     floor: float = 0.0
@@ -47,6 +47,11 @@ class SelectionRule(Remembers, ABC):
     """Whether every position counts fully, so that there is nothing to audit."""
     statistic_names: ClassVar[tuple[str, ...]] = ()
     """What `statistics` reports beside the share of positions of weight 1."""
+
+    @property
+    def remembers(self) -> Remembers | None:
+        """Itself where it remembers something between steps."""
+        return None
 
     def statistics(self, weight_BL: Tensor, part: Part) -> dict[str, tuple[Tensor, float]]:
         """Numerators and denominators for the log, by name."""
@@ -94,7 +99,7 @@ class All(SelectionRule):
 
 
 @dataclass(frozen=True)
-class Confidence(SelectionRule):
+class Confidence(SelectionRule, Remembers):
     """Trust the teacher where it is confident: weight 1 at and above the `quantile` of its score, `floor` below.
 
     The quantile is taken per position (generation rank), as a moving average over batches, so that no part of the image
@@ -126,6 +131,10 @@ class Confidence(SelectionRule):
             f"weight 1 where the teacher's {self.score} is {where} its quantile {words(self.quantile)}, {pooled} and "
             f"averaged over former steps (decay {words(self.decay)}), {words(self.floor)} elsewhere"
         )
+
+    @property
+    def remembers(self) -> Remembers:
+        return self
 
     def reads(self, space: Space) -> tuple[Score, ...]:
         return (self._score(space),)

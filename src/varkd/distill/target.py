@@ -55,8 +55,9 @@ class TargetRule(ABC):
         return None
 
     def scale_BL(self, part: Part, teacher: Backbone) -> Tensor:
-        """The scale at every position of `part`, float32 (B, L); of guided targets only."""
-        raise NotImplementedError
+        """The scale at every position of `part`, float32 (B, L): 1, the conditional branch alone, unless guided."""
+        del teacher
+        return torch.ones_like(part.codes_BL, dtype=torch.float32)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def kept_positions(
     for chunk, row in zip(sequences.split(batch_size), row_B.split(batch_size), strict=True):
         part = Part.of(source, chunk.codes_BL, chunk.condition, chunk.plan, row)
         scores = _scores(method, term, part, student, teacher, codebook_tables, rng)
-        weight_BL = term.selection(scores, part, term.space, state.get(term.key(term.selection)), rng)
+        weight_BL = term.selection(scores, part, term.space, term.threshold(state), rng)
         kept.append((weight_BL == 1).cpu())
     return torch.cat(kept)
 

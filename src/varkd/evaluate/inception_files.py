@@ -8,8 +8,6 @@ releases is downloaded once, its SHA-256 checked, and kept in the user's cache.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import urllib.error
 import urllib.request
 import zipfile
@@ -23,7 +21,7 @@ from torch import Tensor
 from varkd.containers import read_state
 from varkd.errors import VarkdError
 from varkd.evaluate.inception import Inception, check_state, conv_units
-from varkd.files import atomic_file
+from varkd.files import atomic_file, cache_folder, file_hash
 from varkd.types import state_hash
 
 RELEASES = (
@@ -78,11 +76,6 @@ def _is_torchscript(path: Path) -> bool:
         return any("/code/" in name or name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def cache_folder() -> Path:
-    """`varkd` in the user's cache: `$XDG_CACHE_HOME`, or `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "varkd"
-
-
 def downloaded() -> Path:
     """The published weights in the user's cache, fetched there on first use.
 
@@ -91,7 +84,7 @@ def downloaded() -> Path:
     """
     path = cache_folder() / Path(RELEASES[0]).name
     if path.is_file():
-        if _sha256(path) != RELEASE_SHA256:
+        if file_hash(path) != RELEASE_SHA256:
             raise VarkdError(f"{path} is damaged (its SHA-256 is another): delete it and run again")
         return path
     reasons = []
@@ -99,7 +92,7 @@ def downloaded() -> Path:
         try:
             with atomic_file(path) as temporary:
                 _fetch(url, temporary)
-                if _sha256(temporary) != RELEASE_SHA256:
+                if file_hash(temporary) != RELEASE_SHA256:
                     raise VarkdError("it came with another SHA-256")
             return path
         except (urllib.error.URLError, TimeoutError, ConnectionError, VarkdError) as error:
@@ -114,11 +107,6 @@ def _fetch(url: str, path: Path) -> None:
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, path.open("wb") as file:
         while block := answer.read(_BLOCK):
             file.write(block)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _from_graph(path: Path) -> dict[str, Tensor]:

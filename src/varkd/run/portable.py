@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import shutil
@@ -12,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from varkd.errors import VarkdError
-from varkd.files import atomic_folder
+from varkd.files import atomic_folder, cache_folder, sha256_of
 from varkd.folders import Own, json_with
 from varkd.publishing.onnx import ABOUT, DECODER, STEP, write_onnx
 from varkd.run.models import load_trained
@@ -69,8 +68,7 @@ def _runtime(given: Path | None) -> dict[str, bytes]:
 
 def _cached() -> Path:
     """The runtime in the user's cache, downloaded on first use."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "varkd" / f"onnxruntime-web-{_RUNTIME_VERSION}"
+    folder = cache_folder() / f"onnxruntime-web-{_RUNTIME_VERSION}"
     if all((folder / name).is_file() for name in _RUNTIME):
         return folder
     try:
@@ -81,7 +79,7 @@ def _cached() -> Path:
             f"cannot download {_RUNTIME_URL} ({error}): get it with `npm pack onnxruntime-web@"
             f"{_RUNTIME_VERSION}`, unpack it, and give --runtime DIR"
         ) from error
-    if hashlib.sha256(content).hexdigest() != _RUNTIME_SHA256:
+    if sha256_of(content) != _RUNTIME_SHA256:
         raise VarkdError(f"{_RUNTIME_URL} is not the file that is expected (its hash differs): give --runtime DIR")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     temporary.mkdir(parents=True, exist_ok=True)

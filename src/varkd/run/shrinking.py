@@ -46,7 +46,7 @@ def shrink(
     which depth, width and FFN shrink alike. See `varkd.backbones.shrink` for how parts are scored.
 
     Returns:
-        A float32 model on the CPU, in evaluation mode: save it, or train it.
+        A model on the CPU in the dtype of `model`, in evaluation mode: save it, or train it.
 
     Raises:
         VarkdError: no size is given, sizes that are no smaller model, or codes of another tokenizer.

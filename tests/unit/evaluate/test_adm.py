@@ -24,6 +24,7 @@ from varkd.evaluate.inception_files import load_inception, tensorflow_scopes
 from varkd.evaluate.inception_score import inception_score_interval
 from varkd.evaluate.manifolds import precision_recall
 from varkd.evaluate.moments import frechet, frechet_interval, gaussian_of
+from varkd.files import file_hash
 
 SIZE = 24
 
@@ -108,7 +109,7 @@ def test_the_cache_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
         load_inception()
     assert not path.exists() and len(fetched) == 2
     torch.save(state, tmp_path / "right.pth")
-    monkeypatch.setattr(inception_files, "RELEASE_SHA256", inception_files._sha256(tmp_path / "right.pth"))
+    monkeypatch.setattr(inception_files, "RELEASE_SHA256", file_hash(tmp_path / "right.pth"))
     monkeypatch.setattr(inception_files, "_fetch", lambda url, target: target.write_bytes(
         (tmp_path / "right.pth").read_bytes()))  # fmt: skip
     assert load_inception().hash == load_inception(tmp_path / "right.pth").hash
