@@ -7,14 +7,17 @@ two ranks = one, resume and paired samples testable. No gradients and no files h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from varkd import graphs
 from varkd.backbones.protocol import Backbone, GuidanceKind, Nucleus, SlotDecoder
 from varkd.errors import VarkdError
 from varkd.types import Condition, Plan
@@ -95,8 +98,8 @@ class Samples:
     accept_BL: Tensor | None = None
 
 
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
-"""(own_logp_BnV, other_logp_BnV, uniform_Bn, spare_Bn) -> codes, their log-probability, accepted (or None)."""
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+"""(own_logp_BnV, other_logp_BnV, uniform_Bn, spare_Bn) -> codes, their log-probability and perhaps what it accepted."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ def rollout(
 ) -> Samples:
     """Generate one sequence per row of `condition` under `plan`.
 
+    On CUDA the loop of one model becomes a CUDA graph when it is used a second time (`varkd.graphs`).
+
     Args:
         uniform_BL: numbers in [0, 1), one for every code, by generation rank.
         kept_codes_BL, kept_BL: codes in raster order, and where they are kept instead of sampled (a prefix, or any
@@ -136,38 +141,76 @@ def rollout(
     Raises:
         VarkdError: the plan or the sampler is none that the models know.
     """
-    sampler.check(model)  # a teacher may be of another family than the student that made the plan
     given_BL, kept_rank_BL, prefix_steps = _kept_by_rank(plan, kept_codes_BL, kept_BL)
     if prefix_steps == len(plan.sizes):
         return Samples(given_BL.gather(1, plan.rank_BL), torch.zeros_like(uniform_BL))
-    if isinstance(model, SlotDecoder) and sampler.decodes_rows_at_once(model.config.grid[1]):
-        if joint is not None:
-            raise VarkdError("parallel=zipar decodes one model alone: use parallel=off where two decode together")
-        return _rollout_waves(model, condition, plan, sampler, uniform_BL, given_BL, kept_rank_BL)
     models = [model, joint.model] if joint else [model]
+    for each in models:  # a teacher may be of another family than the student that made the plan
+        sampler.check(each)
+        each.check(plan)
+    captured = joint is None and graphs.available(model, uniform_BL.device)
     with ExitStack() as stack:
         for each in models:
             stack.enter_context(evaluating(each))
-        decoders = [_Decoder(each, condition, plan, sampler, given_BL, prefix_steps) for each in models]
-        found: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        done = sum(plan.sizes[:prefix_steps])
-        for index in range(prefix_steps, len(plan.sizes)):
-            rank = slice(done, done + plan.sizes[index])
-            logp = [decoder.next_logp(index) for decoder in decoders]
-            if joint is None:
-                codes_Bn, logp_Bn, accept_Bn = *sample_inverse_cdf(logp[0], uniform_BL[:, rank]), None
-            else:
-                uniforms = uniform_BL[:, rank], joint.spare_BL[:, rank]
-                codes_Bn, logp_Bn, accept_Bn = joint.rule(logp[0], logp[1], *uniforms)
-            kept_Bn = kept_rank_BL[:, rank]
-            codes_Bn = torch.where(kept_Bn, given_BL[:, rank], codes_Bn)
-            accept_Bn = None if accept_Bn is None else accept_Bn | kept_Bn
-            found.append((codes_Bn, torch.where(kept_Bn, 0.0, logp_Bn), accept_Bn))
+        if isinstance(model, SlotDecoder) and sampler.decodes_rows_at_once(model.config.grid[1]):
+            if joint is not None:
+                raise VarkdError("parallel=zipar decodes one model alone: use parallel=off where two decode together")
+            return _rollout_waves(model, condition, plan, sampler, uniform_BL, (given_BL, kept_rank_BL), captured)
+        if captured:  # few different numbers of steps, for each is a graph of its own
+            prefix_steps -= prefix_steps % max(1, len(plan.sizes) // GRAPH_LENGTHS)
+        loop = _Loop(models, sampler, plan.sizes, prefix_steps, joint)
+        inputs = (condition.label_B, condition.guidance_B, plan.order_BL, uniform_BL, given_BL, kept_rank_BL)
+        return Samples(*(graphs.run(model, loop.kind, loop, inputs) if captured else loop(*inputs)))
+
+
+GRAPH_LENGTHS = 16
+"""How many different prefix lengths may have a graph of their own."""
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """The decode loop as a function of tensors: a step of a plan after the other, by one model or two."""
+
+    models: list[Backbone]
+    sampler: Sampler
+    sizes: tuple[int, ...]
+    prefix_steps: int
+    joint: JointDecoding | None = None
+
+    @property
+    def kind(self) -> Hashable:
+        return self.sampler, self.sizes, self.prefix_steps
+
+    def __call__(
+        self,
+        label_B: Tensor,
+        guidance_B: Tensor | None,
+        order_BL: Tensor,
+        uniform_BL: Tensor,
+        given_BL: Tensor,
+        kept_rank_BL: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Codes and their log-probabilities (B, L) in raster order and, with `joint`, what was accepted."""
+        condition, plan = Condition(label_B, guidance_B), Plan(order_BL, self.sizes)
+        decoders = [_Decoder(each, condition, plan, self.sampler, given_BL, self.prefix_steps) for each in self.models]
+        steps: list[tuple[Tensor, ...]] = []
+        done = sum(self.sizes[: self.prefix_steps])
+        for index in range(self.prefix_steps, len(self.sizes)):
+            rank = slice(done, done + self.sizes[index])
+            step = self._choose([decoder.next_logp(index) for decoder in decoders], uniform_BL, rank)
+            kept_Bn, kept_as = kept_rank_BL[:, rank], (given_BL[:, rank], 0.0, True)
+            steps.append(tuple(drawn.where(~kept_Bn, kept) for drawn, kept in zip(step, kept_as, strict=False)))
             done = rank.stop
-            if done < plan.order_BL.shape[1]:
+            if done < order_BL.shape[1]:
                 for decoder in decoders:
-                    decoder.feed(codes_Bn)
-    return _in_raster_order(plan, given_BL, found)
+                    decoder.feed(steps[-1][0])
+        return _in_raster_order(plan, given_BL, steps)
+
+    def _choose(self, logp: list[Tensor], uniform_BL: Tensor, rank: slice) -> tuple[Tensor, ...]:
+        """The codes of a step, their log-probabilities and, with `joint`, what was accepted."""
+        if self.joint is None:
+            return sample_inverse_cdf(logp[0], uniform_BL[:, rank])
+        return self.joint.rule(logp[0], logp[1], uniform_BL[:, rank], self.joint.spare_BL[:, rank])
 
 
 def _rollout_waves(
@@ -176,37 +219,74 @@ def _rollout_waves(
     plan: Plan,
     sampler: Sampler,
     uniform_BL: Tensor,
-    codes_BL: Tensor,
-    kept_BL: Tensor,
+    given: tuple[Tensor, Tensor],
+    captured: bool,
 ) -> Samples:
-    """ZipAR: as `rollout`, with every open row of the grid in each step. Raster order, so ranks are positions."""
+    """ZipAR: every open row of the grid in each step. Raster order, so ranks are positions."""
+    (codes_BL, kept_BL), length = given, uniform_BL.shape[1]
     prefix_B = kept_BL.int().cumprod(1).sum(1)
-    waves = Waves.of(model.config.grid, sampler.window, prefix_B.tolist(), codes_BL.device)
-    codes_BL, logp_BL = codes_BL.clone(), torch.zeros_like(uniform_BL, dtype=torch.float32)
-    with evaluating(model):
-        guide = _Guide(model, condition, plan, sampler)
-        state = model.prefill(guide.condition, guide.repeat(codes_BL), guide.repeat(prefix_B))
-        for index in range(waves.position_BSn.shape[1]):
-            position_Bn, input_Bn = waves.position_BSn[:, index], waves.input_BSn[:, index]
-            live_Bn, refresh_B1 = waves.live_BSn[:, index], waves.refresh_BS[:, index, None]
-            read_Bm = torch.cat([input_Bn, refresh_B1], dim=1)
-            slot_Bm = torch.cat([position_Bn, refresh_B1 + 1], dim=1).clamp(min=0)
+    prefixes = prefix_B.tolist()
+    waves = Waves.of(model.config.grid, sampler.window, prefixes, multiple=8 if captured else 1)
+    longest, end_S = max(prefixes), waves.end_S
+    if captured:  # few different shapes, for each is a graph of its own
+        quarter = max(1, length // 4)
+        longest, end_S = -(-longest // quarter) * quarter, (length,) * len(end_S)
+    guide = _Guide(model, condition, plan, sampler)
+    scale_L = torch.tensor(guide.scales, device=uniform_BL.device)
+    loop = _WaveLoop(model, sampler, plan.sizes, longest, end_S)
+    schedule = (each.to(uniform_BL.device) for each in (waves.position_BSn, waves.input_BSn, waves.refresh_BS))
+    inputs = (condition.label_B, condition.guidance_B, uniform_BL, codes_BL, kept_BL, prefix_B, scale_L, *schedule)
+    return Samples(*(graphs.run(model, loop.kind, loop, inputs) if captured else loop(*inputs)))
+
+
+@dataclass(frozen=True)
+class _WaveLoop:
+    """The decode loop of ZipAR as a function of tensors; no step looks at slots from `end_S` of it on."""
+
+    model: SlotDecoder
+    sampler: Sampler
+    sizes: tuple[int, ...]
+    longest: int
+    end_S: tuple[int, ...]
+
+    @property
+    def kind(self) -> Hashable:
+        return self.sampler, self.sizes, self.longest, self.end_S
+
+    def __call__(
+        self,
+        label_B: Tensor,
+        guidance_B: Tensor | None,
+        uniform_BL: Tensor,
+        given_BL: Tensor,
+        kept_BL: Tensor,
+        prefix_B: Tensor,
+        scale_L: Tensor,
+        position_BSn: Tensor,
+        input_BSn: Tensor,
+        refresh_BS: Tensor,
+    ) -> tuple[Tensor, ...]:
+        length = uniform_BL.shape[1]
+        plan = Plan(torch.arange(length, device=uniform_BL.device).expand(len(uniform_BL), -1), self.sizes)
+        guide = _Guide(self.model, Condition(label_B, guidance_B), plan, self.sampler)
+        state = self.model.prefill(guide.condition, guide.repeat(given_BL), guide.repeat(prefix_B), self.longest)
+        # One column more than there are codes: what padding draws is written there.
+        codes_BT = torch.cat([given_BL, given_BL[:, :1]], dim=1)
+        logp_BT = torch.zeros_like(codes_BT, dtype=torch.float32)
+        for index, end in enumerate(self.end_S):
+            position_Bn, refresh_B1 = position_BSn[:, index], refresh_BS[:, index, None]
+            live_Bn, at_Bn = position_Bn != NONE, position_Bn.clamp(min=0)
+            code_Bm = codes_BT.gather(1, torch.cat([input_BSn[:, index], refresh_B1], dim=1).clamp(min=0))
+            slot_Bm = torch.cat([at_Bn, (refresh_B1 + 1).clamp(min=0)], dim=1)
             writes_Bm = torch.cat([live_Bn, refresh_B1 != NONE], dim=1)
-            code_Bm = codes_BL.gather(1, read_Bm.clamp(min=0))
-            hidden = model.run_slots(state, *map(guide.repeat, (slot_Bm, code_Bm, writes_Bm)))[:, :-1]
-            at_Bn = position_Bn.clamp(min=0)
-            logp_BnV = guide.logp(hidden, guide.scale_S.to(hidden.device)[at_Bn].unsqueeze(-1))
+            read = map(guide.repeat, (slot_Bm, code_Bm, writes_Bm))
+            hidden_BnD = self.model.run_slots(state, *read, end=end)[:, :-1]
+            logp_BnV = guide.logp(hidden_BnD, scale_L[at_Bn].unsqueeze(-1))
             drawn_Bn, drawn_logp_Bn = sample_inverse_cdf(logp_BnV, uniform_BL.gather(1, at_Bn))
-            new_Bn = live_Bn & ~kept_BL.gather(1, at_Bn)
-            _put(codes_BL, at_Bn, drawn_Bn, new_Bn)
-            _put(logp_BL, at_Bn, drawn_logp_Bn.to(logp_BL.dtype), new_Bn)
-    return Samples(codes_BL, logp_BL)
-
-
-def _put(rows_BL: Tensor, at_Bn: Tensor, value_Bn: Tensor, where_Bn: Tensor) -> None:
-    """rows[b, at] = value in place, only where it is asked for (padding may name a position twice)."""
-    row_Bn, column_Bn = where_Bn.nonzero(as_tuple=True)
-    rows_BL[row_Bn, at_Bn[row_Bn, column_Bn]] = value_Bn[row_Bn, column_Bn]
+            into_Bn = torch.where(live_Bn & ~kept_BL.gather(1, at_Bn), at_Bn, length)
+            codes_BT.scatter_(1, into_Bn, drawn_Bn)
+            logp_BT.scatter_(1, into_Bn, drawn_logp_Bn.to(logp_BT.dtype))
+        return codes_BT[:, :length].clone(), logp_BT[:, :length].clone()
 
 
 def _kept_by_rank(plan: Plan, codes_BL: Tensor | None, kept_BL: Tensor | None) -> tuple[Tensor, Tensor, int]:
@@ -218,17 +298,15 @@ def _kept_by_rank(plan: Plan, codes_BL: Tensor | None, kept_BL: Tensor | None) -
     return codes_BL.gather(1, plan.order_BL), kept_rank_BL, int(whole_S.int().cumprod(0).sum())
 
 
-def _in_raster_order(plan: Plan, given_BL: Tensor, found: list[tuple[Tensor, Tensor, Tensor | None]]) -> Samples:
-    """The samples of all steps, after the kept prefix, put where they belong."""
-    codes, logp, accept = zip(*found, strict=True)
-    prefix_BL = given_BL[:, : given_BL.shape[1] - sum(part.shape[1] for part in codes)]
-    rank_BL = plan.rank_BL
-    codes_BL = torch.cat([prefix_BL, *codes], dim=1).gather(1, rank_BL)
-    logp_BL = torch.cat([torch.zeros_like(prefix_BL, dtype=logp[0].dtype), *logp], dim=1).gather(1, rank_BL)
-    if accept[0] is None:
-        return Samples(codes_BL, logp_BL)
-    accepted = torch.cat([torch.ones_like(prefix_BL, dtype=torch.bool), *accept], dim=1)
-    return Samples(codes_BL, logp_BL, accepted.gather(1, rank_BL))
+def _in_raster_order(plan: Plan, given_BL: Tensor, steps: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What all steps drew, behind the kept prefix, put where it belongs: codes, log-probabilities and acceptance."""
+    rank_BL, values = plan.rank_BL, [torch.cat(parts, dim=1) for parts in zip(*steps, strict=True)]
+    prefix_BL = given_BL[:, : given_BL.shape[1] - values[0].shape[1]]
+    prefixes = prefix_BL, torch.zeros_like(prefix_BL), torch.ones_like(prefix_BL)
+    return tuple(
+        torch.cat([prefix.to(value.dtype), value], dim=1).gather(1, rank_BL)
+        for prefix, value in zip(prefixes, values, strict=False)
+    )
 
 
 class _Guide:
@@ -239,10 +317,10 @@ class _Guide:
         if model.guidance_conditioned:  # the scale is an input: one pass, no null branch
             guidance_B = torch.full_like(condition.label_B, sampler.guidance, dtype=torch.float32)
             condition = condition if condition.guidance_B is not None else replace(condition, guidance_B=guidance_B)
-            self.scale_S = torch.ones(len(plan.sizes))
+            self.scales = (1.0,) * len(plan.sizes)
         else:
-            self.scale_S = guidance_per_step(sampler, plan, model.guidance)
-        self.guided = bool((self.scale_S != 1).any())
+            self.scales = _scales(sampler, plan.sizes, model.guidance)
+        self.guided = any(scale != 1 for scale in self.scales)
         self.condition, self.plan = with_null_branch(model, condition, plan) if self.guided else (condition, plan)
 
     def logp(self, hidden: Tensor, scale: float | Tensor) -> Tensor:
@@ -267,7 +345,7 @@ class _Decoder(_Guide):
 
     def next_logp(self, index: int) -> Tensor:
         """Of the step `index`, which the codes fed so far lead to."""
-        return self.logp(self.hidden, float(self.scale_S[index]))
+        return self.logp(self.hidden, self.scales[index])
 
     def feed(self, codes_Bn: Tensor) -> None:
         self.hidden = self.model.step(self.state, self.repeat(codes_Bn))
@@ -300,13 +378,19 @@ def guidance_per_step(sampler: Sampler, plan: Plan, family: GuidanceKind) -> Ten
         decoded_after   1 + (g - 1) (t + n) / N (ARPG)
         power_cosine    1 + (g - 1) (1 - cos(pi (t / N)^power)) / 2, where g > 0; power = `guidance_power` (RAR)
     """
+    return torch.tensor(_scales(sampler, plan.sizes, family))
+
+
+@lru_cache(maxsize=256)
+def _scales(sampler: Sampler, sizes: tuple[int, ...], family: GuidanceKind) -> tuple[float, ...]:
+    """`guidance_per_step` as numbers."""
     kind = family if sampler.guidance_schedule == "family" else sampler.guidance_schedule
-    sizes_S = torch.tensor(plan.sizes, dtype=torch.float64)
+    sizes_S = torch.tensor(sizes, dtype=torch.float64)
     after_S = sizes_S.cumsum(0) / sizes_S.sum()
     before_S = after_S - sizes_S / sizes_S.sum()
     steps_S, scale = torch.arange(len(sizes_S)), float(sampler.guidance)
     if (scale <= 1 and kind in ("constant", "decoded_before")) or (scale == 0 and kind == "power_cosine"):
-        return torch.ones(len(sizes_S))  # the official codes switch guidance off there
+        return (1.0,) * len(sizes)  # the official codes switch guidance off there
     if kind == "constant":
         cut = sampler.guidance_interval >= 0
         scale_S = torch.where((steps_S > sampler.guidance_interval + 1) & cut, 1.0, torch.full_like(sizes_S, scale))
@@ -318,7 +402,7 @@ def guidance_per_step(sampler: Sampler, plan: Plan, family: GuidanceKind) -> Ten
         scale_S = 1 + (scale - 1) * after_S
     else:
         scale_S = 1 + (scale - 1) * (1 - torch.cos(math.pi * before_S**sampler.guidance_power)) / 2
-    return scale_S.float()
+    return tuple(scale_S.float().tolist())
 
 
 def draw(
@@ -360,12 +444,10 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0, nucleus: N
     ordered, index = logits.sort(dim=-1, descending=nucleus == "descending")
     mass = ordered.softmax(-1).cumsum(-1)
     if nucleus == "descending":
-        mass = mass.roll(1, -1)  # strictly before each code
-        mass[..., 0] = 0
-        dropped = mass > top_p
+        dropped = F.pad(mass[..., :-1], (1, 0)) > top_p  # the mass strictly before each code
     else:
         dropped = mass <= 1 - top_p
-        dropped[..., -1] = False
+        dropped[..., -1].zero_()
     removed = torch.zeros_like(dropped).scatter(-1, index, dropped)
     return logits.masked_fill(removed, -torch.inf)
 

@@ -58,6 +58,17 @@ def schedule(height: int, width: int, window: int, kept: int = 0) -> tuple[Step,
     return tuple(steps)
 
 
+@lru_cache(maxsize=4096)
+def _as_tensors(height: int, width: int, window: int, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`schedule` as int64 (S, n), (S, n) and (S,), padded with `NONE`; n rows are the most that are ever open."""
+    steps = schedule(height, width, window, kept)
+    open_rows = min(height, -(-width // min(window, width)))
+    pad = lambda places: places + (NONE,) * (open_rows - len(places))
+    rows = [[pad(step.positions) for step in steps], [pad(step.inputs) for step in steps]]
+    position_Sn, input_Sn = (torch.tensor(each, dtype=torch.long).view(len(steps), open_rows) for each in rows)
+    return position_Sn, input_Sn, torch.tensor([step.refresh for step in steps], dtype=torch.long)
+
+
 @dataclass(frozen=True)
 class Waves:
     """The schedules of a batch: int64 (B, S, n) of positions and of their inputs, (B, S) of refreshed positions.
@@ -73,17 +84,22 @@ class Waves:
     def live_BSn(self) -> Tensor:
         return self.position_BSn != NONE
 
+    @property
+    def end_S(self) -> tuple[int, ...]:
+        """The first slot of the cache that lies behind all slots of a step, for every step."""
+        last_S = torch.maximum(self.position_BSn.amax((0, 2)), self.refresh_BS.amax(0) + 1)
+        return tuple((last_S + 1).clamp(min=1).tolist())
+
     @classmethod
-    def of(cls, grid: tuple[int, int], window: int, kept_B: Sequence[int], device: torch.device) -> Waves:
-        """Each row after its own number of kept codes, so that no row's samples depend on another row."""
-        rows = [schedule(*grid, window, kept) for kept in kept_B]
-        steps = max(map(len, rows))
-        open_rows = max((len(step.positions) for row in rows for step in row), default=1)
-        position = torch.full((len(rows), steps, open_rows), NONE)
-        inputs, refresh = position.clone(), torch.full((len(rows), steps), NONE)
-        for number, row in enumerate(rows):
-            for index, step in enumerate(row):
-                position[number, index, : len(step.positions)] = torch.tensor(step.positions)
-                inputs[number, index, : len(step.inputs)] = torch.tensor(step.inputs)
-                refresh[number, index] = step.refresh
-        return cls(position.to(device), inputs.to(device), refresh.to(device))
+    def of(cls, grid: tuple[int, int], window: int, kept_B: Sequence[int], multiple: int = 1) -> Waves:
+        """On the CPU: each row after its own number of kept codes, so that no row's samples depend on another row.
+
+        The number of steps is rounded up to a `multiple`, for those who want few different ones.
+        """
+        rows = [_as_tensors(*grid, window, kept) for kept in kept_B]
+        steps = -(-max(len(refresh_S) for _, _, refresh_S in rows) // multiple) * multiple
+        padded = [torch.full((len(rows), steps, *each.shape[1:]), NONE) for each in rows[0]]
+        for index, row in enumerate(rows):
+            for whole, part in zip(padded, row, strict=True):
+                whole[index, : len(part)] = part
+        return cls(*padded)

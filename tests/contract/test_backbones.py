@@ -15,6 +15,7 @@ from torch import Tensor
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import FAMILIES, build, load_backbone, save_backbone, weights_hash
 from varkd.errors import VarkdError
+from varkd.rollout import Sampler, rollout
 from varkd.types import Condition, Plan
 from varkd.world import Rng
 
@@ -320,7 +321,9 @@ def test_raster_families_refuse_other_plans(family: str):
             model.check(plan)
         assert one_line(error)
         with pytest.raises(VarkdError):
-            model.start(Condition(torch.zeros(2, dtype=torch.long)), plan)
+            rollout(
+                model, Condition(torch.zeros(2, dtype=torch.long)), plan, Sampler(), torch.rand(plan.order_BL.shape)
+            )
     with pytest.raises(VarkdError):
         model.plan(2, steps=2)
     with pytest.raises(VarkdError):
@@ -338,7 +341,9 @@ def test_parallel_families_refuse_impossible_plans(model: Backbone):
             model.check(plan)
         assert one_line(error)
         with pytest.raises(VarkdError):
-            model.start(Condition(torch.zeros(2, dtype=torch.long)), plan)
+            rollout(
+                model, Condition(torch.zeros(2, dtype=torch.long)), plan, Sampler(), torch.rand(plan.order_BL.shape)
+            )
     asked: list[tuple[dict[str, Any], str]] = [
         ({"steps": 0}, "steps"), ({"steps": length + 1}, "steps"), ({"steps": -1}, "steps"),
         ({"schedule": "nonsense"}, "schedule"), ({"order_BL": order_BL[:1]}, "shape"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import varkd
+from varkd import graphs
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import FAMILIES, build
 from varkd.rollout import Sampler, rollout
@@ -88,3 +89,84 @@ def test_bfloat16_is_near(name: str, family: str):
 def test_sampling_methods_run_in_bfloat16(name: str):
     loss, grad = update(name, "llamagen", "cuda", torch.float32, "bf16")
     assert loss > 0 and bool(grad.isfinite().all()) and float(grad.abs().max()) > 0
+
+
+# ---- captured decodes
+
+SAMPLERS = {
+    "plain": Sampler(),
+    "guided": Sampler(guidance=2.0, top_k=9, top_p=0.95, temperature=0.9),
+    "parallel": Sampler(guidance=1.5, parallel="auto", window=2),
+}
+
+
+def decode(model: Backbone, sampler: Sampler, seed: int, kept: int = 0) -> torch.Tensor:
+    draw, length = torch.Generator().manual_seed(seed), model.sequence_length
+    plan = sampler.plan(model, varkd.Rng(seed), torch.arange(ROWS, device="cuda"))
+    uniform_BL, codes_BL = (
+        torch.rand(ROWS, length, generator=draw),
+        torch.randint(VOCAB, (ROWS, length), generator=draw),
+    )
+    most_B1 = torch.randint(kept + 1, (ROWS, 1), generator=draw).cuda()
+    label_B = torch.randint(CLASSES, (ROWS,), generator=draw)
+    condition, codes_BL = Condition(label_B.cuda()), codes_BL.cuda()
+    return rollout(model, condition, plan, sampler, uniform_BL.cuda(), codes_BL, plan.rank_BL < most_B1).codes_BL
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("kept", [0, 9])
+def test_a_captured_decode_draws_the_codes_of_a_plain_one(
+    family: str, name: str, kept: int, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+):
+    """Also after the weights have changed in place; in float64, so that rounding decides no code."""
+    model, sampler = toy(family, 1).cuda(), SAMPLERS[name]
+    for seed in range(4):
+        captured = decode(model, sampler, seed, kept)
+        with monkeypatch.context() as off:
+            off.setenv("VARKD_CUDA_GRAPHS", "0")
+            assert captured.equal(decode(model, sampler, seed, kept)), seed
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)
+    assert graphs._MODELS[model].graphs and not graphs._MODELS[model].refused, [str(w.message) for w in recwarn]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_captured_decodes_under_autocast(family: str, monkeypatch: pytest.MonkeyPatch):
+    """Rounded weights are part of the graph: they follow the weights, and code around the decode does not see them."""
+    model = toy(family, 1).float().cuda()
+    for seed in range(4):
+        with torch.autocast("cuda", torch.bfloat16):
+            before = model.head(torch.ones(1, model.head.in_features, device="cuda"))
+            captured = decode(model, Sampler(), seed)
+            after = model.head(torch.ones(1, model.head.in_features, device="cuda"))
+        assert before.equal(after)
+        monkeypatch.setenv("VARKD_CUDA_GRAPHS", "0")
+        with torch.autocast("cuda", torch.bfloat16):
+            plain = decode(model, Sampler(), seed)
+        monkeypatch.delenv("VARKD_CUDA_GRAPHS")
+        assert (captured == plain).double().mean() > 0.97  # kernels may round differently
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)
+
+
+def test_training_with_captured_rollouts_is_training_without(monkeypatch: pytest.MonkeyPatch):
+    weights = []
+    for setting in ("1", "0"):
+        monkeypatch.setenv("VARKD_CUDA_GRAPHS", setting)
+        student, teacher = toy("llamagen", 1).cuda(), toy("llamagen", 2).cuda().eval().requires_grad_(False)
+        distiller = varkd.Distiller("varkd", student, teacher, CODEBOOK_VE, updates=6)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        draw = torch.Generator().manual_seed(1)
+        for _ in range(6):
+            codes_BL = torch.randint(VOCAB, (ROWS, student.sequence_length), generator=draw)
+            batch = varkd.Batch(codes_BL, torch.zeros(ROWS).long(), torch.arange(ROWS)).to("cuda")
+            loss, stats = distiller(batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            distiller.update(loss, stats)
+        weights.append(student.head.weight.detach().clone())
+    torch.testing.assert_close(*weights, rtol=1e-8, atol=1e-10)

@@ -140,11 +140,14 @@ def test_a_window_of_a_row_is_raster_order():
 
 
 def test_rows_of_a_batch_keep_their_own_schedules():
-    waves = Waves.of(GRID, 2, [0, 7, LENGTH], torch.device("cpu"))
+    waves = Waves.of(GRID, 2, [0, 7, LENGTH])
     assert not waves.live_BSn[2].any()
     for row, kept in enumerate((0, 7)):
         found = [tuple(step[step != NONE].tolist()) for step in waves.position_BSn[row]]
         assert [step for step in found if step] == [step.positions for step in schedule(*GRID, 2, kept)]
+    longer = Waves.of(GRID, 2, [0, 7, LENGTH], multiple=7)
+    assert longer.position_BSn.shape[1] % 7 == 0 and longer.live_BSn.sum() == waves.live_BSn.sum()
+    assert all(end > int(step.max()) for end, step in zip(waves.end_S, waves.position_BSn.unbind(1), strict=True))
 
 
 # ---- decoding

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -79,7 +79,7 @@ class AttentionMask:
 ALL = AttentionMask()
 
 
-@lru_cache(maxsize=32)
+@cache
 def sights(sizes: tuple[int, ...], device: torch.device) -> tuple[AttentionMask, AttentionMask]:
     """What the slots (class, codes before the last step) see of each other, and what the L queries see of them."""
     if max(sizes) == 1:
@@ -232,7 +232,6 @@ class ARPG(Backbone):
     def start(
         self, condition: Condition, plan: Plan, prefix_codes_BL: Tensor | None = None, prefix_steps: int = 0
     ) -> tuple[ARPGState, Tensor]:
-        self.check(plan)
         x_BnD = self._embed(condition, prefix_codes(plan, prefix_codes_BL, prefix_steps))
         config, weight, slots = self.config, self.head.weight, self.sequence_length - plan.sizes[-1] + 1
         shape = (len(self.layers.self_dec) + 1, 2, len(x_BnD), config.num_heads, slots, config.head_dim)

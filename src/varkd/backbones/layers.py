@@ -7,7 +7,7 @@ cosine and sine are both zero, which multiplies its query and key by zero.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -77,9 +77,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        shape = (x.shape[-1],)
+        if x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, shape, self.weight, self.eps)  # no cast to come back from: one kernel on a GPU
         wide = x if x.dtype == torch.float64 else x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return F.rms_norm(wide, shape, None, self.eps).to(x.dtype) * self.weight
 
 
 def attend(
@@ -102,14 +104,17 @@ def attend(
 
 
 def rotate(x_BHLd: Tensor, rope: Tensor) -> Tensor:
-    """Rotate adjacent lane pairs by the slot's angles: `rope` is (L, head_dim / 2, 2) of cosines and sines."""
+    """Rotate adjacent lane pairs by the slot's angles: `rope` is (L, head_dim / 2, 2) of cosines and sines.
+
+    Pairs are complex numbers here: one kernel instead of seven, and 1.5 to 7 times faster on a CPU (docs/log.md).
+    """
     wide = x_BHLd if x_BHLd.dtype == torch.float64 else x_BHLd.float()
-    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope.to(wide.dtype).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_BHLd.dtype)
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * torch.view_as_complex(rope.to(wide.dtype)))
+    return turned.flatten(-2).to(x_BHLd.dtype)
 
 
-@lru_cache(maxsize=32)
+@cache
 def rope_table(grid: tuple[int, int], head_dim: int, base: float, device: torch.device) -> Tensor:
     """2-D rotary cosines and sines, float32 (1 + L, head_dim / 2, 2): class slot (zeros), then cells in raster order.
 

@@ -182,7 +182,6 @@ class LlamaGen(SlotDecoder):
     def start(
         self, condition: Condition, plan: Plan, prefix_codes_BL: Tensor | None = None, prefix_steps: int = 0
     ) -> tuple[LlamaGenState, Tensor]:
-        self.check(plan)
         x_BLD = self._class(condition)
         if prefix_steps:
             if prefix_codes_BL is None or prefix_codes_BL.shape[1] < prefix_steps:
@@ -200,8 +199,8 @@ class LlamaGen(SlotDecoder):
     def step(self, state: LlamaGenState, codes_Bn: Tensor) -> Tensor:
         return self._extend(state, self.tok_embeddings(codes_Bn))
 
-    def prefill(self, condition: Condition, codes_BL: Tensor, kept_B: Tensor) -> SlotState:
-        most = min(int(kept_B.max()), self.sequence_length - 1)
+    def prefill(self, condition: Condition, codes_BL: Tensor, kept_B: Tensor, longest: int) -> SlotState:
+        most = min(longest, self.sequence_length - 1)
         class_B1D = self._class(condition)
         x_BLD = torch.cat([class_B1D, self.tok_embeddings(codes_BL[:, :most])], dim=1)
         cache, rope = self._new_cache(len(x_BLD), self.sequence_length + 1).zero_(), _rope_of(self.config, x_BLD.device)
@@ -209,18 +208,18 @@ class LlamaGen(SlotDecoder):
         slot_S = torch.arange(self.sequence_length + 1, device=cache.device)
         return SlotState(cache, rope, class_B1D, slot_S <= kept_B.clamp(max=most).unsqueeze(1))
 
-    def run_slots(self, state: SlotState, slot_Bn: Tensor, code_Bn: Tensor, live_Bn: Tensor) -> Tensor:
+    def run_slots(self, state: SlotState, slot_Bn: Tensor, code_Bn: Tensor, live_Bn: Tensor, end: int) -> Tensor:
         x_BnD = torch.where((slot_Bn == 0).unsqueeze(-1), state.class_B1D, self.tok_embeddings(code_Bn))
         written_Bn = torch.where(live_Bn, slot_Bn, self.sequence_length)
         state.written_BS = state.written_BS.scatter(1, written_Bn, True)
-        slot_S = torch.arange(self.sequence_length, device=slot_Bn.device)
-        seen_BnS = (slot_S <= slot_Bn.unsqueeze(-1)) & state.written_BS[:, None, :-1]
-        end = int(slot_Bn.max()) + 1
+        end = min(end, self.sequence_length)
+        slot_S = torch.arange(end, device=slot_Bn.device)
+        seen_BnS = (slot_S <= slot_Bn.unsqueeze(-1)) & state.written_BS[:, None, :end]
         # The rotary table holds the class slot and L cells: slot p + 1 has the angles of cell p.
         rope_B1nF2 = state.rope[slot_Bn].unsqueeze(1)
         x_BnD = self.tok_dropout(x_BnD)
         for index, layer in enumerate(self.layers):
-            x_BnD = layer(x_BnD, rope_B1nF2, Slots(state.cache[index], written_Bn, seen_BnS[..., :end].unsqueeze(1)))
+            x_BnD = layer(x_BnD, rope_B1nF2, Slots(state.cache[index], written_Bn, seen_BnS.unsqueeze(1)))
         return self.norm(x_BnD)
 
     @classmethod

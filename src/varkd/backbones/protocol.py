@@ -214,7 +214,11 @@ class Backbone(nn.Module, OnHub, ABC):
     def start(
         self, condition: Condition, plan: Plan, prefix_codes_BL: Tensor | None = None, prefix_steps: int = 0
     ) -> tuple[State, Tensor]:
-        """Begin to decode, after `prefix_steps` steps of given codes: the state and the hidden_BnD of the next step."""
+        """Begin to decode, after `prefix_steps` steps of given codes: the state and the hidden_BnD of the next step.
+
+        The caller has asked `check` about the plan: from here on nothing waits for the device, so that a decode can be
+        captured as a CUDA graph (`graphs`).
+        """
 
     @abstractmethod
     def step(self, state: State, codes_Bn: Tensor) -> Tensor:
@@ -276,14 +280,14 @@ class SlotDecoder(Backbone):
     """A raster model that also decodes at any positions of its cache: what ZipAR needs (`rollout`)."""
 
     @abstractmethod
-    def prefill(self, condition: Condition, codes_BL: Tensor, kept_B: Tensor) -> State:
-        """Begin to decode by slots after `kept_B` leading codes of each row."""
+    def prefill(self, condition: Condition, codes_BL: Tensor, kept_B: Tensor, longest: int) -> State:
+        """Begin to decode by slots after `kept_B` leading codes of each row, at most `longest` of them."""
 
     @abstractmethod
-    def run_slots(self, state: State, slot_Bn: Tensor, code_Bn: Tensor, live_Bn: Tensor) -> Tensor:
+    def run_slots(self, state: State, slot_Bn: Tensor, code_Bn: Tensor, live_Bn: Tensor, end: int) -> Tensor:
         """Write codes into slots of the cache and return the hidden_BnD that they predict with.
 
         Slot p + 1 holds the code of raster position p and predicts position p + 1; slot 0 holds the class, whatever its
         code. Every query sees the slots at or before its own that were ever written; rows that are not `live_Bn` are
-        written nowhere, and their hidden states mean nothing.
+        written nowhere, and their hidden states mean nothing. All slots asked for lie before `end`.
         """

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -113,7 +113,7 @@ class Replay:
     mask_TT: Tensor | None
 
 
-@lru_cache(maxsize=32)
+@cache
 def replay(sizes: tuple[int, ...], device: torch.device) -> Replay:
     """How `forward` lays out the slots of a plan with these step sizes."""
     with torch.inference_mode(False):
@@ -250,7 +250,6 @@ class RandAR(Backbone):
     def start(
         self, condition: Condition, plan: Plan, prefix_codes_BL: Tensor | None = None, prefix_steps: int = 0
     ) -> tuple[RandARState, Tensor]:
-        self.check(plan)
         codes_Bn, table_BLF2 = prefix_codes(plan, prefix_codes_BL, prefix_steps), self._angles(plan)
         config, weight = self.config, self.output.weight
         shape = (config.num_layers, 2, len(codes_Bn), config.num_heads, 2 * self.sequence_length, config.head_dim)

@@ -192,7 +192,6 @@ class RAR(Backbone):
     def start(
         self, condition: Condition, plan: Plan, prefix_codes_BL: Tensor | None = None, prefix_steps: int = 0
     ) -> tuple[RARState, Tensor]:
-        self.check(plan)
         class_B1D, order_BL = self._class(condition), plan.order_BL
         x_BTD = self._opening(class_B1D, order_BL)
         if prefix_steps:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -273,7 +273,6 @@ class VAR(Backbone):
     def start(
         self, condition: Condition, plan: Plan, prefix_codes_BL: Tensor | None = None, prefix_steps: int = 0
     ) -> tuple[VARState, Tensor]:
-        self.check(plan)
         config, quantizer = self.config, self.quantizer
         class_BD, known = self._class(condition), sum(config.sizes[:prefix_steps])
         features, slots = quantizer.zeros(len(class_BD)), [self._first(class_BD)]
@@ -476,7 +475,7 @@ def scales_of(lvl_1L: Tensor) -> tuple[int, ...]:
     return sides
 
 
-@lru_cache(maxsize=32)
+@cache
 def levels(scales: tuple[int, ...], device: torch.device) -> Tensor:
     """The scale of each slot, int64 (L,)."""
     with torch.inference_mode(False):
@@ -484,7 +483,7 @@ def levels(scales: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.arange(len(scales)).repeat_interleave(sizes).to(device)
 
 
-@lru_cache(maxsize=32)
+@cache
 def block_mask(scales: tuple[int, ...], device: torch.device) -> Tensor:
     """Which slots a slot sees, bool (L, L): its own scale and the earlier ones."""
     with torch.inference_mode(False):

@@ -127,8 +127,8 @@ class _TwoModels(_Drawn):
     @abstractmethod
     def choose(
         self, student_BnV: Tensor, teacher_BnV: Tensor, uniform_Bn: Tensor, spare_Bn: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes (B, n), the log-probability of each under the whole procedure, and which proposals were accepted."""
+    ) -> tuple[Tensor, ...]:
+        """Codes (B, n), the log-probability of each under the whole procedure and, perhaps, the proposals accepted."""
 
     def __call__(self, batch: Batch, inputs: StepInputs) -> Context:
         plan = self.sampler.plan(inputs.student, inputs.rng, batch.row_B)
@@ -164,9 +164,9 @@ class MixtureSampling(_TwoModels):
 
     def choose(
         self, student_BnV: Tensor, teacher_BnV: Tensor, uniform_Bn: Tensor, spare_Bn: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, ...]:
         del spare_Bn
-        return *sample_inverse_cdf(log_mixture(teacher_BnV, student_BnV, value_of(self.alpha)), uniform_Bn), None
+        return sample_inverse_cdf(log_mixture(teacher_BnV, student_BnV, value_of(self.alpha)), uniform_Bn)
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class SpeculativeSampling(_TwoModels):
 
     def choose(
         self, student_BnV: Tensor, teacher_BnV: Tensor, uniform_Bn: Tensor, spare_Bn: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, ...]:
         allowed_BnV = ~torch.isneginf(filter_logits(teacher_BnV, self.top_k, self.top_p))
         proposed_Bn, _ = sample_inverse_cdf(student_BnV, uniform_Bn)
         accept_Bn = allowed_BnV.gather(-1, proposed_Bn.unsqueeze(-1)).squeeze(-1)

@@ -114,7 +114,7 @@ def test_plans_are_the_scales():
     with pytest.raises(VarkdError, match="one scale a step"):
         model.check(Plan(torch.arange(14).expand(2, -1), (1,) * 14))
     with pytest.raises(VarkdError, match="one scale a step"):
-        model.start(CONDITION, Plan(torch.arange(14).expand(3, -1), (1, 9, 4)))
+        model.check(Plan(torch.arange(14).expand(3, -1), (1, 9, 4)))
     with pytest.raises(VarkdError, match="2 prefix steps need 5 prefix codes"):
         model.start(CONDITION, model.plan(3), codes_for(model)[:, :4], 2)
 

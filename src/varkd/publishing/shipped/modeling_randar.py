@@ -206,15 +206,15 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        if x.dtype == self.weight.dtype == torch.float32:
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
 
 
 def rotate(x_BHLd: Tensor, rope: Tensor) -> Tensor:
     """Rotate adjacent lane pairs by their slot's angles."""
-    even, odd = x_BHLd.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope.unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_BHLd.dtype)
+    pairs = torch.view_as_complex(x_BHLd.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.view_as_complex(rope.float())).flatten(-2).to(x_BHLd.dtype)
 
 
 def rope_table(grid: list[int], head_dim: int, base: float) -> Tensor:
