@@ -150,6 +150,7 @@ def rollout(
         each.check(plan)
     captured = joint is None and graphs.available(model, uniform_BL.device)
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled blocks read whole sequences
         for each in models:
             stack.enter_context(evaluating(each))
         if isinstance(model, SlotDecoder) and sampler.decodes_rows_at_once(model.config.grid[1]):

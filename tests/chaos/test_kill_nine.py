@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tiny_runs import arguments, assert_same_state, log, process, train
 from varkd.cli import main
@@ -71,9 +72,9 @@ def test_a_gradient_that_is_no_number(tmp_path: Path, codes: Path, monkeypatch: 
     train(tmp_path / "straight", codes)
     clip, calls = loop.clip_gradients, []
 
-    def poisoned(*values: object) -> float:
+    def poisoned(*values: object) -> torch.Tensor:
         calls.append(0)
-        return float("nan") if len(calls) == 5 else clip(*values)  # type: ignore[arg-type]
+        return torch.tensor(float("nan")) if len(calls) == 5 else clip(*values)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "clip_gradients", poisoned)

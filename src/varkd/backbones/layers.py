@@ -106,11 +106,16 @@ def attend(
 def rotate(x_BHLd: Tensor, rope: Tensor) -> Tensor:
     """Rotate adjacent lane pairs by the slot's angles: `rope` is (L, head_dim / 2, 2) of cosines and sines.
 
-    Pairs are complex numbers here: one kernel instead of seven, and 1.5 to 7 times faster on a CPU (docs/log.md).
+    Pairs are complex numbers: one kernel instead of seven, and 1.5 to 7 times faster on a CPU (docs/performance.md).
+    torch.compile fuses the seven and does not know complex numbers.
     """
-    wide = x_BHLd if x_BHLd.dtype == torch.float64 else x_BHLd.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * torch.view_as_complex(rope.to(wide.dtype)))
+    wide = (x_BHLd if x_BHLd.dtype == torch.float64 else x_BHLd.float()).unflatten(-1, (-1, 2))
+    rope = rope.to(wide.dtype)
+    if torch.compiler.is_compiling():
+        (even, odd), (cos, sin) = wide.unbind(-1), rope.unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(wide) * torch.view_as_complex(rope))
     return turned.flatten(-2).to(x_BHLd.dtype)
 
 

@@ -20,6 +20,7 @@ from varkd.files import read_json
 from varkd.folders import locate
 from varkd.run.data import Codes, pick_device
 from varkd.run.official import load_official
+from varkd.train.compiling import compile_blocks
 from varkd.train.distiller import Distiller
 from varkd.train.parallel import distribute
 from varkd.world import Rng, World
@@ -62,6 +63,8 @@ def build_objects(run: RunConfig, codes: Codes, world: World, device: torch.devi
     reference = None
     if run.method.needs_reference:
         reference = distribute(new_student(run, codes).to(device).requires_grad_(False), world, run.train.replicas)
+    if run.train.compile:
+        compile_blocks(student, teacher, reference)
     distiller = Distiller(
         run.method,
         student,

@@ -35,7 +35,9 @@ class TrainConfig:
     """How long, how much at once, and how often to look. Counts are optimizer updates and sequences.
 
     `chunk_rows` positions have their logits in memory at once; None takes about 256 MiB of them. With `quantize` the
-    student is trained, sampled and validated with the weights that it will have after `varkd quantize`.
+    student is trained, sampled and validated with the weights that it will have after `varkd quantize`. `compile` runs
+    the transformer blocks of all models through torch.compile when they read whole sequences; decoding has its own way
+    (`varkd.graphs`).
     """
 
     updates: int = 1000
@@ -53,6 +55,7 @@ class TrainConfig:
     chunk_rows: int | None = None
     replicas: int = 1
     quantize: Bits | None = None
+    compile: bool = False
     tensorboard: bool = True
     optim: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -169,15 +172,17 @@ class Session:
         job, settings, step = self.job, self.job.train, self.progress.step
         distiller, world = job.distiller, job.world
         batch = job.batches.batch(step).to(distiller.device)
-        stats, loss = Stats(), torch.zeros((), dtype=torch.float64)
+        stats, part_losses = Stats(), []
         audit = self._is_logged(step + 1)
         with rounded_weights(job.student, settings.quantize):
             for part_loss, part_stats in distiller.micro_batches(batch, settings.micro_batches, audit=audit):
                 part_loss.backward()
-                loss += part_loss.detach().double().cpu() / world.size
+                part_losses.append(part_loss.detach().double())
                 stats.merge(part_stats)
-        loss, collected = float(world.sum(loss)), stats.collect(world)
-        norm = clip_gradients(job.student, settings.optim.clip)
+        summed = world.sum(torch.stack(part_losses).sum() / world.size)
+        # One wait for the device: after this line the losses, the norm and the statistics are there.
+        loss, norm = torch.stack([summed, clip_gradients(job.student, settings.optim.clip).double()]).tolist()
+        collected = stats.collect(world)
         self._check_finite(loss, norm, collected)
         lr = settings.optim.lr_at(step, settings.updates)
         for group in self.optimizer.param_groups:

@@ -46,7 +46,7 @@ class OptimizerConfig:
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=False, foreach=True)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
 
 
 class Ema:
@@ -64,8 +64,10 @@ class Ema:
     def update(self, step: int) -> None:
         """Follow the live weights after update `step` (0-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, average in self.average.items():
-            average.lerp_(self.live[name].detach(), 1 - decay)
+        live = [self.live[name].detach() for name in self.average]
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            list(self.average.values()), live, 1 - decay
+        )
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:

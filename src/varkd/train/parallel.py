@@ -73,10 +73,10 @@ def gathered(*models: nn.Module | None) -> Iterator[None]:
             module.reshard()
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Clip the global gradient norm over all shards; returns the norm before clipping."""
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Clip the global gradient norm over all shards; returns the norm before clipping, a scalar on the device."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
