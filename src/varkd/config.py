@@ -169,7 +169,8 @@ def load_value(kind: type[T], recipe: str | Path, overrides: Sequence[str] = ())
         VarkdError: as `load_run`.
     """
     defaults: Any = check_value(kind, {})
-    tree = _merge(_plain(asdict(defaults)), read_recipe(recipe), "")
+    given: Any = check_value(kind, _merge(_plain(asdict(defaults)), read_recipe(recipe), ""))
+    tree = _plain(asdict(given))  # with every key, so that overrides may name what the recipe leaves out
     for key, value in map(_split, overrides):
         _assign(tree, key.split("."), value, key)
     return check_value(kind, tree)

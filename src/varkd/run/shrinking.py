@@ -72,6 +72,7 @@ def shrink_run(
     ffn: int | None = None,
     num: int = 256,
     device: str = "auto",
+    quiet: bool = False,
 ) -> list[str]:
     """Write the shrunk model as a model folder, with a record of what was kept; returns lines for a person.
 
@@ -82,7 +83,7 @@ def shrink_run(
     codes = Codes(data)
     model = open_model(teacher, codes, device=str(pick_device(device)))
     sizes = _sizes(model, params, layers, dim, heads, ffn)
-    importance = _importance(model, codes.split("train"), num, quiet=False)
+    importance = _importance(model, codes.split("train"), num, quiet)
     small = cut(model, sizes, importance)
     validation, where = codes.split("validation"), model.device
     before, after = (

@@ -49,12 +49,31 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Shrink:
+    """A student that is cut out of the teacher, as `varkd shrink` does: sizes, or a share of the parameters."""
+
+    params: float | None = None
+    layers: int | None = None
+    dim: int | None = None
+    heads: int | None = None
+    ffn: int | None = None
+    num: int = 256
+
+    def __post_init__(self) -> None:
+        if (self.params is None) == all(size is None for size in (self.layers, self.dim, self.heads, self.ffn)):
+            raise VarkdError(
+                "shrink: give either params (a share of the parameters) or sizes (layers, dim, heads, ffn)"
+            )
+
+
+@dataclass(frozen=True)
 class Pair:
     """A teacher and a student. `data` is a codes folder, or images that `tokenizer` encodes into the study's folder.
 
     `teacher` and `student` are recipes; `teacher` may also be the folder of a trained run or of a converted model,
     which is then used as it is. The student starts with `start_updates` of cross-entropy and, with `start`, a second
-    stage after it. `methods` restricts the study's methods for this pair.
+    stage after it; before that it is random, or the model of the folder `init`, or cut out of the teacher (`shrink`).
+    With neither stage that model itself is the start. `methods` restricts the study's methods for this pair.
     """
 
     data: str = "digits"
@@ -65,7 +84,27 @@ class Pair:
     student_set: Setting = ()
     start_updates: int = 150
     start: Start | None = None
+    init: str | None = None
+    shrink: Shrink | None = None
     methods: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.init and self.shrink:
+            raise VarkdError("a pair has either init (a model to start from) or shrink (cut out of the teacher)")
+        if self.start_updates < 0 or (self.start_updates == 0 and not self.given):
+            raise VarkdError(
+                f"start_updates must be at least 1 for a student that starts at random, got {self.start_updates}"
+            )
+
+    @property
+    def given(self) -> bool:
+        """Whether the student does not start at random."""
+        return bool(self.init or self.shrink)
+
+    @property
+    def trains_start(self) -> bool:
+        """Whether the start has any training before it."""
+        return self.start_updates > 0 or self.start is not None
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,14 @@ def model_tasks(study: Study) -> list[Task]:
             tasks.append(Task(prepared[folder], work.prepare, (study, pair), (), 100))
         needs = (prepared[folder],)
         tasks.append(Task(f"{pair}/teacher", work.model, (study, pair, "teacher", study.seeds[0]), needs, 500))
+        cut = study.pairs[pair].shrink is not None
+        if cut:
+            tasks.append(Task(f"{pair}/shrunk", work.shrunk, (study, pair), (f"{pair}/teacher",), 50))
         for seed in study.start_seeds:
             name = study.start_of(seed)
             # A second stage learns from the teacher, which must be there then.
             after = (*needs, f"{pair}/teacher") if study.pairs[pair].start is not None else needs
+            after = (*after, f"{pair}/shrunk") if cut else after
             tasks.append(Task(f"{pair}/{name}", work.model, (study, pair, name, seed), after, 100))
     return tasks
 

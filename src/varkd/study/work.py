@@ -1,6 +1,7 @@
 """What the workers of a study do, each function a task: it reads what stands on disk, and leaves its result there.
 
     prepare   codes, feature network, reference         sweep    one setting of a method, on the validation seed
+    shrunk    the student cut out of the teacher
     model     the teacher, or the warm-started student  choose   the best setting, trained in full; its best sampler
     cell      one method, one reported seed             timed    the same run, read where the cheapest one had ended
 
@@ -23,6 +24,7 @@ from varkd.files import read_json, write_json
 from varkd.run.data import Codes, encode, pick_device
 from varkd.run.evaluation import Judge
 from varkd.run.models import open_model
+from varkd.run.shrinking import shrink_run
 from varkd.run.training import train_run
 from varkd.study.spec import Pair, Setting, Study, recipe_run, second_stage_run, student_run
 from varkd.train.loop import Diverged
@@ -62,12 +64,37 @@ def teacher_folder(study: Study, pair: str) -> Path:
     return given if (given / "config.json").is_file() else Path(study.out) / pair / "teacher"
 
 
+def given_folder(study: Study, pair: str) -> Path | None:
+    """The model that the student is before any training, where it is not random."""
+    chosen = study.pairs[pair]
+    if chosen.shrink is not None:
+        return Path(study.out) / pair / "shrunk"
+    return Path(chosen.init) if chosen.init else None
+
+
+def start_folder(study: Study, pair: str, seed: int) -> Path:
+    """What all methods train on from: a run of the study, or the given model itself."""
+    given = given_folder(study, pair)
+    if given is not None and not study.pairs[pair].trains_start:
+        return given
+    return Path(study.out) / pair / study.start_of(seed)
+
+
+def shrunk(study: Study, pair: str) -> None:
+    """Cut the student of a pair out of its teacher."""
+    folder, sizes = given_folder(study, pair), study.pairs[pair].shrink
+    if folder is None or sizes is None or folder.is_dir():
+        return
+    data = codes_folder(study, pair)
+    shrink_run(teacher_folder(study, pair), data, folder, **vars(sizes), device=study.device, quiet=True)
+
+
 def model(study: Study, pair: str, name: str, seed: int) -> None:
     """Train and judge the teacher or a start (`name` is its folder), at the sampler that is best for it."""
     home = Path(study.out) / pair / name
     if (home / "judged.json").is_file():
         return
-    folder = teacher_folder(study, pair) if name == "teacher" else home
+    folder = teacher_folder(study, pair) if name == "teacher" else start_folder(study, pair, seed)
     if folder == home:
         _train_model(study, pair, name, seed, folder)
     judge = Judge.of(Codes(codes_folder(study, pair)), study.device, quiet=True)
@@ -93,11 +120,18 @@ def model(study: Study, pair: str, name: str, seed: int) -> None:
 
 def _train_model(study: Study, pair: str, name: str, seed: int, folder: Path) -> None:
     """The teacher, or the start: by cross-entropy and then, where the pair asks for one, by a second stage."""
-    data, warm = str(codes_folder(study, pair)), Path(f"{folder}-warm")
-    second = None if name == "teacher" else second_stage_run(study, pair, seed, str(folder), str(warm))
-    first_folder = str(folder) if second is None else str(warm)
-    run = recipe_run(study, pair, "teacher" if name == "teacher" else "student", seed, first_folder)
-    train_run(replace(run, data=data), quiet=True)
+    data, chosen = str(codes_folder(study, pair)), study.pairs[pair]
+    if name == "teacher":
+        train_run(replace(recipe_run(study, pair, "teacher", seed, str(folder)), data=data), quiet=True)
+        return
+    given = given_folder(study, pair)
+    init = None if given is None else str(given)
+    if chosen.start_updates:
+        first_folder = folder if chosen.start is None else Path(f"{folder}-warm")
+        first = recipe_run(study, pair, "student", seed, str(first_folder))
+        train_run(replace(first, data=data, init=init), quiet=True)
+        init = str(first_folder)
+    second = second_stage_run(study, pair, seed, str(folder), init or "")
     if second is not None:
         train_run(replace(second, data=data, teacher=str(teacher_folder(study, pair))), quiet=True)
 
@@ -207,7 +241,7 @@ def cell(study: Study, pair: str, method: str, seed: int) -> None:
 def timed(study: Study, pair: str, method: str, seed: int, budget: float) -> None:
     """The same run at its last checkpoint within `budget` seconds of training; before the first one, the start."""
     folder = method_folder(study, pair, method)
-    out, start = folder / f"seed-{seed}", Path(study.out) / pair / study.start_of(seed)
+    out, start = folder / f"seed-{seed}", start_folder(study, pair, seed)
     target = out / "timed.json"
     if target.is_file() and read_json(target)["budget"] == budget:
         return
@@ -237,7 +271,7 @@ def _student(
     study: Study, pair: str, method: str, setting: Setting, seed: int, updates: int, folder: Path
 ) -> RunConfig:
     run = student_run(study, pair, method, setting, seed, updates, str(folder))
-    init = Path(study.out) / pair / study.start_of(seed)
+    init = start_folder(study, pair, seed)
     teacher = str(teacher_folder(study, pair)) if run.method.needs_teacher else None
     return replace(run, data=str(codes_folder(study, pair)), teacher=teacher, init=str(init))
 

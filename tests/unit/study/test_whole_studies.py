@@ -292,3 +292,42 @@ def test_a_second_stage_is_checked_before_anything_runs(recipe: Path, tmp_path: 
         load_study(with_stage(recipe, tmp_path, updates=0))
     with pytest.raises(VarkdError, match="unknown method 'kdd'"):
         load_study(with_stage(recipe, tmp_path, method="kdd"))
+
+
+@pytest.mark.parametrize("stages", [0, 2])
+def test_a_student_cut_out_of_the_teacher(stages: int, recipe: Path, tmp_path: Path):
+    """It is the start itself, or what the start was trained from; its sizes are those of the cut."""
+    out, pair = tmp_path / "out", "pairs.digits"
+    cut = f"{pair}.shrink={{layers: 1, ffn: 8}}"
+    changes = [
+        cut,
+        f"{pair}.start_updates={stages}",
+        f"{pair}.methods=[ce]",
+        "sweep=[[]]",
+        "seeds=[0]",
+        "temperatures=[1.0]",
+    ]
+    assert main(["study", str(recipe), f"out={out}", *changes]) == 0
+    sizes = read_json(out / "digits" / "shrunk" / "config.json")
+    assert (sizes["num_layers"], sizes["ffn_dim"]) == (1, 8)
+    start = out / "digits" / ("start" if stages else "shrunk")
+    run = yaml.safe_load((out / "digits" / "ce" / "seed-0" / "run.yaml").read_text())
+    assert Path(run["init"]) == start and (out / "digits" / "start" / "judged.json").is_file()
+    assert (out / "digits" / "start" / "run.yaml").is_file() == bool(stages)
+    study = load_study(str(recipe), [f"{pair}.init={out / 'digits' / 'shrunk'}", f"{pair}.start_updates=0"])
+    assert work.start_folder(study, "digits", 0) == out / "digits" / "shrunk"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("start_updates=0", "start_updates must be at least 1 for a student that starts at random"),
+        ("shrink={}", "give either params"),
+        ("shrink={params: 0.5, layers: 1}", "give either params"),
+    ],
+)
+def test_starts_that_cannot_be(change: str, message: str, recipe: Path):
+    with pytest.raises(VarkdError, match=message):
+        load_study(str(recipe), [f"pairs.digits.{change}"])
+    with pytest.raises(VarkdError, match="either init"):
+        load_study(str(recipe), ["pairs.digits.init=x", "pairs.digits.shrink={params: 0.5}"])
