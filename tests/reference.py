@@ -17,6 +17,7 @@ from torch import Tensor
 from varkd.distill import loss as loss_module
 from varkd.distill.divergences import TargetRows
 from varkd.distill.inputs import Prefixes, StepInputs
+from varkd.distill.logspace import log_softmax
 from varkd.distill.loss import Group, Stats
 from varkd.distill.prefixes import Rollout
 from varkd.distill.schedule import value_of
@@ -217,8 +218,9 @@ def plain_loss(inputs: StepInputs, context: Context, denominators: Mapping[str, 
     for group in Group.all_of(context):
         part = group.stacked
         student_NV = inputs.student.head(inputs.student(part.codes_BL, part.condition, part.plan)).flatten(0, 1)
+        student_NV = log_softmax(student_NV)
         teacher = loss_module._teacher_rows(inputs, part)
-        teacher_NV = None if teacher is None else teacher.logits(slice(None))
+        teacher_NV = None if teacher is None else log_softmax(teacher.logits(slice(None)))
         with torch.no_grad():
             hidden_ND = inputs.student(part.codes_BL, part.condition, part.plan).flatten(0, 1)
         rows = loss_module._term_rows(inputs, group, teacher, hidden_ND, Stats())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from varkd.distill.skew import SequenceSkew
@@ -37,9 +38,27 @@ class TargetRows:
 
 
 class DivergenceRule(ABC):
-    """Base of all divergences: what most of them have in common; subclasses change what differs."""
+    """Base of all divergences: what most of them have in common; subclasses change what differs.
+
+    `__call__` is the definition, which autograd can differentiate. The loss asks for `gradient`, the same derivative
+    written out, which spares it a graph over (N, K): a test holds the two together.
+    """
 
     needs_teacher: ClassVar[bool] = True
+
+    @abstractmethod
+    def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
+        """The divergence of each row in nats, (N,), of log-probabilities over K outcomes."""
+
+    def gradient(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
+        """The derivative of each row's value with respect to `student_NK`, (N, K), its entries taken as independent.
+
+        Outcomes of probability 0 get 0. By default autograd, on these rows alone.
+        """
+        with torch.enable_grad():
+            leaf_NK = student_NK.detach().requires_grad_()
+            value_N = self(leaf_NK, teacher_NK, rows)
+            return torch.autograd.grad(value_N.sum(), leaf_NK)[0]
 
     @property
     @abstractmethod
@@ -62,7 +81,7 @@ class Own(DivergenceRule):
     """Any callable `(student_NK, teacher_NK, rows) -> value_N` as a divergence: what `Term` makes of a user's function.
 
     Both inputs are log-probabilities. It is taken to need the teacher, and support wherever the student has mass,
-    unless the callable says otherwise by attributes of those names.
+    unless the callable says otherwise by attributes of those names. Its gradient is autograd's.
     """
 
     function: Callable[[Tensor, Tensor, TargetRows], Tensor]

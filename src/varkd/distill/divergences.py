@@ -3,7 +3,8 @@
 p is the teacher, q the student; directions are named in words (`ForwardKL` = KL(p || q)). The same objects serve as
 training losses and as evaluation metrics. Outcomes with log-probability -inf (masked ids) contribute exactly 0 and get
 no gradient. Mixtures are formed by logaddexp, never by log of a sum that may underflow.
-Weights that depend on p and q (AKL, ToDi) are constants of the gradient, as in their papers.
+Weights that depend on p and q (AKL, ToDi) are constants of the gradient, as in their papers. With log q as the
+variable, each outcome by itself, `gradient` is the derivative; the space carries it on to the logits.
 Sources: Hinton et al. 2015; GKD (Agarwal et al. 2023, 2306.13649); DistiLLM (Ko et al. 2024, 2402.03898);
 f-DISTILL (Wen et al. 2023, 2307.15190); ImitKD (Lin et al. 2020, 2009.07253); AKL (Wu et al. 2024, 2404.02657);
 ToDi (2025, 2505.16297); TAID (Shing et al. 2025, 2501.16937); TIE-KD (2023, 2305.08096); ATKD (Zhong et al. 2024,
@@ -48,6 +49,10 @@ class CrossEntropy(DivergenceRule):
         del teacher_NK
         return -student_NK.gather(1, rows.target_N.unsqueeze(1)).squeeze(1)
 
+    def gradient(self, student_NK: Tensor, teacher_NK: Tensor | None, rows: TargetRows) -> Tensor:
+        del teacher_NK
+        return torch.zeros_like(student_NK).scatter_(1, rows.target_N.unsqueeze(1), -1.0)
+
 
 @dataclass(frozen=True)
 class ForwardKL(DivergenceRule):
@@ -63,6 +68,10 @@ class ForwardKL(DivergenceRule):
         del rows
         return _kl(teacher_NK, student_NK)
 
+    def gradient(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
+        del rows
+        return teacher_NK.exp().neg_()
+
 
 @dataclass(frozen=True)
 class ReverseKL(_Reverse):
@@ -77,6 +86,10 @@ class ReverseKL(_Reverse):
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
         return _kl(student_NK, teacher_NK)
+
+    def gradient(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
+        del rows
+        return _reverse_gradient(student_NK, teacher_NK)
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,18 @@ class JSD(DivergenceRule):
         mixture = log_mixture(teacher_NK, student_NK, beta)
         value = beta * _kl(teacher_NK, mixture) + (1 - beta) * _kl(student_NK, mixture)
         return value / (beta * (1 - beta)) if self.normalize == "ends" else value
+
+    def gradient(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
+        del rows
+        beta, scale = value_of(self.beta), 1.0
+        if beta in (0.0, 1.0):
+            if self.normalize == "none":
+                return torch.zeros_like(student_NK)
+            return teacher_NK.exp().neg_() if beta == 0 else _reverse_gradient(student_NK, teacher_NK)
+        if self.normalize == "ends":
+            scale = 1 / (beta * (1 - beta))
+        mixture = log_mixture(teacher_NK, student_NK, beta)
+        return student_NK.exp().mul_(_gap(student_NK, mixture)).mul_(scale * (1 - beta))
 
 
 class _Skewed(DivergenceRule):
@@ -166,6 +191,16 @@ class SkewKL(_Skewed):
             return (student_NK.exp() * 0).sum(1)  # the limit itself, with a graph
         return _kl(teacher_NK, log_mixture(teacher_NK, student_NK, alpha))
 
+    def gradient(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
+        alpha = self._share(rows)
+        if isinstance(alpha, float) and alpha == 1:
+            return torch.zeros_like(student_NK)
+        # p (1 - a) q / m: how much of the mixture is the student's
+        kept = 1 - torch.as_tensor(alpha, dtype=student_NK.dtype, device=student_NK.device)
+        ratio = _gap(student_NK, log_mixture(teacher_NK, student_NK, alpha))
+        mine = torch.where(torch.isneginf(student_NK), 0.0, ratio.exp_().mul_(kept))
+        return mine.mul_(teacher_NK.exp()).neg_()
+
 
 @dataclass(frozen=True)
 class SkewReverseKL(_Skewed):
@@ -194,6 +229,12 @@ class SkewReverseKL(_Skewed):
         mixture = log_mixture(student_NK, teacher_NK, self._share(rows))
         return _kl(student_NK, mixture.detach() if self.detached else mixture)
 
+    def gradient(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
+        alpha = self._share(rows)
+        gap = _gap(student_NK, log_mixture(student_NK, teacher_NK, alpha))  # log q / m
+        factor = gap + 1 if self.detached else gap + 1 - gap.exp() * alpha
+        return factor.mul_(student_NK.exp())
+
 
 @dataclass(frozen=True)
 class TotalVariation(DivergenceRule):
@@ -209,6 +250,11 @@ class TotalVariation(DivergenceRule):
         del rows
         return 0.5 * (teacher_NK.exp() - student_NK.exp()).abs().sum(1)
 
+    def gradient(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
+        del rows
+        student = student_NK.exp()
+        return (teacher_NK.exp() - student).sign_().mul_(student).mul_(-0.5)
+
 
 @dataclass(frozen=True)
 class TeacherArgmax(DivergenceRule):
@@ -223,6 +269,10 @@ class TeacherArgmax(DivergenceRule):
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
         return -student_NK.gather(1, teacher_NK.argmax(1, keepdim=True)).squeeze(1)
+
+    def gradient(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
+        del rows
+        return torch.zeros_like(student_NK).scatter_(1, teacher_NK.argmax(1, keepdim=True), -1.0)
 
 
 @dataclass(frozen=True)
@@ -248,15 +298,25 @@ class AdaptiveKL(_Reverse):
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
-        with torch.no_grad():
-            teacher, order = teacher_NK.exp().sort(dim=1, descending=True, stable=True)
-            gap = (teacher - student_NK.exp().gather(1, order)).abs()
-            in_head = teacher.cumsum(1) <= value_of(self.head)
-            in_head[:, 0] = True
-            total = gap.sum(1)
-            share = (gap * in_head).sum(1) / total.clamp_min(torch.finfo(gap.dtype).tiny)
-            rest = torch.where(total > 0, 1 - share, 0.0)
-        return share * _kl(teacher_NK, student_NK) + rest * _kl(student_NK, teacher_NK)
+        forward_N, reverse_N = self._weights(student_NK, teacher_NK)
+        return forward_N * _kl(teacher_NK, student_NK) + reverse_N * _kl(student_NK, teacher_NK)
+
+    def gradient(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
+        del rows
+        forward_N, reverse_N = self._weights(student_NK, teacher_NK)
+        reverse = _reverse_gradient(student_NK, teacher_NK).mul_(reverse_N.unsqueeze(1))
+        return reverse.sub_(teacher_NK.exp().mul_(forward_N.unsqueeze(1)))
+
+    @torch.no_grad()
+    def _weights(self, student_NK: Tensor, teacher_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """The shares (N,) of the forward and of the reverse KL: constants of the gradient."""
+        teacher, order = teacher_NK.exp().sort(dim=1, descending=True, stable=True)
+        gap = (teacher - student_NK.exp().gather(1, order)).abs()
+        in_head = teacher.cumsum(1) <= value_of(self.head)
+        in_head[:, 0] = True
+        total = gap.sum(1)
+        share = (gap * in_head).sum(1) / total.clamp_min(torch.finfo(gap.dtype).tiny)
+        return share, torch.where(total > 0, 1 - share, 0.0)
 
 
 @dataclass(frozen=True)
@@ -282,10 +342,21 @@ class ToDi(_Reverse):
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
+        weight, ratio = self._weight(student_NK, teacher_NK)
+        return ((weight * teacher_NK.exp() - (1 - weight) * student_NK.exp()) * ratio).sum(1)
+
+    def gradient(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
+        del rows
+        weight, ratio = self._weight(student_NK, teacher_NK)
+        student = student_NK.exp()
+        reverse = torch.where(student == 0, 0.0, student * (1 - ratio)).mul_(1 - weight)
+        return reverse.sub_(weight * teacher_NK.exp())
+
+    def _weight(self, student_NK: Tensor, teacher_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """The share of the forward KL for each code, a constant of the gradient, and log p / q."""
         excluded = torch.isneginf(student_NK) & torch.isneginf(teacher_NK)
         ratio = torch.where(excluded, 0.0, teacher_NK) - torch.where(excluded, 0.0, student_NK)
-        weight = torch.sigmoid(self.sharpness * ratio).detach()
-        return ((weight * teacher_NK.exp() - (1 - weight) * student_NK.exp()) * ratio).sum(1)
+        return torch.sigmoid(self.sharpness * ratio).detach(), ratio
 
 
 @dataclass(frozen=True)
@@ -310,11 +381,19 @@ class TAID(DivergenceRule):
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
         del rows
+        return _kl(self._between(student_NK, teacher_NK), student_NK)
+
+    def gradient(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
+        del rows
+        return self._between(student_NK, teacher_NK).exp_().neg_()
+
+    @torch.no_grad()
+    def _between(self, student_NK: Tensor, teacher_NK: Tensor) -> Tensor:
+        """The target on the way, as log-probabilities."""
         time = value_of(self.time)
         excluded = torch.isneginf(student_NK) | torch.isneginf(teacher_NK)
-        student, teacher = (torch.where(excluded, 0.0, logp) for logp in (student_NK.detach(), teacher_NK))
-        between = torch.where(excluded, -torch.inf, (1 - time) * student + time * teacher)
-        return _kl(renormalized(between), student_NK)
+        student, teacher = (torch.where(excluded, 0.0, logp) for logp in (student_NK, teacher_NK))
+        return renormalized(torch.where(excluded, -torch.inf, (1 - time) * student + time * teacher))
 
 
 @dataclass(frozen=True)
@@ -372,9 +451,7 @@ class Decoupled(DivergenceRule):
         return f"the half of KL(p || q) among the codes other than g, without its factor 1 - p(g), g = {g}"
 
     def __call__(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
-        g_N1 = teacher_NK.argmax(1, keepdim=True) if self.of == "argmax" else rows.target_N.unsqueeze(1)
-        # The others are renormalized from their own logits, never by log(1 - p(g)), which cancels when p(g) nears 1.
-        student, teacher = (logp.scatter(1, g_N1, -torch.inf) for logp in (student_NK, teacher_NK))
+        g_N1, student, teacher = self._parted(student_NK, teacher_NK, rows)
         if self.part == "rest":
             return _kl(renormalized(teacher), renormalized(student))
         student, teacher = (
@@ -382,6 +459,20 @@ class Decoupled(DivergenceRule):
             for logp, others in ((student_NK, student), (teacher_NK, teacher))
         )
         return _kl(teacher, student)
+
+    def gradient(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> Tensor:
+        g_N1, student, teacher = self._parted(student_NK, teacher_NK, rows)
+        if self.part == "rest":
+            return renormalized(student).exp_().sub_(renormalized(teacher).exp_())
+        gradient = renormalized(student).exp_().mul_(log_mass(teacher).exp_().neg_())
+        return gradient.scatter_(1, g_N1, teacher_NK.gather(1, g_N1).exp_().neg_())
+
+    def _parted(self, student_NK: Tensor, teacher_NK: Tensor, rows: TargetRows) -> tuple[Tensor, Tensor, Tensor]:
+        """g (N, 1), and both sides without it."""
+        g_N1 = teacher_NK.argmax(1, keepdim=True) if self.of == "argmax" else rows.target_N.unsqueeze(1)
+        # The others are renormalized from their own logits, never by log(1 - p(g)), which cancels when p(g) nears 1.
+        student, teacher = (logp.scatter(1, g_N1, -torch.inf) for logp in (student_NK, teacher_NK))
+        return g_N1, student, teacher
 
 
 Divergence = (
@@ -403,7 +494,16 @@ Divergence = (
 
 def _kl(first_NK: Tensor, second_NK: Tensor) -> Tensor:
     """KL(first || second) row by row; outcomes that `first` excludes count 0."""
+    return (first_NK.exp() * _gap(first_NK, second_NK)).sum(1)
+
+
+def _reverse_gradient(student_NK: Tensor, teacher_NK: Tensor) -> Tensor:
+    """Of KL(q || p): q (log q - log p + 1)."""
+    return (_gap(student_NK, teacher_NK) + 1).mul_(student_NK.exp())
+
+
+def _gap(first_NK: Tensor, second_NK: Tensor) -> Tensor:
+    """log first - log second, and 0 where `first` excludes an outcome."""
     excluded = torch.isneginf(first_NK)
     # Masked before the product: 0 * inf would already be NaN, and NaN gradients survive a `where` after it.
-    gap = torch.where(excluded, 0.0, first_NK) - torch.where(excluded, 0.0, second_NK)
-    return (first_NK.exp() * gap).sum(1)
+    return torch.where(excluded, 0.0, first_NK) - torch.where(excluded, 0.0, second_NK)

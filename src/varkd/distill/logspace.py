@@ -19,6 +19,11 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return (at_least_float32(logits) if temperature == 1 else at_least_float32(logits) / temperature).log_softmax(-1)
 
 
+def to_logits(gradient_NK: Tensor, logp_NK: Tensor) -> Tensor:
+    """Carry a gradient with respect to log-probabilities back through their log-softmax, in place: g - q sum g."""
+    return gradient_NK.addcmul_(logp_NK.exp(), gradient_NK.sum(1, keepdim=True), value=-1)
+
+
 def log_mixture(first_NK: Tensor, second_NK: Tensor, share: float | Tensor) -> Tensor:
     """log(share first + (1 - share) second); a share per row is (N, 1), strictly between 0 and 1."""
     if isinstance(share, float | int) and share in (0, 1):

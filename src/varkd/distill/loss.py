@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from varkd.distill.audit import Stats, kept_divergence, sequence_stats, teacher_drift
 from varkd.distill.divergences import TargetRows
 from varkd.distill.inputs import StepInputs, merge
+from varkd.distill.logspace import log_softmax, to_logits
 from varkd.distill.method import Term
 from varkd.distill.schedule import value_of
 from varkd.distill.scores import Score, ScoreInputs, Scores, StudentLogp, TeacherLogp, chunks, position_scores
 from varkd.distill.skew import SequenceSkew
-from varkd.distill.spaces import CodebookTables
+from varkd.distill.spaces import CodebookTables, Comparison
 from varkd.distill.teachers import TeacherRows, live_rows
 from varkd.errors import VarkdError
 from varkd.rollout import evaluating
@@ -215,19 +216,25 @@ def _group_loss(
     chosen = {name: rows.select(row_N) for name, rows in rows_of.items()}
     sums_T = torch.zeros(len(terms), dtype=torch.float64, device=code_N.device)
 
-    def evaluate(student_NV: Tensor, rows: slice) -> Tensor:
-        """The weighted sum of all terms over one chunk of rows."""
-        teacher_NV = None if teacher is None else teacher.logits(row_N[rows])
-        total = student_NV.new_zeros((), dtype=torch.float64)
+    def evaluate(student_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The weighted sum of all terms over one chunk of rows, and its gradient with respect to the logits."""
+        student_NV = log_softmax(student_NV)
+        teacher_NV = None if teacher is None else log_softmax(teacher.logits(row_N[rows])).to(student_NV.dtype)
+        total, gradient_NV = student_NV.new_zeros((), dtype=torch.float64), None
         for index, term in enumerate(terms):
             weight_N = scaled_TN[index, rows]
             about = TargetRows(code_N[rows], chosen[term.name].select(rows).alpha_N)
-            value_N = _term_value(term, student_NV, teacher_NV, about, inputs.codebook_tables)
-            # A row of weight 0 may hold anything, also a non-finite value, without reaching the sum.
-            weighed = torch.where(weight_N != 0, value_N, 0.0).double() * weight_N
-            total = total + weighed.sum()
-            sums_T[index] += weighed.detach().sum() / max(factor_T[index], 1e-30)
-        return total
+            value_N, term_NV = _term_gradient(term, student_NV, teacher_NV, about, inputs.codebook_tables)
+            term_NV.mul_(weight_N.to(term_NV.dtype).unsqueeze(1))
+            if len(terms) > 1:  # a row of weight 0 may hold anything, also what is not finite, and must not count
+                value_N = torch.where(weight_N != 0, value_N, 0.0)
+                term_NV.masked_fill_((weight_N == 0).unsqueeze(1), 0.0)
+            summed = (value_N.double() * weight_N).sum()
+            total = total + summed
+            sums_T[index] += summed / max(factor_T[index], 1e-30)
+            gradient_NV = term_NV if gradient_NV is None else gradient_NV.add_(term_NV)
+        assert gradient_NV is not None
+        return total, to_logits(gradient_NV, student_NV)
 
     hidden_ND = hidden_BLD.flatten(0, 1)[row_N]
     loss = chunked_head_loss(hidden_ND, inputs.student.head, evaluate, inputs.chunk_rows)
@@ -259,8 +266,8 @@ def _audit(
     row_N = (torch.stack([kept_N for _, kept_N in audited]) >= 0).any(0).nonzero().squeeze(1)
     for chunk in chunks(len(row_N), inputs.chunk_rows):
         rows = row_N[chunk]
-        student_NV = inputs.student.head(hidden_ND[rows])
-        teacher_NV = None if teacher is None else teacher.logits(rows)
+        student_NV = log_softmax(inputs.student.head(hidden_ND[rows]))
+        teacher_NV = None if teacher is None else log_softmax(teacher.logits(rows))
         with torch.autocast(hidden_ND.device.type, enabled=False):  # as in the loss
             for term, kept_N in audited:
                 about = TargetRows(code_N[rows], rows_of[term.name].select(rows).alpha_N)
@@ -271,22 +278,45 @@ def _audit(
 def _term_value(
     term: Term, student_NV: Tensor, teacher_NV: Tensor | None, rows: TargetRows, codebook_tables: CodebookTables
 ) -> Tensor:
-    if teacher_NV is None and term.divergence.needs_teacher:
-        raise VarkdError(f"the term '{term.name}' compares with a teacher: give teacher=RUN")
+    """The value (N,) of a term, of log-probabilities."""
     value_N = torch.zeros((), device=student_NV.device)
-    for view in term.space(student_NV, teacher_NV, rows, codebook_tables):
-        teacher_NK = cast(Tensor, view.teacher_NK)  # None only for a divergence that does not look at it
-        value_N = value_N + view.weight * term.divergence(view.student_NK, teacher_NK, view.rows)
+    for each in _comparisons(term, student_NV, teacher_NV, rows, codebook_tables):
+        teacher_NK = cast(Tensor, each.teacher_NK)  # None only for a divergence that does not look at it
+        value_N = value_N + each.weight * term.divergence(each.student_NK, teacher_NK, each.rows)
     return value_N
 
 
+def _term_gradient(
+    term: Term, student_NV: Tensor, teacher_NV: Tensor | None, rows: TargetRows, codebook_tables: CodebookTables
+) -> tuple[Tensor, Tensor]:
+    """The value (N,) of a term, and its gradient (N, V) with respect to the student's log-probabilities."""
+    value_N, gradient_NV = torch.zeros((), device=student_NV.device), None
+    for each in _comparisons(term, student_NV, teacher_NV, rows, codebook_tables):
+        teacher_NK = cast(Tensor, each.teacher_NK)
+        value_N = value_N + each.weight * term.divergence(each.student_NK, teacher_NK, each.rows)
+        part_NV = each.back(term.divergence.gradient(each.student_NK, teacher_NK, each.rows))
+        part_NV = part_NV if each.weight == 1 else part_NV.mul_(each.weight)
+        gradient_NV = part_NV if gradient_NV is None else gradient_NV.add_(part_NV)
+    assert gradient_NV is not None
+    return value_N, gradient_NV
+
+
+def _comparisons(
+    term: Term, student_NV: Tensor, teacher_NV: Tensor | None, rows: TargetRows, codebook_tables: CodebookTables
+) -> list[Comparison]:
+    if teacher_NV is None and term.divergence.needs_teacher:
+        raise VarkdError(f"the term '{term.name}' compares with a teacher: give teacher=RUN")
+    return term.space(student_NV, teacher_NV, rows, codebook_tables)
+
+
 def chunked_head_loss(
-    hidden_ND: Tensor, head: nn.Linear, evaluate: Callable[[Tensor, slice], Tensor], chunk_rows: int
+    hidden_ND: Tensor, head: nn.Linear, evaluate: Callable[[Tensor, slice], tuple[Tensor, Tensor]], chunk_rows: int
 ) -> Tensor:
     """sum over chunks of evaluate(head(hidden[chunk]), chunk) without ever holding (N, V) logits.
 
-    `evaluate` must be a sum over its rows. The gradient with respect to `hidden_ND` and the head's parameters is
-    computed chunk by chunk in the forward pass and only scaled in the backward pass.
+    `evaluate` returns a sum over its rows, and the gradient of that sum with respect to the logits it was given; it
+    runs without autograd. The gradient with respect to `hidden_ND` and the head's parameters is computed chunk by chunk
+    in the forward pass and only scaled in the backward pass.
     """
     return _ChunkedHead.apply(hidden_ND, head.weight, head.bias, evaluate, chunk_rows)  # type: ignore[no-any-return]
 
@@ -306,13 +336,11 @@ class _ChunkedHead(torch.autograd.Function):
             for rows in chunks(len(hidden_ND), chunk_rows):
                 hidden = hidden_ND[rows].detach().to(dtype)
                 logits = F.linear(hidden, weight, bias)
+                value, grad_logits = evaluate(logits, rows)
+                total += value
                 if not wants_grad:
-                    total += evaluate(logits, rows).detach()
                     continue
-                with torch.enable_grad():
-                    value = evaluate(logits.requires_grad_(), rows)
-                    (grad_logits,) = torch.autograd.grad(value, logits)
-                total += value.detach()
+                grad_logits = grad_logits.to(dtype)
                 grad_hidden[rows] = (grad_logits @ weight).to(hidden_ND.dtype)
                 grad_weight += grad_logits.T @ hidden
                 if grad_bias is not None:

@@ -1,15 +1,17 @@
-"""Over which outcomes two distributions are compared: `(student_NV, teacher_NV, rows, products) -> views`.
+"""Over which outcomes two distributions are compared: `(student_NV, teacher_NV, rows, codebook_tables) -> comparisons`.
 
-A view is one weighted comparison. `Full` gives one view of all codes; `Clusters` compresses the code space: near-equal
-codes count as one outcome, so the student is not asked to copy the teacher's arbitrary split of mass between them.
-`TopK` keeps the likeliest codes apart and counts all others as one outcome.
-The loss of a space is sum over views of weight * D(view), for any divergence D.
+Both sides are log-probabilities of all codes. A comparison has a weight, and carries gradients back to the codes.
+`Full` gives one comparison, of all codes; `Clusters` compresses the code space: near-equal codes count as one outcome,
+so the student is not asked to copy the teacher's arbitrary split of mass between them. `TopK` keeps the likeliest codes
+apart and counts all others as one outcome.
+The loss of a space is the sum over its comparisons of weight * D(comparison), for any divergence D.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from varkd.distill.clustering import Assignment, assign_clusters
 from varkd.distill.divergences import TargetRows
-from varkd.distill.logspace import cluster_logp, log_mass, log_softmax, renormalized
+from varkd.distill.logspace import cluster_logp, log_mass, log_softmax, renormalized, to_logits
 from varkd.distill.schedule import Schedule, check_range, value_of, words
 from varkd.errors import VarkdError
 
@@ -28,13 +30,22 @@ CODEBOOK = "codebook"
 """The key of the codebook itself, for contexts that compare vectors."""
 
 
+def _as_it_is(gradient_NV: Tensor) -> Tensor:
+    return gradient_NV
+
+
 class Comparison(NamedTuple):
-    """Log-probabilities over K outcomes for both sides, and the rows in this space's numbering."""
+    """Log-probabilities over K outcomes for both sides, and the rows in this space's numbering.
+
+    `back` turns a gradient with respect to `student_NK` into one with respect to the student's log-probabilities of all
+    codes (N, V); it may write into what it is given.
+    """
 
     weight: float
     student_NK: Tensor
     teacher_NK: Tensor | None
     rows: TargetRows
+    back: Callable[[Tensor], Tensor] = _as_it_is
 
 
 class SpaceRule(ABC):
@@ -48,7 +59,8 @@ class SpaceRule(ABC):
     @abstractmethod
     def __call__(
         self, student_NV: Tensor, teacher_NV: Tensor | None, rows: TargetRows, codebook_tables: CodebookTables
-    ) -> list[Comparison]: ...
+    ) -> list[Comparison]:
+        """What is compared, of the log-probabilities (N, V) of both sides."""
 
     @property
     def clusters(self) -> Clusters | None:
@@ -81,8 +93,15 @@ class Full(SpaceRule):
     ) -> list[Comparison]:
         del codebook_tables
         temperature = value_of(self.temperature)
-        teacher_logp = None if teacher_NV is None else log_softmax(teacher_NV, temperature)
-        return [Comparison(temperature**2, log_softmax(student_NV, temperature), teacher_logp, rows)]
+        if temperature == 1:
+            return [Comparison(1.0, student_NV, teacher_NV, rows)]
+        teacher = None if teacher_NV is None else log_softmax(teacher_NV, temperature)
+        student = log_softmax(student_NV, temperature)
+
+        def back(gradient_NV: Tensor) -> Tensor:
+            return to_logits(gradient_NV, student).div_(temperature)
+
+        return [Comparison(temperature**2, student, teacher, rows, back)]
 
 
 @dataclass(frozen=True)
@@ -159,16 +178,23 @@ class Clusters(SpaceRule):
             codebook_tables[f"{self.key}/members"],
             value_of(self.within),
         )
-        student = log_softmax(student_NV)
-        teacher = None if teacher_NV is None else log_softmax(teacher_NV)
-        views = []
+        comparisons = []
         if within > 0:
-            views.append(Comparison(within, student, teacher, rows))
+            comparisons.append(Comparison(within, student_NV, teacher_NV, rows))
         if within < 1:
             coarse = replace(rows, code_N=cluster_V[rows.target_N])
-            coarse_teacher = None if teacher is None else cluster_logp(teacher, members)
-            views.append(Comparison(1 - within, cluster_logp(student, members), coarse_teacher, coarse))
-        return views
+            student_NK, teacher_NK = (
+                None if each is None else cluster_logp(each, members) for each in (student_NV, teacher_NV)
+            )
+            assert student_NK is not None
+
+            def back(gradient_NK: Tensor) -> Tensor:
+                # d log mass / d log q of a code: its share of the mass, 0 where the code is excluded
+                share_NV = student_NV - torch.where(torch.isneginf(student_NK), 0.0, student_NK)[:, cluster_V]
+                return share_NV.exp_().mul_(gradient_NK[:, cluster_V])
+
+            comparisons.append(Comparison(1 - within, student_NK, teacher_NK, coarse, back))
+        return comparisons
 
 
 @dataclass(frozen=True)
@@ -202,17 +228,24 @@ class TopK(SpaceRule):
         self, student_NV: Tensor, teacher_NV: Tensor | None, rows: TargetRows, codebook_tables: CodebookTables
     ) -> list[Comparison]:
         del codebook_tables
-        student = log_softmax(student_NV)
-        teacher = None if teacher_NV is None else log_softmax(teacher_NV)
-        judge = student if self.of == "student" else teacher
+        judge = student_NV if self.of == "student" else teacher_NV
         if judge is None:
             raise VarkdError(
                 "top_k: the teacher's likeliest codes need a teacher: give teacher=RUN and a divergence "
                 "that looks at it, or set space.of=student"
             )
         code_NK = judge.detach().topk(min(self.count, judge.shape[1]), dim=1).indices
-        teacher_NK = None if teacher is None else self._merged(teacher, code_NK)
-        return [Comparison(1.0, self._merged(student, code_NK), teacher_NK, self._places(rows, code_NK))]
+        teacher_NK = None if teacher_NV is None else self._merged(teacher_NV, code_NK)
+        student_NK = self._merged(student_NV, code_NK)
+
+        def back(gradient_NK: Tensor) -> Tensor:
+            if not self.tail:
+                return torch.zeros_like(student_NV).scatter_(1, code_NK, to_logits(gradient_NK, student_NK))
+            tail_N1 = student_NK[:, -1:]
+            share_NV = (student_NV - torch.where(torch.isneginf(tail_N1), 0.0, tail_N1)).exp_()
+            return share_NV.mul_(gradient_NK[:, -1:]).scatter_(1, code_NK, gradient_NK[:, :-1])
+
+        return [Comparison(1.0, student_NK, teacher_NK, self._places(rows, code_NK), back)]
 
     def _merged(self, logp_NV: Tensor, code_NK: Tensor) -> Tensor:
         """Log-probabilities of the codes `code_NK`, and of the tail behind them (N, K + 1)."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkd.backbones.protocol import Backbone
@@ -51,9 +52,10 @@ class TeacherRows(ABC):
 
 @dataclass(frozen=True)
 class LiveRows(TeacherRows):
-    """The hidden states of a model that has just read the rows, and its head."""
+    """The hidden states of a model that has just read the rows, and its head, in the precision of autocast."""
 
-    head: nn.Linear
+    weight_VD: Tensor
+    bias_V: Tensor | None
     target: Target
     hidden_ND: Tensor
     null_ND: Tensor | None = None
@@ -61,13 +63,16 @@ class LiveRows(TeacherRows):
 
     @torch.no_grad()
     def logits(self, rows: slice | Tensor) -> Tensor:
-        null_NV = None if self.null_ND is None else self.head(self.null_ND[rows])
+        null_NV = None if self.null_ND is None else self._project(self.null_ND[rows])
         scale_N = None if self.scale_N is None else self.scale_N[rows]
-        return self.target(self.head(self.hidden_ND[rows]), null_NV, scale_N)
+        return self.target(self._project(self.hidden_ND[rows]), null_NV, scale_N)
 
     @torch.no_grad()
     def plain_logits(self, rows: slice) -> Tensor:
-        return self.head(self.hidden_ND[rows])
+        return self._project(self.hidden_ND[rows])
+
+    def _project(self, hidden_ND: Tensor) -> Tensor:
+        return F.linear(hidden_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
 
 
 @torch.no_grad()
@@ -76,12 +81,20 @@ def live_rows(teacher: Backbone, part: Part, target: Target) -> LiveRows:
     with evaluating(teacher):
         if not target.guided:
             hidden_BLD = teacher(part.codes_BL, part.condition, part.plan)
-            return LiveRows(teacher.head, target, hidden_BLD.flatten(0, 1))
+            return LiveRows(*_weights(teacher.head), target, hidden_BLD.flatten(0, 1))
         condition, plan = with_null_branch(teacher, part.condition, part.plan)
         both_2BLD = teacher(torch.cat([part.codes_BL, part.codes_BL]), condition, plan)
         hidden_BLD, null_BLD = both_2BLD.chunk(2)
         scale_BL = target.scale_BL(part, teacher)
-        return LiveRows(teacher.head, target, hidden_BLD.flatten(0, 1), null_BLD.flatten(0, 1), scale_BL.flatten())
+        rows = (each.flatten(0, 1) for each in (hidden_BLD, null_BLD, scale_BL))
+        return LiveRows(*_weights(teacher.head), target, *rows)
+
+
+def _weights(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as autocast would use them: the loss itself, which asks for logits, runs outside of autocast."""
+    device = head.weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    return head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from torch.utils.flop_counter import flop_registry
 
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import build
+from varkd.distill.divergences import ForwardKL, TargetRows
+from varkd.distill.logspace import log_softmax, to_logits
 from varkd.distill.loss import chunked_head_loss
 from varkd.distill.scores import affordable_rows
-from varkd.divergences import forward_kl
 from varkd.rollout import Sampler, rollout
 from varkd.train.optim import Ema, OptimizerConfig
 from varkd.types import Condition
@@ -100,10 +101,11 @@ class Probe:
         other = None if teacher_dim is None else nn.Linear(teacher_dim, vocab_size, bias=False, device=self.device)
         other_ND = torch.randn(rows, teacher_dim or 1, device=self.device)
 
-        def evaluate(logits_NV: Tensor, chunk: slice) -> Tensor:
-            with torch.no_grad():
-                target = torch.zeros_like(logits_NV) if other is None else other(other_ND[chunk])
-            return forward_kl(logits_NV, target).sum()
+        def evaluate(logits_NV: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+            student_NV = log_softmax(logits_NV)
+            teacher_NV = log_softmax(torch.zeros_like(logits_NV) if other is None else other(other_ND[chunk]))
+            sides = student_NV, teacher_NV, TargetRows(None)
+            return ForwardKL()(*sides).sum().double(), to_logits(ForwardKL().gradient(*sides), student_NV)
 
         def run() -> None:
             with self._autocast():

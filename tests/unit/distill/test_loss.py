@@ -29,6 +29,7 @@ from varkd.distill.replay import Replay
 from varkd.distill.schedule import TaidTime, adaptives
 from varkd.distill.selection import Accepted, Confidence, EntropyWeight, Random
 from varkd.distill.spaces import Clusters, Full, TopK
+from varkd.distill.teachers import LiveRows
 from varkd.errors import VarkdError
 from varkd.methods import METHODS
 from varkd.types import Batch, Context
@@ -347,13 +348,15 @@ def test_rows_that_no_term_selects_need_no_head(student, teacher, batch, monkeyp
         rows["student"] += len(hidden_ND)
         return real(hidden_ND, *rest)
 
-    def count(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows["teacher"] += inputs[0].numel() // inputs[0].shape[-1]
+    project = LiveRows._project
+
+    def count(self: LiveRows, hidden_ND: Tensor) -> Tensor:
+        rows["teacher"] += len(hidden_ND)
+        return project(self, hidden_ND)
 
     monkeypatch.setattr(module, "chunked_head_loss", counting)
-    handle = teacher.head.register_forward_pre_hook(count)
+    monkeypatch.setattr(LiveRows, "_project", count)
     distill_loss(subject.inputs, subject.context, subject.totals)
-    handle.remove()
     assert rows == {"student": 2 * 6, "teacher": 2 * 6}
 
 
@@ -404,8 +407,11 @@ def test_gradcheck_of_the_chunked_head(bias: bool, chunk_rows: int):
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
     target_NV = torch.randn(5, 4, generator=generator, dtype=torch.float64)
 
-    def evaluate(logits: Tensor, rows: slice) -> Tensor:
-        return (logits.log_softmax(1) * target_NV[rows]).sum() + (logits**3).sum()
+    def evaluate(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            value = (leaf.log_softmax(1) * target_NV[rows]).sum() + (leaf**3).sum()
+            return value.detach(), torch.autograd.grad(value, leaf)[0]
 
     def function(hidden: Tensor, weight: Tensor, bias_V: Tensor | None = None) -> Tensor:
         head = SimpleNamespace(weight=weight, bias=bias_V)

@@ -62,7 +62,7 @@ def test_a_truncated_top_k_is_not_a_divergence_and_ours_is():
     lp, lq = z.log_softmax(1)[:, :2], s.log_softmax(1)[:, :2]
     assert (lp.exp() * (lp - lq)).sum() < 0
     for tail in (True, False):
-        (view,) = TopK(2, tail=tail)(s, z, TargetRows(torch.tensor([0])), {})
+        (view,) = TopK(2, tail=tail)(s.log_softmax(1), z.log_softmax(1), TargetRows(torch.tensor([0])), {})
         assert view.teacher_NK is not None
         torch.testing.assert_close(view.student_NK.exp().sum(1), torch.ones(1))
         assert float(ForwardKL()(view.student_NK, view.teacher_NK, view.rows)) >= 0

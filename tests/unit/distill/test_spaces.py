@@ -59,7 +59,7 @@ def measure(
 ) -> tuple[Tensor, Tensor]:
     s = s.detach().requires_grad_()
     value = torch.zeros(len(s), dtype=torch.float64)
-    for view in space(s, z, TargetRows(CODE), codebook_tables):
+    for view in space(log_softmax(s), log_softmax(z), TargetRows(CODE), codebook_tables):
         assert view.teacher_NK is not None
         value = value + view.weight * divergence(view.student_NK, view.teacher_NK, view.rows)
     return value.detach(), torch.autograd.grad(value.sum(), s)[0]
@@ -196,7 +196,7 @@ def test_a_cluster_of_masked_codes_counts_nothing(divergence: Divergence):
 def test_a_missing_cluster_map_is_named():
     s, z = pair()
     with pytest.raises(VarkdError, match="no cluster map"):
-        Clusters()(s, z, TargetRows(CODE), {})
+        Clusters()(log_softmax(s), log_softmax(z), TargetRows(CODE), {})
 
 
 def test_members_list_every_code_once():
@@ -354,17 +354,17 @@ def test_a_target_code_has_its_place_or_belongs_to_the_tail(of):
     codes = likeliest(z if of == "teacher" else s, 3)
     rest = torch.tensor([next(v for v in range(12) if v not in row) for row in codes.tolist()])
     for place in range(3):
-        (view,) = TopK(3, of)(s, z, TargetRows(codes[:, place]), {})
+        (view,) = TopK(3, of)(log_softmax(s), log_softmax(z), TargetRows(codes[:, place]), {})
         assert view.rows.target_N.tolist() == [place] * 4
-    (view,) = TopK(3, of)(s, z, TargetRows(rest, torch.ones(4)), {})
+    (view,) = TopK(3, of)(log_softmax(s), log_softmax(z), TargetRows(rest, torch.ones(4)), {})
     assert view.rows.target_N.tolist() == [3] * 4 and torch.equal(view.rows.alpha_N, torch.ones(4))  # type: ignore[arg-type]
     q = s.softmax(1)
     tail_q = torch.tensor([1 - row[kept].sum() for row, kept in zip(q, codes, strict=True)])
     torch.testing.assert_close(CrossEntropy()(view.student_NK, None, view.rows), -tail_q.log())
     mixed = torch.stack([codes[:, 0], rest]).T.flatten()[[0, 3, 4, 7]]  # rows 0 and 2 in the set, 1 and 3 outside
-    (view,) = TopK(3, of)(s, z, TargetRows(mixed), {})
+    (view,) = TopK(3, of)(log_softmax(s), log_softmax(z), TargetRows(mixed), {})
     assert view.rows.target_N.tolist() == [0, 3, 0, 3]
-    (view,) = TopK(3, of)(s, z, TargetRows(codes[:, 1]), {})
+    (view,) = TopK(3, of)(log_softmax(s), log_softmax(z), TargetRows(codes[:, 1]), {})
     assert view.teacher_NK is not None
     value = Decoupled("target")(view.student_NK, view.teacher_NK, view.rows)  # g against all others, in any space
     expected, _ = reference.decoupled(s, z, "target", codes[:, 1])
@@ -373,7 +373,7 @@ def test_a_target_code_has_its_place_or_belongs_to_the_tail(of):
 
 def test_without_a_tail_no_divergence_may_read_the_code():
     s, z = pair(13)
-    (view,) = TopK(3, tail=False)(s, z, TargetRows(CODE), {})
+    (view,) = TopK(3, tail=False)(log_softmax(s), log_softmax(z), TargetRows(CODE), {})
     assert view.teacher_NK is not None
     for divergence in (CrossEntropy(), Decoupled("rest")):
         with pytest.raises(VarkdError, match=r"space\.tail=true"):
@@ -384,7 +384,7 @@ def test_without_a_tail_no_divergence_may_read_the_code():
 @sides
 def test_the_skew_of_a_sequence_reaches_the_likeliest_codes(of):
     s, z = pair(14)
-    (view,) = TopK(4, of)(s, z, TargetRows(CODE, torch.full((4,), 0.3)), {})
+    (view,) = TopK(4, of)(log_softmax(s), log_softmax(z), TargetRows(CODE, torch.full((4,), 0.3)), {})
     assert view.teacher_NK is not None
     value = SkewKL(SequenceSkew())(view.student_NK, view.teacher_NK, view.rows)
     torch.testing.assert_close(value, measure(TopK(4, of), SkewKL(0.3), s, z, {})[0])
@@ -401,7 +401,7 @@ def test_likeliest_codes_of_huge_logits(of, dtype: torch.dtype, divergence: Dive
         for tail in (True, False):
             space = TopK(3, of, tail)
             leaf = s.clone().requires_grad_()
-            (view,) = space(leaf, z, TargetRows(CODE), {})
+            (view,) = space(log_softmax(leaf), log_softmax(z), TargetRows(CODE), {})
             assert view.teacher_NK is not None
             value = divergence(view.student_NK, view.teacher_NK, view.rows)
             (gradient,) = torch.autograd.grad(value.sum(), leaf)
@@ -414,14 +414,14 @@ def test_the_tail_keeps_its_digits():
     s, z = torch.tensor([[20.0, 0.0, -50.0]]), torch.tensor([[21.0, 0.0, -50.0]])
     for logits, expected in ((s, -20.0), (z, -21.0)):
         assert torch.isneginf(torch.log1p(-log_softmax(logits)[:, :1].exp())).all()
-        (view,) = TopK(1)(logits, logits, TargetRows(torch.zeros(1, dtype=torch.long)), {})
+        (view,) = TopK(1)(log_softmax(logits), log_softmax(logits), TargetRows(torch.zeros(1, dtype=torch.long)), {})
         assert view.student_NK[0, 1] == pytest.approx(expected, rel=1e-6)
 
 
 @sides
 def test_narrow_logits_are_widened(of):
     s, z = (logits.bfloat16() for logits in pair(15))
-    (view,) = TopK(4, of)(s, z, TargetRows(CODE), {})
+    (view,) = TopK(4, of)(log_softmax(s), log_softmax(z), TargetRows(CODE), {})
     assert view.teacher_NK is not None and view.student_NK.dtype == view.teacher_NK.dtype == torch.float32
     torch.testing.assert_close(view.student_NK.exp().sum(1), torch.ones(4))
 
@@ -450,7 +450,7 @@ def test_a_teacher_that_excludes_all_of_the_students_codes():
 
 
 def test_top_k_needs_nothing_of_the_tokenizer_and_refuses_nonsense():
-    s, _ = pair()
+    s = log_softmax(pair()[0])
     assert TopK(4).prepare(torch.zeros(12, 2)) == {}
     for make in (lambda: TopK(0), lambda: TopK(-3), lambda: TopK(1, tail=False)):
         with pytest.raises(VarkdError, match="count must be at least"):
