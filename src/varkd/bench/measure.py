@@ -10,7 +10,7 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ class Row:
     bound_s: float | None = None
     repeats: int = 0
     same: bool | None = None
+    left_out: bool = False
     note: str = ""
 
     @property
@@ -100,7 +101,7 @@ class Row:
     @property
     def failed(self) -> bool:
         """Ours did not run, or the two sides differ."""
-        return self.ours_s is None or self.same is False
+        return (self.ours_s is None and not self.left_out) or self.same is False
 
     def as_json(self) -> dict[str, Any]:
         ratios = {name: getattr(self, name) for name in ("time_ratio", "peak_ratio", "bound_ratio")}
@@ -113,8 +114,6 @@ def measure(case: Case, device: torch.device, repeats: int, seconds: float) -> R
         problem = case.build()
     except Exception as error:
         return Row(case.group, case.what, note=reason(error))
-    finally:
-        tidy(device)
     sides = [side for side in (problem.ours, problem.theirs) if side is not None]
     trials = [_Trial(side, device) for side in sides]
     for trial in trials:
@@ -147,15 +146,15 @@ def _row(case: Case, problem: Problem, ours: _Trial, theirs: _Trial | None) -> R
     return Row(
         case.group,
         case.what,
-        ours.median,
-        theirs.side.name if theirs else None,
-        theirs.median if theirs else None,
-        ours.peak,
-        theirs.peak if theirs else None,
-        problem.bound_s,
-        len(ours.seconds),
-        same,
-        "; ".join(notes),
+        ours_s=ours.median,
+        theirs=theirs.side.name if theirs else None,
+        theirs_s=theirs.median if theirs else None,
+        ours_peak=ours.peak,
+        theirs_peak=theirs.peak if theirs else None,
+        bound_s=problem.bound_s,
+        repeats=len(ours.seconds),
+        same=same,
+        note="; ".join(notes),
     )
 
 
@@ -265,5 +264,5 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def _ratio(above: Sequence[float] | float | None, below: float | None) -> float | None:
-    return above / below if isinstance(above, int | float) and below else None
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None

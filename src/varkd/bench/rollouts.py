@@ -86,7 +86,7 @@ def autocast_to(precision: Precision, device: torch.device) -> AbstractContextMa
 
 
 def rollout_cases(bench: Bench) -> Iterator[Case]:
-    """The largest batches come last. LlamaGen in both precisions, the others in the one that the device is used with."""
+    """The largest batches come last. LlamaGen in both precisions, the others in the device's usual one."""
     usual: Precision = "bf16" if bench.device.type == "cuda" else "fp32"
     kinds: tuple[tuple[str, Callable[..., Problem], Precision], ...] = (
         ("LlamaGen", _llamagen, "fp32"),

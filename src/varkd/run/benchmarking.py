@@ -110,7 +110,7 @@ def _ends(groups: Sequence[str], limit: float) -> dict[str, float]:
 
 
 def _left_out(case: Case, limit: float) -> Row:
-    return Row(case.group, case.what, note=f"left out: {limit:.0f} s were over (--budget)")
+    return Row(case.group, case.what, left_out=True, note=f"left out: {limit:.3g} s were over (--budget)")
 
 
 def header(machine: Machine, size: str) -> list[str]:
