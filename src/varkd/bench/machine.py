@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch import nn
 from varkd.backbones.protocol import Backbone
 
 Precision = Literal["fp32", "bf16"]
+"""Of what is computed; where weights stay in float32, bf16 means autocast."""
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _REPEATS = 5
 _ONCE = ("ada_lin", "cls_embedding", "class_emb", "guidance_embedding")
@@ -71,6 +73,10 @@ class Machine:
             total += max(moved / self.bandwidth, computed / self.peak(precision))
             seen += size
         return total
+
+
+def autocast_to(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def decode_weights(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ logits, and in float32 at the smallest batch on greedy codes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from varkd.backbones.llamagen import LlamaGen
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.var import VAR
 from varkd.bench.loss import relative_gap
-from varkd.bench.machine import DTYPES, Machine, Precision
+from varkd.bench.machine import DTYPES, Machine, Precision, autocast_to
 from varkd.bench.measure import Case, Problem, Side, Verdict
 from varkd.bench.official import Checkout, OfficialLlamaGen, OfficialVAR
 from varkd.bench.sizes import Sizes, random_model
@@ -76,13 +76,8 @@ class Decode:
     @torch.no_grad()
     def forced(self, codes_BL: Tensor, rows: slice = slice(None)) -> Tensor:
         """Logits (B, L, V) of some rows of given codes."""
-        with self.context:
-            hidden = self.model(codes_BL[rows], self.condition.select(rows), self.plan.select(rows))
-            return self.model.head(hidden)
-
-
-def autocast_to(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+        hidden = self.model(codes_BL[rows], self.condition.select(rows), self.plan.select(rows))
+        return self.model.head(hidden)
 
 
 def rollout_cases(bench: Bench) -> Iterator[Case]:
@@ -177,9 +172,8 @@ def _var(bench: Bench, batch: int, precision: Precision) -> Problem:
     def verify(codes_BL: Tensor, features: Tensor) -> Verdict:
         del features  # of other codes
         rows = slice(0, min(batch, 4))
-        with decode.context:
-            theirs = made[0].logits(model, codes_BL[rows], decode.condition.select(rows))
-        return same_logits(decode.forced(codes_BL, rows), theirs, precision)
+        theirs = made[0].logits(model, codes_BL[rows], decode.condition.select(rows))
+        return same_logits(decode.forced(codes_BL, rows), theirs, "fp32")  # without autocast, which rounds elsewhere
 
     return Problem(ours, Side("official", make), bound, verify=verify)
 

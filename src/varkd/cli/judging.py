@@ -134,7 +134,7 @@ def _bench(verb: argparse.ArgumentParser) -> None:
         type=float,
         default=None,
         metavar="SECONDS",
-        help="begin nothing new after that long (default: 110 on CUDA, no limit on a CPU)",
+        help="begin nothing new after that long (default: 100 on CUDA, no limit on a CPU)",
     )
     verb.add_argument("--json", type=place, default=None, metavar="FILE", help="write machine and rows there too")
     group = verb.add_argument_group(

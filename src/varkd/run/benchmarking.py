@@ -22,7 +22,7 @@ from varkd.run.data import pick_device
 
 Group = Literal["loss", "rollout", "step"]
 GROUPS: tuple[Group, ...] = ("loss", "rollout", "step")
-_BUDGET = 110.0
+_BUDGET = 100.0
 """Seconds that a bench on CUDA may take by default."""
 _SHARES = {"loss": 0.25, "rollout": 0.5, "step": 0.25}
 """Of the budget, by group; what a group leaves is the next one's."""
@@ -47,7 +47,7 @@ def bench(
 
     Args:
         size: by default full on CUDA, small on a CPU.
-        budget: seconds after which no further case begins (default: 110 on CUDA, none on a CPU).
+        budget: seconds after which no further case begins (default: 100 on CUDA, none on a CPU).
         llamagen, var: checkouts of the official code, which is imported from there.
         json: file for machine and rows, written anew after every row.
 

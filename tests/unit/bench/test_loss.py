@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,14 @@ def test_both_sides_compute_the_same(heads: Heads):
     ours, theirs = _ours(heads, Term("kd", ForwardKL()))(), _plain(heads, False)()
     verdict = same_results(ours, theirs, 1e-5)
     assert verdict.same and "agree" in verdict.text and float(ours["value"]) > 0.1
+
+
+def test_in_bfloat16_they_agree_to_its_rounding():
+    heads = Heads.of(sizes_for("tiny", CPU), CPU, "bf16")
+    ours, theirs = _ours(heads, Term("kd", ForwardKL()))(), _plain(heads, False)()
+    exact = _plain(replace(heads, precision="fp32"), False)()
+    assert same_results(ours, theirs, 5e-2).same and same_results(ours, exact, 5e-2).same
+    assert not same_results(theirs, exact, 1e-5).same  # else autocast was not on
 
 
 def test_another_problem_would_be_noticed(heads: Heads):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,15 +37,44 @@ def test_sides_run_by_turns_after_a_warm_up_each():
     assert row.repeats == 3 and row.theirs == "b" and not row.failed
 
 
-def test_the_median_is_told():
-    pauses = iter([0.0, 0.01, 0.2, 0.05])  # the warm-up does not count
-    row = row_of(Problem(side("ours", lambda: time.sleep(next(pauses)))))
-    assert row.ours_s is not None and 0.05 <= row.ours_s < 0.15
+class Clock:
+    """Time that passes only where a run says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def taking(self, *seconds: float) -> Callable[[], object]:
+        pauses = iter(seconds)
+
+        def run() -> None:
+            self.now += next(pauses)
+
+        return run
 
 
-def test_a_case_is_not_repeated_for_ever():
-    row = row_of(Problem(side("ours", lambda: time.sleep(0.02))), repeats=50, seconds=0.1)
-    assert 2 <= row.repeats < 20
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("varkd.bench.measure.time", clock)
+    return clock
+
+
+def test_the_median_without_the_warm_up_is_told(clock: Clock):
+    row = row_of(Problem(side("ours", clock.taking(1.5, 0.5, 4.0, 1.0)), side("theirs", clock.taking(1, 2, 9, 3))))
+    assert (row.ours_s, row.theirs_s, row.time_ratio, row.repeats) == (1.0, 3.0, 3.0, 3)
+
+
+def test_a_long_first_run_counts_on_a_cpu(clock: Clock):
+    row = row_of(Problem(side("ours", clock.taking(8.0, 4.0, 3.0)), side("theirs", clock.taking(1.0, 5.0, 6.0, 7.0))))
+    assert (row.ours_s, row.theirs_s, row.repeats) == (4.0, 6.0, 3)
+
+
+def test_a_case_is_not_repeated_for_ever(clock: Clock):
+    row = row_of(Problem(side("ours", clock.taking(*[0.25] * 50))), repeats=50, seconds=1.0)
+    assert row.repeats == 5  # the fifth begins at 1.0
 
 
 def broken() -> object:
@@ -100,10 +128,9 @@ def test_sides_that_differ_fail_the_row():
     assert alike.same is True and not alike.failed and alike.note == "both 1"
 
 
-def test_a_share_of_the_peak_is_noted():
-    row = row_of(Problem(side("ours", lambda: time.sleep(0.05)), bound_s=0.01, mfu=True))
-    assert row.bound_ratio is not None and row.bound_ratio == pytest.approx(5, rel=0.2)
-    assert row.note == f"{1 / row.bound_ratio:.0%} of the measured peak (MFU)"
+def test_a_share_of_the_peak_is_noted(clock: Clock):
+    row = row_of(Problem(side("ours", clock.taking(*[0.5] * 4)), bound_s=0.125, mfu=True))
+    assert row.bound_ratio == 4.0 and row.note == "25% of the measured peak (MFU)"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read from Linux")
