@@ -64,15 +64,22 @@ class Checkout:
             try:
                 found = [importlib.import_module(name) for name in names]
             except ImportError as error:
-                what = f"the package {error.name}, which is not installed" if error.name else str(error)
-                raise VarkdError(f"the official {self.name} at {self.path} needs {what}: install it") from error
+                raise VarkdError(f"the official {self.name} at {self.path} {self._reason(error)}") from error
         for module in found:
             if not Path(str(module.__file__)).resolve().is_relative_to(self.path.resolve()):
                 raise VarkdError(
                     f"the official {self.name} needs its own {module.__name__}, but {module.__file__} goes by that "
-                    "name: run from another folder"
+                    "name: take it off PYTHONPATH"
                 )
         return found
+
+    def _reason(self, error: ImportError) -> str:
+        if error.name is None:
+            return f"cannot be imported ({error})"
+        if (self.path / (error.name.replace(".", "/") + ".py")).is_file():
+            package = error.name.split(".")[0]
+            return f"needs its own '{package}', but another package goes by that name: take it off PYTHONPATH"
+        return f"needs the package {error.name}, which is not installed: pip install it"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from official_llamagen import write_checkout
+from varkd.bench.official import Checkout
 from varkd.cli import main
+from varkd.errors import VarkdError
 from varkd.run.benchmarking import bench
 
 SCHEMA = {"group", "what", "ours_s", "theirs", "theirs_s", "time_ratio", "ours_peak", "theirs_peak", "peak_ratio",
@@ -77,6 +79,17 @@ def test_a_checkout_that_needs_more_is_a_note(tmp_path: Path):
     told = [row for row in rows if row.theirs == "official"]
     assert told and all(row.ours_s and row.theirs_s is None and not row.failed for row in told)
     assert all("needs the package a_package_of_theirs, which is not installed" in row.note for row in told)
+
+
+@pytest.mark.usefixtures("forget_checkouts")
+def test_other_packages_may_be_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A package `utils` anywhere on the path hides the official folder of that name, which is none."""
+    (tmp_path / "elsewhere/utils").mkdir(parents=True)
+    (tmp_path / "elsewhere/utils/__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    checkout = Checkout.of_llamagen(write_checkout(tmp_path / "official"))
+    with pytest.raises(VarkdError, match="needs its own 'utils', but another package goes by that name"):
+        checkout.modules("autoregressive.models.gpt")
 
 
 @pytest.mark.parametrize(
