@@ -52,7 +52,11 @@ def step_cases(machine: Machine, device: torch.device, sizes: Sizes) -> Iterator
 
 
 class Updates:
-    """Updates of one student by any method, on the same batch again and again."""
+    """Updates of one student by any method: the same step of the same batch again and again.
+
+    Each draws the same prefixes, so that a decode of these lengths is a CUDA graph from its second use on, as all
+    lengths are after a while of training.
+    """
 
     def __init__(self, device: torch.device, sizes: Sizes, precision: Precision) -> None:
         self.device, self.precision = device, precision
@@ -84,6 +88,7 @@ class Updates:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             distiller.update(loss, stats)
+            distiller.step = 0
             return loss.detach()
 
         return update
