@@ -13,7 +13,7 @@ from official_llamagen import write_checkout
 from varkd.bench.official import Checkout
 from varkd.cli import main
 from varkd.errors import VarkdError
-from varkd.run.benchmarking import bench
+from varkd.run.benchmarking import _ends, bench
 
 SCHEMA = {"group", "what", "ours_s", "theirs", "theirs_s", "time_ratio", "ours_peak", "theirs_peak", "peak_ratio",
           "bound_s", "bound_ratio", "repeats", "same", "left_out", "note"}  # fmt: skip
@@ -116,6 +116,12 @@ def test_what_a_person_can_put_right_is_one_line(
 def test_a_budget_leaves_cases_out(capsys: pytest.CaptureFixture[str]):
     assert main([*TINY, "step", "--budget", "1e-6"]) == 0
     assert capsys.readouterr().out.count("left out: 1e-06 s were over (--budget)") == 4
+
+
+def test_groups_share_the_budget():
+    """What one group leaves is the next one's, and the last one ends with the budget."""
+    assert _ends(["step", "loss", "rollout"], 100.0) == {"loss": 25.0, "rollout": 75.0, "step": 100.0}
+    assert _ends(["rollout", "step"], 90.0) == {"rollout": pytest.approx(60.0), "step": 90.0}
 
 
 @pytest.mark.parametrize("name", ["llamagen", "var"])
