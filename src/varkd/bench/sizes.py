@@ -36,7 +36,7 @@ def sizes_for(name: SizeName, device: torch.device) -> Sizes:
     cuda = device.type == "cuda"
     copied, side = (2**30, 8192) if cuda else (2**28, 1024)
     if name == "full":
-        rows, batches, step_batch = (16_384, (1, 32, 256), 32) if cuda else (4096, (1, 8), 4)
+        rows, batches, step_batch = (16_384, (1, 32, 256), 32) if cuda else (4096, (1, 8), 10)
         return Sizes(
             *map(_published, ("LlamaGen-B-256", "LlamaGen-L-256", "VAR-d16", "ARPG-L")),
             arpg_steps=64,
