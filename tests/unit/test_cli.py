@@ -19,7 +19,7 @@ from varkd.methods import METHODS
 
 VERBS = ["demo", "tokenizer", "tokenizer fit", "tokenizer import", "encode", "teach", "train", "sample", "evaluate",
          "analyze", "study", "report", "show", "methods", "zoo", "convert", "export", "publish", "reproduce",
-         "quantize", "app", "shrink", "plan"]  # fmt: skip
+         "quantize", "app", "shrink", "plan", "bench"]  # fmt: skip
 _HELP = """
 import json, sys
 from varkd.cli import main

@@ -15,6 +15,7 @@ def add(verbs: Verbs) -> None:
     )
     _app(add_verb(verbs, "app", _run_app, "models side by side in the browser, on this machine"))
     _report(add_verb(verbs, "report", _run_report, "one self-contained HTML page that compares runs"))
+    _bench(add_verb(verbs, "bench", _run_bench, "how fast loss, rollouts and training steps are, against other code"))
 
 
 def _sample(verb: argparse.ArgumentParser) -> None:
@@ -116,3 +117,37 @@ def _run_app(arguments: argparse.Namespace) -> None:
     from varkd.app.page import launch
 
     launch(arguments.runs, host=arguments.host, port=arguments.port, device=arguments.device)
+
+
+def _bench(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("groups", nargs="*", metavar="GROUP", help="loss, rollout, step (default: all three)")
+    verb.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    verb.add_argument(
+        "--size",
+        choices=("tiny", "small", "full"),
+        default=None,
+        help="full: the sizes of published models (default: full on CUDA, small on a CPU)",
+    )
+    verb.add_argument("--repeats", type=int, default=3, help="runs of each side, by turns (default: %(default)s)")
+    verb.add_argument(
+        "--budget",
+        type=float,
+        default=None,
+        metavar="SECONDS",
+        help="begin nothing new after that long (default: 100 on CUDA, no limit on a CPU)",
+    )
+    verb.add_argument("--json", type=place, default=None, metavar="FILE", help="write machine and rows there too")
+    group = verb.add_argument_group(
+        "official code to compare with: it is imported from the folder that you name, and run"
+    )
+    group.add_argument("--llamagen", type=place, default=None, metavar="PATH", help="a checkout of LlamaGen")
+    group.add_argument("--llamagen-compile", action="store_true", help="compile it, as its script does with --compile")
+    group.add_argument("--var", type=place, default=None, metavar="PATH", help="a checkout of VAR")
+
+
+def _run_bench(arguments: argparse.Namespace) -> int:
+    from varkd.run.benchmarking import GROUPS, bench
+
+    names = ("device", "size", "repeats", "budget", "llamagen", "llamagen_compile", "var", "json")
+    rows = bench(arguments.groups or GROUPS, **chosen(arguments, *names))
+    return int(any(row.failed for row in rows))
