@@ -89,7 +89,7 @@ class RunConfig:
 
 PATHS = ("data", "tokenizer", "teacher", "init")
 FREE = ("out", "device", "name", "evaluation", "train.keep", "train.log_every", "train.checkpoint_every",
-        "train.grid_every", "train.tensorboard")  # fmt: skip
+        "train.grid_every", "train.trackers")  # fmt: skip
 """Settings that change no number of the training itself: they may change whenever a run goes on."""
 Tree = dict[str, Any]
 T = TypeVar("T")
@@ -147,6 +147,11 @@ def differences(first: RunConfig, second: RunConfig) -> list[str]:
     ignored = (*FREE, *PATHS)
     keys = [key for key in {**old, **new} if not any(key == name or key.startswith(f"{name}.") for name in ignored)]
     return [f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}" for key in keys if old.get(key) != new.get(key)]
+
+
+def settings(run: RunConfig) -> Tree:
+    """Every leaf of a run under its dotted key."""
+    return dict(_leaves(_plain(asdict(run))))
 
 
 def check(tree: Tree) -> RunConfig:
