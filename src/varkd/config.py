@@ -181,6 +181,18 @@ def load_value(kind: type[T], recipe: str | Path, overrides: Sequence[str] = ())
     return check_value(kind, tree)
 
 
+def sampler_from(overrides: Sequence[str]) -> Sampler:
+    """A sampler by `key=value` over the defaults.
+
+    Raises:
+        VarkdError: as `load_run`.
+    """
+    tree = _plain(asdict(Sampler()))
+    for key, value in map(_split, overrides):
+        _assign(tree, key.split("."), value, key)
+    return check_value(Sampler, tree)
+
+
 def dump_value(value: Any) -> str:
     """A frozen dataclass as YAML that `read_value` reads back to an equal value."""
     return dump_tree(asdict(value))
