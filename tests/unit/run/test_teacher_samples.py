@@ -201,6 +201,20 @@ def test_without_the_real_codes_nothing_is_judged(
     assert "put them back" in said(capsys)
 
 
+def test_a_model_card_says_what_the_model_learned_from(tmp_path: Path, samples: Path, teacher: Path):
+    run = train(tmp_path / "run", samples, "method=seqkd")
+    varkd.publish(run, tmp_path / "published", device="cpu", quiet=True)
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert f"on {NUM} samples of a teacher, not on images (classes: digits)." in card
+    made_by = read_json(samples / "manifest.json")["samples"]["teacher"]["hash"]
+    assert (
+        f"Teacher: `{teacher.name}`" in card
+        and made_by[:12] in card
+        and "samples now" not in card
+        and "the images' own codes" in card
+    )
+
+
 def test_what_is_said(samples: Path, codes: Path, teacher: Path, capsys: pytest.CaptureFixture[str]):
     before = {path: path.stat().st_mtime_ns for path in samples.iterdir()}
     capsys.readouterr()
