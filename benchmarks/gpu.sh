@@ -38,7 +38,7 @@ step encode "${ENCODE_LIMIT:-60}" "$python" -m varkd encode "$data/mnist-train.p
   --tokenizer "$data/tokenizer" --out "$work/codes" --device "$device"
 [ -d "$data/features" ] && cp -r "$data/features" "$work/codes/"   # a fitted feature network, where there is one
 step teacher 90 "$python" -m varkd train mnist-teacher "out=$work/teacher" "data=$work/codes" "device=$device" \
-  "train.updates=$teacher" train.tensorboard=false
+  "train.updates=$teacher" 'train.trackers=[]'
 # Models of 80k parameters are bound by launches: many processes share the GPU.
 OMP_NUM_THREADS=1 step study "${STUDY_LIMIT:-400}" "$python" -m varkd study recipes/study-mnist-gpu.yaml "${study[@]}" \
   "device=$device" "workers=$workers"

@@ -28,7 +28,7 @@ from varkd.run.reproduce import Places, already_made, commands, row
 from varkd.tokenizers.vq import VQ, VQConfig
 
 SHORT = ("train.updates=2", "train.batch_size=2", "train.micro_batches=1", "train.validate_every=2",
-         "train.checkpoint_every=2", "train.log_every=1", "train.tensorboard=false", "device=cpu")  # fmt: skip
+         "train.checkpoint_every=2", "train.log_every=1", "train.trackers=[]", "device=cpu")  # fmt: skip
 CLASSES = {"n01440764": 0, "n01443537": 1}
 
 

@@ -33,7 +33,7 @@ def idle_memory() -> float:
 
 def measured(recipe: str, overrides: list[str], out: Path) -> tuple[float, float]:
     """Seconds an update (median over the log's windows of 2), and MiB at most."""
-    options = [f"out={out}", f"train.updates={UPDATES}", "train.log_every=2", "train.tensorboard=false",
+    options = [f"out={out}", f"train.updates={UPDATES}", "train.log_every=2", "train.trackers=[]",
                "train.validate_every=1000", "train.checkpoint_every=1000"]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", _TRAIN, "train", recipe, *overrides, *options, "--overwrite"],
                           capture_output=True, text=True, check=True)  # fmt: skip

@@ -20,7 +20,7 @@ from varkd.cli import main
 SIZES = ("model.num_layers=1", "model.dim=16", "model.num_heads=1", "model.ffn_dim=16")
 SETTINGS = (
     *SIZES, "train.updates=6", "train.batch_size=8", "train.grid_every=0", "train.log_every=1",
-    "train.validate_every=3", "train.checkpoint_every=3", "train.tensorboard=false", "train.optim.warmup=2",
+    "train.validate_every=3", "train.checkpoint_every=3", "train.trackers=[]", "train.optim.warmup=2",
     "train.optim.lr=0.01", "evaluation.num_samples=40", "evaluation.resamples=20", "device=cpu",
 )  # fmt: skip
 # Student samples that are refreshed every other update, and a gate: rings, ages and thresholds all matter at once.

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from varkd.run.official import export, load_official
     from varkd.run.publish import publish
     from varkd.run.shrinking import shrink
+    from varkd.run.teacher_samples import teach_samples
     from varkd.run.teaching import teach
     from varkd.sampling import generate
     from varkd.tokenizers.protocol import Tokenizer
@@ -54,7 +55,7 @@ _MODULE_OF = {
     "export": "run.official", "generate": "sampling", "load": "run.models", "load_official": "run.official",
     "load_teacher_cache": "distill.teachers", "load_tokenizer": "tokenizers.store",
     "open_images": "data.images", "publish": "run.publish", "save_tokenizer": "tokenizers.store",
-    "shrink": "run.shrinking", "teach": "run.teaching",
+    "shrink": "run.shrinking", "teach": "run.teaching", "teach_samples": "run.teacher_samples",
 }  # fmt: skip
 _MODULES = ("divergences", "metrics", "parts")
 
@@ -63,7 +64,7 @@ __all__ = [
     "DataLoader", "Distiller", "ImageSet", "LlamaGen", "LlamaGenConfig", "Method", "Plan", "RARConfig", "RandAR",
     "RandARConfig", "Rng", "Sampler", "Term", "Tokenizer", "VARConfig", "VarkdError", "World", "__version__", "build",
     "divergences", "encode", "export", "generate", "load", "load_official", "load_teacher_cache", "load_tokenizer",
-    "metrics", "open_images", "parts", "publish", "save_tokenizer", "shrink", "teach",
+    "metrics", "open_images", "parts", "publish", "save_tokenizer", "shrink", "teach", "teach_samples",
 ]  # fmt: skip
 
 

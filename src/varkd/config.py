@@ -89,7 +89,7 @@ class RunConfig:
 
 PATHS = ("data", "tokenizer", "teacher", "init")
 FREE = ("out", "device", "name", "evaluation", "train.keep", "train.log_every", "train.checkpoint_every",
-        "train.grid_every", "train.tensorboard")  # fmt: skip
+        "train.grid_every", "train.trackers")  # fmt: skip
 """Settings that change no number of the training itself: they may change whenever a run goes on."""
 Tree = dict[str, Any]
 T = TypeVar("T")
@@ -149,6 +149,11 @@ def differences(first: RunConfig, second: RunConfig) -> list[str]:
     return [f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}" for key in keys if old.get(key) != new.get(key)]
 
 
+def settings(run: RunConfig) -> Tree:
+    """Every leaf of a run under its dotted key."""
+    return dict(_leaves(_plain(asdict(run))))
+
+
 def check(tree: Tree) -> RunConfig:
     """Turn a full tree into a `Run`, or say in one line which value does not fit."""
     return check_value(RunConfig, tree)
@@ -174,6 +179,18 @@ def load_value(kind: type[T], recipe: str | Path, overrides: Sequence[str] = ())
     for key, value in map(_split, overrides):
         _assign(tree, key.split("."), value, key)
     return check_value(kind, tree)
+
+
+def sampler_from(overrides: Sequence[str]) -> Sampler:
+    """A sampler by `key=value` over the defaults.
+
+    Raises:
+        VarkdError: as `load_run`.
+    """
+    tree = _plain(asdict(Sampler()))
+    for key, value in map(_split, overrides):
+        _assign(tree, key.split("."), value, key)
+    return check_value(Sampler, tree)
 
 
 def dump_value(value: Any) -> str:

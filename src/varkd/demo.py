@@ -57,7 +57,7 @@ def demo(out: Path, *, seed: int = 0, overwrite: bool = False, overrides: tuple[
 
 def _runs(out: Path, codes: Path, seed: int, overrides: tuple[str, ...]) -> list[RunConfig]:
     """Teacher, the shared start, and one run per method from that start."""
-    shared = (f"data={codes}", f"seed={seed}", "train.tensorboard=false", *overrides)
+    shared = (f"data={codes}", f"seed={seed}", "train.trackers=[]", *overrides)
     teacher, warm, start = out / "teacher", out / "warm", out / "start"
     runs = [
         load_run("digits-teacher", (f"out={teacher}", *shared)),

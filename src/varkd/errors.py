@@ -19,7 +19,8 @@ class VarkdError(ValueError):
 
 
 _EXTRA_OF = {"datasets": "data", "matplotlib": "report", "jinja2": "report", "sklearn": "demo",
-             "tensorboard": "tensorboard", "ray": "ray", "torchao": "quantize", "gradio": "app",
+             "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio",
+             "mlflow": "mlflow", "ray": "ray", "torchao": "quantize", "gradio": "app",
              "huggingface_hub": "hub", "onnx": "onnx", "onnxscript": "onnx",
              "liger_kernel": "bench", "triton": "bench", "trl": "bench", "transformers": "bench"}  # fmt: skip
 

@@ -129,7 +129,7 @@ METHODS: dict[str, Preset] = {
     ),
     "seqkd": Preset(
         "Kim & Rush 2016, arXiv 1606.07947, sequence-level KD (images: sampled, never a beam)", "-log q(x_t), x ~ p",
-        "Learns from images that the teacher samples now, as if they were data.",
+        "Learns from images that the teacher samples, as if they were data.",
         Method((Term("ce", CrossEntropy()),), Rollout(by="teacher")),
     ),
     "seqkd_guided": Preset(

@@ -70,17 +70,12 @@ def generate_with_codes(
         resize: side that decoded images are resized to before they become uint8: bicubic without antialiasing, as
             LlamaGen's evaluation takes 384 pixels to 256.
     """
-    device = model.device
-    tokenizer = tokenizer.to(device).eval()
-    images, codes, rng = [], [], Rng(seed)
+    tokenizer = tokenizer.to(model.device).eval()
+    images, codes = [], []
     with bar(label, len(label_B), quiet) as running:
         for begin in range(0, len(label_B), batch_size):
             end = min(begin + batch_size, len(label_B))
-            row_B = torch.arange(first_row + begin, first_row + end, device=device)
-            condition = Condition(label_B[begin:end].to(device))
-            plan = sampler.plan(model, rng, row_B)
-            uniform_BL = rng.uniform("sample", row_B, plan.order_BL.shape[1])
-            codes_BL = rollout(model, condition, plan, sampler, uniform_BL).codes_BL
+            codes_BL = sample_codes(model, label_B[begin:end], sampler, seed, first_row + begin)
             decoded = tokenizer.decode(codes_BL)
             if resize is not None and resize != decoded.shape[-1]:
                 decoded = F.interpolate(decoded, (resize, resize), mode="bicubic")
@@ -88,3 +83,13 @@ def generate_with_codes(
             codes.append(codes_BL.cpu())
             running.update(end)
     return torch.cat(images), torch.cat(codes)
+
+
+@torch.no_grad()
+def sample_codes(model: Backbone, label_B: Tensor, sampler: Sampler, seed: int, first_row: int = 0) -> Tensor:
+    """One batch of codes, int64 (B, L), on the model's device; `first_row` as in `generate_with_codes`."""
+    device, rng = model.device, Rng(seed)
+    row_B = torch.arange(first_row, first_row + len(label_B), device=device)
+    plan = sampler.plan(model, rng, row_B)
+    uniform_BL = rng.uniform("sample", row_B, plan.order_BL.shape[1])
+    return rollout(model, Condition(label_B.to(device)), plan, sampler, uniform_BL).codes_BL

@@ -57,6 +57,17 @@ def test_teach(tmp_path: Path, codes: Path, teacher: Path, seed: int):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [3])
+def test_teach_samples(tmp_path: Path, codes: Path, teacher: Path, seed: int):
+    options = ["--data", str(codes), "--samples", "600", "--shard-size", "15", "--device", "cpu"]
+    assert main(["teach", str(teacher), *options, "--out", str(tmp_path / "straight")]) == 0
+    command = ["teach", str(teacher), *options, "--out", str(tmp_path / "killed")]
+    killed_again_and_again(command, tmp_path / "killed" / "train-00003.npy", seed)
+    left = {name: text for name, text in contents(tmp_path / "killed").items() if not name.endswith(".tmp")}
+    assert left == contents(tmp_path / "straight")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
 def test_train(tmp_path: Path, codes: Path, teacher: Path, seed: int):
     settings = ("method=gkd", f"teacher={teacher}", "train.updates=150", "train.checkpoint_every=5")

@@ -1,6 +1,6 @@
 """What `test_two_ranks.py` starts under `torchrun`: several jobs in one process group, since importing torch is slow.
 
-Usage: two_ranks.py jobs.json, a list of {"verb": "train" | "stop" | "encode" | "teach", ...}.
+Usage: two_ranks.py jobs.json, a list of {"verb": "train" | "stop" | "encode" | "teach" | "sample", ...}.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_runs import stop_after
 from varkd.config import load_run
 from varkd.run.data import encode
+from varkd.run.teacher_samples import teach_samples
 from varkd.run.teaching import teach
 from varkd.run.training import train_run
 from varkd.train.loop import Stopped
@@ -28,6 +29,9 @@ def run(job: dict, world: World) -> None:
         return
     if job["verb"] == "teach":
         teach(job["teacher"], job["data"], job["out"], top_k=4, shard_size=300, quiet=True)
+        return
+    if job["verb"] == "sample":
+        teach_samples(job["teacher"], job["data"], job["out"], 150, shard_size=40, batch_size=16, quiet=True)
         return
     _, recipe, *overrides = job["command"]
     with pytest.MonkeyPatch.context() as patch:

@@ -66,7 +66,7 @@ def toy_job(method: Method, family: str, folder: Path, updates: int) -> Job:
     student, teacher = toy_model(family, 1), toy_model(family, 2).eval().requires_grad_(False)
     method.check(student, teacher)
     folder.mkdir(exist_ok=True)
-    settings = TrainConfig(updates, batch_size=4, validate_every=1, checkpoint_every=2, tensorboard=False,
+    settings = TrainConfig(updates, batch_size=4, validate_every=1, checkpoint_every=2, trackers=(),
                      optim=OptimizerConfig(lr=0.01, warmup=0))  # fmt: skip
 
     def validate(evaluated: Backbone) -> dict[str, float]:

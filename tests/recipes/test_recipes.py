@@ -89,7 +89,7 @@ def test_the_student_of_a_pair_learns_from_its_teacher(family: str, tmp_path: Pa
     """The teacher is the larger one by far, and every step of the README's job fits the one before."""
     data = codes if family == "digits" else color_codes
     teacher, start, student = tmp_path / "teacher", tmp_path / "start", tmp_path / "varkd"
-    quick = (*SHORT, "train.grid_every=0", "train.tensorboard=false")
+    quick = (*SHORT, "train.grid_every=0", "train.trackers=[]")
     assert main(["train", f"{family}-teacher", f"out={teacher}", f"data={data}", *quick]) == 0
     assert main(["train", f"{family}-student", f"out={start}", f"data={data}", *quick]) == 0
     places = (f"out={student}", f"data={data}", f"teacher={teacher}", f"init={start}", "method=best_of_n")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from varkd.cli.options import Verbs, add_verb, chosen, place
+from varkd.errors import VarkdError
 
 _DATA = (
     "digits, an image folder, .parquet or .tar files (one, train,validation, a folder or '*.tar' of them), or a "
@@ -168,7 +169,9 @@ def _run_encode(arguments: argparse.Namespace) -> None:
 def _teach(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("teacher", type=place, help="a run or model folder")
     verb.add_argument("--data", type=place, required=True, help="codes folder")
-    verb.add_argument("--out", type=place, required=True, help="folder of the cache, a teacher= of `varkd train`")
+    verb.add_argument(
+        "--out", type=place, required=True, help="folder of the cache (a teacher= of `varkd train`) or samples (data=)"
+    )
     verb.add_argument(
         "--top-k", type=int, default=None, help="likeliest codes kept at a position (default: 64, or all)"
     )
@@ -189,9 +192,61 @@ def _teach(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--batch-size", type=int, default=64, help="images read at a time (default: %(default)s)")
     verb.add_argument("--shard-size", type=int, default=1024, help="images per shard (default: %(default)s)")
     verb.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group = verb.add_argument_group("sequences that the teacher samples, in place of its word on the data")
+    group.add_argument("--samples", type=int, default=None, metavar="N", help="write N of them as a codes folder")
+    group.add_argument(
+        "--sampler", nargs="+", default=None, metavar="key=value", help="temperature=, top_k=, top_p=, guidance=, ..."
+    )
+    group.add_argument(
+        "--labels", choices=("data", "balanced"), default=None, help="as often as the training images have them (data)"
+    )
+    group.add_argument("--seed", type=int, default=None, help="of the samples (default: 0)")
+
+
+_OF_SAMPLES = ("sampler", "labels", "seed")
+_OF_CACHES = {"top_k": None, "dtype": "float16", "null": True, "guidance": None}
 
 
 def _run_teach(arguments: argparse.Namespace) -> None:
+    given = vars(arguments)
+    if arguments.samples is not None:
+        if [name for name, default in _OF_CACHES.items() if given[name] != default]:
+            raise VarkdError(
+                "--samples writes codes, not a cache: leave --top-k, --dtype, --no-null and --guidance out, and say "
+                "how the teacher samples by --sampler top_k=... guidance=..."
+            )
+        _run_teach_samples(arguments)
+        return
+    if useless := [f"--{name}" for name in _OF_SAMPLES if given[name] is not None]:
+        raise VarkdError(f"{', '.join(useless)}: only with --samples N")
+    _run_teach_cache(arguments)
+
+
+def _run_teach_samples(arguments: argparse.Namespace) -> None:
+    from varkd.config import sampler_from
+    from varkd.run.teacher_samples import describe_samples, teach_samples
+    from varkd.world import World
+
+    world, names = World.from_environment(), ("batch_size", "shard_size", "device")
+    options = {name: value for name, value in chosen(arguments, "labels", "seed").items() if value is not None}
+    try:
+        sampler = sampler_from(arguments.sampler or ())
+        teach_samples(
+            arguments.teacher,
+            arguments.data,
+            arguments.out,
+            arguments.samples,
+            sampler=sampler,
+            **options,
+            **chosen(arguments, *names),
+        )
+    finally:
+        world.close()
+    if world.is_main:
+        print("\n".join([*describe_samples(arguments.out), str(arguments.out)]))
+
+
+def _run_teach_cache(arguments: argparse.Namespace) -> None:
     from varkd.run.teaching import describe_cache, teach
     from varkd.world import World
 

@@ -39,7 +39,10 @@ def sequence_length(manifest: dict[str, Any]) -> int:
 
 
 def codes_hash(manifest: dict[str, Any]) -> str:
-    """Names the codes: which images, in which views, by which tokenizer, in which classes; not where they lie."""
+    """Names the codes: which images, in which views, by which tokenizer, in which classes; not where they lie.
+
+    Samples of a teacher (`varkd teach --samples`) are named by how they were made, too.
+    """
     splits = {split: entry["num"] for split, entry in manifest["splits"].items()}
     parts = (
         manifest["tokenizer"]["hash"],
@@ -47,8 +50,23 @@ def codes_hash(manifest: dict[str, Any]) -> str:
         manifest["class_names"],
         manifest["views"],
         splits,
+        *([samples_identity(manifest)] if "samples" in manifest else []),
     )
     return sha256_of(json.dumps(parts, sort_keys=True).encode())
+
+
+def samples_identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a teacher's samples are, by name; "none" for the codes of images."""
+    made = manifest.get("samples")
+    if made is None:
+        return dict.fromkeys(("teacher", "real codes", "sampler", "labels", "seed"), "none")
+    return {
+        "teacher": made["teacher"]["hash"],
+        "real codes": made["codes"]["hash"],
+        "sampler": ", ".join(f"{name} {value}" for name, value in made["sampler"].items()),
+        "labels": made["labels"],
+        "seed": made["seed"],
+    }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from varkd.data.codes import FORMAT, VERSION, map_shard, sequence_length
+from varkd.data.codes import FORMAT, VERSION, map_shard, samples_identity, sequence_length
 from varkd.data.shards import MANIFEST, PARTIAL, Manifest, ShardWriter, cut
 from varkd.errors import VarkdError
 from varkd.files import atomic_file, read_json, write_json
@@ -99,6 +99,10 @@ class CodeWriter(ShardWriter):
             "tokenizer": manifest["tokenizer"]["hash"][:12],
             "source": "/".join(manifest["source"]["fingerprints"].values()),
             "views": ",".join(manifest["views"]),
+            **{
+                name: str(value)[:12] if name in ("teacher", "real codes") else value
+                for name, value in samples_identity(manifest).items()
+            },
             "shard size": manifest["splits"]["train"]["shards"][0]["num"],
             "splits": manifest["splits"],
         }

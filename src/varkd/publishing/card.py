@@ -172,11 +172,13 @@ def _making(publication: Publication) -> list[str]:
         return ["## Training", "", "The files of its training were not published with it."]
     changed = " (some of its settings were changed; the words below are those of this run)" if training.changed else ""
     begun = f" It started from the weights of `{training.start}`." if training.start else ""
+    material = f"{training.num_images:,} images of {_escaped(training.data)}"
+    if training.num_sampled is not None:
+        material = f"{training.num_sampled:,} samples of a teacher, not on images (classes: {_escaped(training.data)})"
     return [
         "## Training",
         "",
-        f"{training.updates:,} updates of {training.batch_size} sequences each, on {training.num_images:,} images of "
-        f"{_escaped(training.data)}.{begun}",
+        f"{training.updates:,} updates of {training.batch_size} sequences each, on {material}.{begun}",
         "",
         *([f"Teacher: {_teacher(training.teacher)}.", ""] if training.teacher else []),
         f"Method: **{training.preset}**{changed}. {training.summary} Source: {training.source}. In words:",

@@ -25,7 +25,8 @@ class Teacher:
 @dataclass(frozen=True)
 class Training:
     """How a run was trained. `start` names the weights that it began with, `changed` says whether the method is no
-    longer the preset's own; `method` explains it in lines."""
+    longer the preset's own; `method` explains it in lines. `num_sampled` is the number of a teacher's samples
+    where the run was trained on such and not on images."""
 
     preset: str
     source: str
@@ -38,6 +39,7 @@ class Training:
     num_images: int
     start: str | None
     teacher: Teacher | None
+    num_sampled: int | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from varkd.data.memory import Indexed
 from varkd.data.sources import is_gone, locate_source
 from varkd.data.views import ten_crop_names, view_names
 from varkd.errors import VarkdError
-from varkd.folders import expand
+from varkd.folders import expand, locate
 from varkd.tokenizers.multiscale import MultiScaleConfig
 from varkd.tokenizers.pixels import Pixels, PixelsConfig
 from varkd.tokenizers.protocol import Tokenizer
@@ -49,6 +49,24 @@ class Codes:
         return codes_hash(self.manifest)
 
     @cached_property
+    def original(self) -> Codes:
+        """The codes of real images: these, or those beside which a teacher's samples were made. They are the judge.
+
+        Raises:
+            VarkdError: those are gone, or have changed.
+        """
+        made = self.manifest.get("samples")
+        if made is None:
+            return self
+        found = Codes(locate(made["codes"]["path"], self.folder, made["codes"]["given"]))
+        if not (found.folder / "manifest.json").is_file() or found.hash != made["codes"]["hash"]:
+            raise VarkdError(
+                f"{self.folder} holds samples of a teacher, and the codes of real images that judge them no longer lie "
+                f"at {found.folder}: put them back"
+            )
+        return found
+
+    @cached_property
     def layout(self) -> Layout:
         manifest = self.manifest
         sizes = manifest["tokenizer"]["vocab_size"], len(manifest["class_names"]), tuple(manifest["grid"])
@@ -74,6 +92,8 @@ class Codes:
         Raises:
             VarkdError: they cannot be read, or are not the ones that were encoded.
         """
+        if self.original is not self:
+            return self.original.images(split, needed)
         source = self.manifest["source"]
         name = locate_source(source.get("path", source["name"]), self.folder, source["name"])
         fingerprint = source["fingerprints"][split]

@@ -125,7 +125,8 @@ class Judge:
 
     @classmethod
     def of(cls, codes: Codes, device: str = "auto", features: Path | None = None, quiet: bool = False) -> Judge:
-        """Read from beside the codes (or where `features` says), or fitted there on first use."""
+        """Read from beside the codes of real images (or where `features` says), or fitted there on first use."""
+        codes = codes.original
         folder = features or codes.folder / "features"
         net, record = feature_network(codes, folder, device, quiet)
         return cls(codes, net, record, reference_for(codes, net, quiet, folder.parent), folder.parent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,8 @@ from varkd.config import RunConfig, read_run
 from varkd.data.classes import match_classes
 from varkd.data.codes import sequence_length
 from varkd.data.teacher_cache import TeacherCache, is_cache
+from varkd.distill.method import Method
+from varkd.distill.prefixes import Data, Rollout
 from varkd.distill.teachers import CachedTeacher
 from varkd.errors import VarkdError
 from varkd.files import read_json
@@ -42,31 +44,32 @@ def build_objects(run: RunConfig, codes: Codes, world: World, device: torch.devi
         VarkdError: a teacher is missing, or does not fit the data or the student.
     """
     student, teacher, cache = new_student(run, codes), None, None
+    method = trained_method(run.method, codes)
     if run.teacher and is_cache(Path(run.teacher)):
         cache = CachedTeacher(TeacherCache(run.teacher, codes.hash))
-        cache.check(run.method, student, run.train.label_drop)
+        cache.check(method, student, run.train.label_drop)
     elif run.teacher:
         teacher = open_model(run.teacher, codes, student)
-        for sampler in run.method.contexts.samplers:
+        for sampler in method.contexts.samplers:
             teacher.check(sampler.plan(student, Rng(0), torch.zeros(1, dtype=torch.long)))
-    elif run.method.needs_teacher:
+    elif method.needs_teacher:
         raise VarkdError(f"method '{run.preset}' needs a teacher: give teacher=RUN")
-    run.method.check(student, teacher)
+    method.check(student, teacher)
     check_scale(run, student)
     teacher_hash = cache.cache.teacher_hash if cache else weights_hash(teacher) if teacher is not None else None
-    codebook_tables = {
-        name: value.to(device) for name, value in run.method.prepare(codes.tokenizer.codebook_VE).items()
-    }
+    if method is not run.method:
+        _check_sampled_by(run, codes, teacher_hash)
+    codebook_tables = {name: value.to(device) for name, value in method.prepare(codes.tokenizer.codebook_VE).items()}
     student = distribute(student.to(device), world, run.train.replicas)
     if teacher is not None:
         teacher = distribute(teacher.to(device).requires_grad_(False), world, run.train.replicas)
     reference = None
-    if run.method.needs_reference:
+    if method.needs_reference:
         reference = distribute(new_student(run, codes).to(device).requires_grad_(False), world, run.train.replicas)
     if run.train.compile:
         compile_blocks(student, teacher, reference)
     distiller = Distiller(
-        run.method,
+        method,
         student,
         cache or teacher,
         updates=run.train.updates,
@@ -79,6 +82,35 @@ def build_objects(run: RunConfig, codes: Codes, world: World, device: torch.devi
         codebook_tables=codebook_tables,
     )
     return Objects(distiller, teacher_hash, cache.cache.hash if cache else None)
+
+
+def trained_method(method: Method, codes: Codes) -> Method:
+    """`method`, which takes the samples of `codes` (`varkd teach --samples`) for those of a teacher in every update.
+
+    Raises:
+        VarkdError: they were drawn by another sampler than the method's.
+    """
+    made, contexts = codes.manifest.get("samples"), method.contexts
+    if made is None or not isinstance(contexts, Rollout) or contexts.by != "teacher":
+        return method
+    for name, asked in asdict(contexts.sampler).items():
+        if asked != (found := made["sampler"].get(name)):
+            raise VarkdError(
+                f"{codes.folder} was sampled with {name}={found}, but this method samples with {name}={asked}: set "
+                f"method.contexts.sampler.{name}={found}, or make such samples by `varkd teach --samples`"
+            )
+    terms = tuple(replace(term, on=("data",)) if "teacher" in term.on else term for term in method.terms)
+    return replace(method, contexts=Data(), terms=terms)
+
+
+def _check_sampled_by(run: RunConfig, codes: Codes, teacher_hash: str | None) -> None:
+    """Raise `VarkdError` where the samples that stand in for a teacher's are those of another one."""
+    found = codes.manifest["samples"]["teacher"]["hash"]
+    if teacher_hash not in (None, found):
+        raise VarkdError(
+            f"{codes.folder} was sampled by another teacher ({found[:12]}) than teacher={run.teacher} "
+            f"({str(teacher_hash)[:12]}): give that one, or method=kd, which takes the samples as data"
+        )
 
 
 def new_student(run: RunConfig, codes: Codes) -> Backbone:
@@ -167,6 +199,8 @@ def _check_codes(model: Backbone, codes: Codes) -> None:
 def load_trained(folder: str | Path, device: str = "auto") -> tuple[RunConfig, Codes, Backbone]:
     """A run folder's settings, its codes and its model with the selected weights.
 
+    Where it was trained on samples of a teacher, these are the codes of real images: what the run is judged by.
+
     Raises:
         VarkdError: no run there, or other codes than it was trained on.
     """
@@ -180,7 +214,7 @@ def load_trained(folder: str | Path, device: str = "auto") -> tuple[RunConfig, C
                 f"{recorded[name][:12]}, now {found[:12]}): put them back"
             )
     model, _ = load_backbone(folder, str(pick_device(device)))
-    return run, codes, model
+    return run, codes.original, model
 
 
 def recorded_model(folder: Path, name: Literal["teacher", "init"], given: str | None) -> Path | None:

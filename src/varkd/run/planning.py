@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from varkd.errors import VarkdError
 from varkd.files import read_json
 from varkd.rollout import Sampler
 from varkd.run.data import Codes, pick_device
+from varkd.run.models import trained_method
 from varkd.train.probe import Amount, Phases, Probe
 
 _GIB = 2**30
@@ -62,6 +63,8 @@ def plan_run(
     Raises:
         VarkdError: nothing says what the codes are, or a model is unknown.
     """
+    if run.data and (Path(run.data) / "manifest.json").is_file():
+        run = replace(run, method=trained_method(run.method, Codes(Path(run.data))))
     student, teacher = _models(run)
     if devices < 1 or run.train.batch_size % devices:
         raise VarkdError(f"{devices} devices cannot share a batch of {run.train.batch_size}: choose a divisor")

@@ -18,7 +18,7 @@ from varkd.config import RunConfig, read_run
 from varkd.distill.describe import explain
 from varkd.errors import VarkdError, check_seed
 from varkd.files import read_json
-from varkd.folders import expand
+from varkd.folders import expand, locate
 from varkd.methods import METHODS
 from varkd.publishing.card import shown_labels
 from varkd.publishing.facts import Publication, Teacher, Training, without_folders
@@ -28,7 +28,7 @@ from varkd.report.runs import RunFolder
 from varkd.report.runs import read_run as read_run_folder
 from varkd.rollout import Sampler
 from varkd.run.data import Codes, pick_device
-from varkd.run.models import load_trained, recorded_model
+from varkd.run.models import load_trained, recorded_model, trained_method
 from varkd.sampling import generate_with_codes
 from varkd.tokenizers.protocol import Tokenizer
 from varkd.tokenizers.store import load_tokenizer
@@ -204,18 +204,21 @@ def _sampler(run: RunConfig, measured: RunFolder) -> Sampler:
 def _training(source: Path, run: RunConfig, codes: Codes) -> Training:
     preset = METHODS[run.preset]
     recorded, manifest = read_json(source / "environment.json"), codes.manifest
+    seen = Codes(locate(recorded["codes"], source, run.data))  # `codes` are those of real images
+    sampled = seen.manifest.get("samples")
     return Training(
         run.preset,
         preset.source,
         preset.summary,
         preset.method != run.method,
-        explain(run.method),
+        explain(trained_method(run.method, seen)),
         read_json(source / "status.json")["step"],
         run.train.batch_size,
         without_folders(manifest["source"]["name"]),
         manifest["splits"]["train"]["num"],
         Path(run.init).name if run.init else None,
-        _teacher(source, run, recorded),
+        _teacher(source, run, recorded) or (_sampled_by(seen, sampled["teacher"]) if sampled else None),
+        seen.manifest["splits"]["train"]["num"] if sampled else None,
     )
 
 
@@ -225,6 +228,13 @@ def _teacher(source: Path, run: RunConfig, recorded: dict[str, Any]) -> Teacher 
         return None
     config = read_json(path / "config.json") if (path / "config.json").is_file() else None
     return Teacher(path.name, recorded.get("teacher_hash") or "not recorded", config)
+
+
+def _sampled_by(codes: Codes, recorded: dict[str, Any]) -> Teacher:
+    """The model whose samples were the training data."""
+    path = locate(recorded["path"], codes.folder, recorded["given"])
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else None
+    return Teacher(path.name, recorded["hash"], config)
 
 
 def _draw(publication: Publication, rows: int, quiet: bool) -> NDArray[np.uint8]:

@@ -64,13 +64,13 @@ def open_subject(
     chosen = pick_device(device)
     if (folder / "run.yaml").is_file():
         run, codes, _ = load_trained(folder, device)
-        codes = codes if data is None else Codes(data)
+        codes = codes if data is None else Codes(data).original
         teacher = teacher or recorded_model(folder, "teacher", run.teacher)
     else:
         if data is None:
             load_backbone(folder)  # which may have more to say of the folder
             raise VarkdError(f"{folder} is a model folder, not a run: give its codes with --data")
-        run, codes = None, Codes(data)
+        run, codes = None, Codes(data).original
     student = _open("the student", folder, codes, None, str(chosen))
     if teacher is None:
         raise VarkdError(f"{folder} has no teacher of its own: give --teacher MODEL")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from varkd import pictures
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import load_backbone, weights_hash
-from varkd.config import RunConfig, differences, dump, read_run
+from varkd.config import RunConfig, differences, dump, read_run, settings
 from varkd.data.loader import DataLoader, ordered_batches
 from varkd.distill.clustering import cluster_statistics
 from varkd.distill.filtering import difference_scores
@@ -31,6 +31,7 @@ from varkd.sampling import generate_with_codes
 from varkd.train.checkpoint import Checkpoints, Progress
 from varkd.train.loop import Job, train
 from varkd.train.parallel import gathered
+from varkd.train.trackers import check_installed
 from varkd.types import state_hash
 from varkd.world import World
 
@@ -40,7 +41,8 @@ RUN = Own("a run", ("run.yaml",), lambda text: "\npreset:" in text and "\ntrain:
 _OURS = (
     "run.yaml", "environment.json", "config.json", "log.jsonl", "status.json", "metrics.json", "images.npy",
     "checkpoints/step-*", "checkpoints/.step-*", "checkpoints/selected.json", "samples/step-*.png",
-    "evaluation/samples.png", "tensorboard/events.out.tfevents.*",
+    "evaluation/samples.png", "tensorboard/events.out.tfevents.*", "trackers.json",
+    "wandb/*run-*", "wandb/debug*.log",
 )  # fmt: skip
 
 
@@ -55,6 +57,7 @@ def train_run(run: RunConfig, *, overwrite: bool = False, quiet: bool = False) -
     device = rank_device(run.device, world)
     if not run.out:
         raise VarkdError("give out= (the run folder)")
+    check_installed(run.train.trackers)
     check_folder(run, folder, overwrite, world)
     codes = open_codes(run)
     objects = build_objects(run, codes, world, device)
@@ -291,4 +294,5 @@ def _job(
         draw_grid,
         label=run.name or folder.name,
         quiet=quiet,
+        settings=settings(run),
     )

@@ -229,7 +229,7 @@ def student_run(
         f"seed={seed}",
         f"train.updates={updates}",
         f"train.checkpoint_every={every}",
-        "train.tensorboard=false",
+        "train.trackers=[]",
         f"train.keep={updates // every + 2}",
         "train.grid_every=0",
         "train.select=last",
@@ -246,7 +246,7 @@ def recipe_run(study: Study, pair: str, role: Literal["teacher", "student"], see
     recipe, changes = (
         (chosen.teacher, chosen.teacher_set) if role == "teacher" else (chosen.student, chosen.student_set)
     )
-    fixed = [f"seed={seed}", "train.tensorboard=false", "train.grid_every=0", f"device={study.device}"]
+    fixed = [f"seed={seed}", "train.trackers=[]", "train.grid_every=0", f"device={study.device}"]
     if role == "student":
         fixed += ["method=ce", f"train.updates={chosen.start_updates}"]
     run = load_run(recipe, (*_explicit(recipe, (), changes), *fixed))
@@ -262,7 +262,7 @@ def second_stage_run(study: Study, pair: str, seed: int, folder: str, init: str)
     fixed = [
         f"method={chosen.start.method}",
         f"seed={seed}",
-        "train.tensorboard=false",
+        "train.trackers=[]",
         "train.grid_every=0",
         f"device={study.device}",
         f"train.updates={chosen.start.updates}",

@@ -1,4 +1,4 @@
-"""What a run says about itself while it runs: JSON lines always, TensorBoard beside them."""
+"""What a run says about itself while it runs: JSON lines always, trackers beside them."""
 
 from __future__ import annotations
 
@@ -9,45 +9,52 @@ from pathlib import Path
 from typing import Any
 
 from varkd.files import write_errors
-from varkd.progress import console
+from varkd.train.trackers import Told, TrackerName, Trackers, run_record
 from varkd.world import World
 
 
-def _tensorboard(folder: Path, resume_step: int) -> Any:
-    """A writer, or None (and a word about it) where TensorBoard is not installed: log.jsonl holds the same numbers."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError:
-        console.print("TensorBoard is not installed (pip install 'varkd[tensorboard]'): log.jsonl has the same numbers")
-        return None
-    return SummaryWriter(str(folder), purge_step=resume_step)
-
-
 class Log:
-    """`log.jsonl` and `tensorboard/` of a run folder; silent on all ranks but the first.
+    """`log.jsonl` of a run folder, and the trackers of the run; silent on all ranks but the first.
 
-    On resume, lines later than the checkpoint are cut, so a resumed log reads like one that was never interrupted.
+    On resume, lines later than the checkpoint (all of them where there is none, `resume_step=None`) are cut, so a
+    resumed log reads like one that was never interrupted. `settings` is what trackers are told of the run.
     """
 
-    def __init__(self, folder: Path, world: World, resume_step: int, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        resume_step: int | None,
+        trackers: tuple[TrackerName, ...] = (),
+        *,
+        name: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = folder / "log.jsonl"
-        self.writer: Any = None
         self.enabled = world.is_main
         self.warned: set[str] = set()
+        self.trackers: Trackers | None = None
         if self.enabled:
-            self._cut(resume_step)
-            if tensorboard:
-                self.writer = _tensorboard(folder / "tensorboard", resume_step)
+            lines = self._read()
+            logged = {str(entry.get("split")): entry["step"] for _, entry in lines}
+            run_id, told = run_record(folder, trackers, logged)
+            self._keep([pair for pair in lines if resume_step is not None and pair[1]["step"] <= resume_step])
+            self.trackers = Trackers(
+                trackers, Told(run_id, name or folder.name, folder, settings or {}, resume_step), told
+            )
 
     def write(self, split: str, step: int, values: Mapping[str, float]) -> None:
         """Append one line; numbers that are not finite are written as null."""
-        if not self.enabled:
+        if self.trackers is None:
             return
         clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._append({"split": split, "step": step, **clean})
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(f"{split}/{name}", value, step)
+        self.trackers.write(split, step, values)
+
+    def image(self, name: str, step: int, path: Path) -> None:
+        """Show a picture that has been drawn, where a tracker can."""
+        if self.trackers is not None:
+            self.trackers.image(name, step, path)
 
     def warn(self, step: int, rule: str, text: str) -> bool:
         """Append a warning, unless its rule has spoken before in this run, also before a resume; whether it is new."""
@@ -57,26 +64,28 @@ class Log:
         self._append({"split": "warning", "step": step, "rule": rule, "text": text})
         return True
 
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+    def close(self, failed: bool = False) -> None:
+        if self.trackers is not None:
+            self.trackers.close(failed)
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with write_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
-    def _cut(self, resume_step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
+    def _read(self) -> list[tuple[str, dict[str, Any]]]:
+        """The lines that are records, as text and as values; the last one of a killed run may be cut short."""
+        found = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:
                 entry = json.loads(line)
-                if entry["step"] <= resume_step:
-                    kept.append(line)
-                    if entry.get("split") == "warning":
-                        self.warned.add(entry["rule"])
+                if isinstance(entry["step"], int):
+                    found.append((line, entry))
             except (json.JSONDecodeError, KeyError, TypeError):
-                continue  # the last line of a killed run may be cut short
-        with write_errors(self.path):
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+                continue
+        return found
+
+    def _keep(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
+        self.warned.update(entry["rule"] for _, entry in lines if entry.get("split") == "warning" and "rule" in entry)
+        if self.path.exists():
+            with write_errors(self.path):
+                self.path.write_text("".join(f"{line}\n" for line, _ in lines))

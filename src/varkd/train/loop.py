@@ -6,11 +6,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 
@@ -26,6 +26,7 @@ from varkd.train.distiller import Distiller
 from varkd.train.log import Log
 from varkd.train.optim import Ema, OptimizerConfig
 from varkd.train.parallel import clip_gradients, frozen_tensors, full_tensors
+from varkd.train.trackers import TrackerName
 from varkd.types import Batch
 from varkd.world import World
 
@@ -56,7 +57,7 @@ class TrainConfig:
     replicas: int = 1
     quantize: Bits | None = None
     compile: bool = False
-    tensorboard: bool = True
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
     optim: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
@@ -76,6 +77,8 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise VarkdError(f"train: {name} must be at least 1, got {getattr(self, name)}")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise VarkdError(f"train: trackers names one twice: {', '.join(self.trackers)}")
         if self.batch_size % self.micro_batches:
             raise VarkdError(f"train: batch_size {self.batch_size} must divide into {self.micro_batches} micro-batches")
 
@@ -88,7 +91,10 @@ class Batches(Protocol):
 
 @dataclass
 class Job:
-    """The objects of one run. The student may be sharded; the callbacks receive a plain copy with the EMA weights."""
+    """The objects of one run. The student may be sharded; the callbacks receive a plain copy with the EMA weights.
+
+    `settings` (flat) is what trackers show of the run.
+    """
 
     distiller: Distiller
     batches: Batches
@@ -99,6 +105,7 @@ class Job:
     draw_grid: Callable[[Backbone, Path], None] | None = None
     label: str = "train"
     quiet: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def student(self) -> Backbone:
@@ -164,7 +171,8 @@ class Session:
             job.distiller.state, self.progress = loaded
             job.distiller.step = self.progress.step
         self.saved_step = latest
-        self.log = Log(job.folder, job.world, self.progress.step, job.train.tensorboard)
+        told = {"name": job.label, "settings": job.settings}
+        self.log = Log(job.folder, job.world, latest, job.train.trackers, **told)
         self.window_begun, self.window_step = time.perf_counter(), self.progress.step
 
     def update(self) -> dict[str, float]:
@@ -258,7 +266,9 @@ class Session:
     def _draw_grid(self) -> None:
         model = self.evaluation_model()
         if self.job.world.is_main and self.job.draw_grid is not None:
-            self.job.draw_grid(model, self.job.folder / "samples" / f"step-{self.progress.step:08d}.png")
+            path = self.job.folder / "samples" / f"step-{self.progress.step:08d}.png"
+            self.job.draw_grid(model, path)
+            self.log.image("samples", self.progress.step, path)
         self.job.world.barrier()
 
     def evaluation_model(self) -> Backbone:
@@ -272,7 +282,7 @@ class Session:
 
     def close(self, state: Literal["done", "stopped", "failed"]) -> None:
         """Flush the log and write `status.json`."""
-        self.log.close()
+        self.log.close(failed=state == "failed")
         if self.job.world.is_main:
             status = {
                 "state": state,

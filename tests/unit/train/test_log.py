@@ -13,7 +13,7 @@ from varkd.world import World
 
 
 def write(folder: Path, steps: range, resume: int = 0, world: World | None = None, tensorboard: bool = False) -> None:
-    log = Log(folder, world or World(), resume, tensorboard=tensorboard)
+    log = Log(folder, world or World(), resume or None, ("tensorboard",) if tensorboard else ())
     for step in steps:
         log.write("train", step, {"loss": 1.0 / (step + 1)})
     log.close()
@@ -44,7 +44,7 @@ def test_lines_that_are_no_records_are_dropped(tmp_path: Path):
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path):
-    log = Log(tmp_path, World(), 0, tensorboard=False)
+    log = Log(tmp_path, World(), None)
     log.write("train", 1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 1.0})
     assert json.loads((tmp_path / "log.jsonl").read_text()) == {
         "split": "train", "step": 1, "loss": None, "grad_norm": None, "lr": 1.0
@@ -52,10 +52,10 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path):
 
 
 def test_a_warning_is_written_once_also_over_a_resume(tmp_path: Path):
-    log = Log(tmp_path, World(), 0, tensorboard=False)
+    log = Log(tmp_path, World(), None)
     assert log.warn(2, "kept_kl/student", "few count") and not log.warn(3, "kept_kl/student", "fewer count")
     assert log.warn(4, "kept_kl/kd", "nothing to learn")
-    again = Log(tmp_path, World(), 3, tensorboard=False)
+    again = Log(tmp_path, World(), 3)
     assert not again.warn(4, "kept_kl/student", "few count"), "it was said at a step that was kept"
     assert again.warn(4, "kept_kl/kd", "nothing to learn"), "that line was cut, so it is said again"
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -63,7 +63,7 @@ def test_a_warning_is_written_once_also_over_a_resume(tmp_path: Path):
         {"split": "warning", "step": 2, "rule": "kept_kl/student", "text": "few count"},
         {"split": "warning", "step": 4, "rule": "kept_kl/kd", "text": "nothing to learn"},
     ]
-    assert not Log(tmp_path, World(rank=1, size=2), 0, tensorboard=False).warn(1, "x", "y")
+    assert not Log(tmp_path, World(rank=1, size=2), None).warn(1, "x", "y")
 
 
 def test_only_the_first_rank_writes(tmp_path: Path):
@@ -83,6 +83,6 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path):
 
 def test_an_unwritable_log_is_one_line(tmp_path: Path):
     (tmp_path / "file").touch()
-    log = Log(tmp_path / "file", World(), 0, tensorboard=False)
+    log = Log(tmp_path / "file", World(), None)
     with pytest.raises(VarkdError, match="cannot write"):
         log.write("train", 1, {"loss": 1.0})
