@@ -13,6 +13,7 @@ import time
 import torch
 
 import varkd
+from varkd.train.compiling import compile_blocks
 
 METHODS = ("ce", "kd", "kd_reverse", "gkd_prefix", "varkd_weight", "varkd_weight_groups", "varkd", "best_of_n")
 
@@ -25,6 +26,8 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs=2, default=(768, 1024), metavar=("STUDENT", "TEACHER"))
     for name, default in {"grid": 16, "vocab": 16384, "batch": 32, "updates": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, as train.compile does")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     args = parser.parse_args()
     common = {"vocab_size": args.vocab, "num_classes": 1000, "grid": (args.grid, args.grid)}
     student, teacher = (
@@ -34,6 +37,8 @@ def main() -> None:
         for layers, dim in zip(args.layers, args.dims, strict=True)
     )
     teacher.eval().requires_grad_(False)
+    if args.compile:
+        compile_blocks(student, teacher)
     draw = torch.Generator().manual_seed(0)
     codebook_VE = torch.nn.functional.normalize(torch.randn(args.vocab, 8, generator=draw), dim=1)
     codes_BL = torch.randint(args.vocab, (args.batch, args.grid**2), generator=draw)
@@ -43,7 +48,7 @@ def main() -> None:
           f"{args.vocab}; student {size(student)}M, teacher {size(teacher)}M parameters")  # fmt: skip
     print("method          updates/s   slowdown   peak GiB")
     fastest = None
-    for name in METHODS:
+    for name in args.methods:
         seconds, peak = measure(name, student, teacher, codebook_VE, batch, args)
         fastest = fastest or seconds
         print(f"{name:15s} {1 / seconds:9.3f} {seconds / fastest:9.2f}x {peak:10.1f}", flush=True)
@@ -57,13 +62,13 @@ def measure(
     name: str, student: varkd.Backbone, teacher: varkd.Backbone, codebook_VE: torch.Tensor, batch: varkd.Batch,
     args: argparse.Namespace,
 ) -> tuple[float, float]:  # fmt: skip
-    """Mean seconds of an update after one to warm up (a mean: best_of_n samples in every eighth only), peak GiB."""
+    """Mean seconds of an update after two to warm up (a mean: best_of_n samples in every eighth only), peak GiB."""
     cuda = args.device == "cuda"
     distiller = varkd.Distiller(name, student, teacher, codebook_VE, updates=100, precision=args.precision)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for _ in range(args.updates + 1):
+    for _ in range(args.updates + 2):  # decodes are captured as graphs in the second
         begun = time.perf_counter()
         loss, stats = distiller(batch)
         loss.backward()
@@ -72,7 +77,7 @@ def measure(
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
-    return statistics.fmean(seconds[1:]), torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+    return statistics.fmean(seconds[2:]), torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
 
 
 if __name__ == "__main__":
