@@ -64,7 +64,9 @@ def measure(
 ) -> tuple[float, float]:  # fmt: skip
     """Mean seconds of an update after two to warm up (a mean: best_of_n samples in every eighth only), peak GiB."""
     cuda = args.device == "cuda"
-    distiller = varkd.Distiller(name, student, teacher, codebook_VE, updates=100, precision=args.precision)
+    distiller = varkd.Distiller(
+        name, student, teacher, codebook_VE, updates=100, precision=args.precision, compile=args.compile
+    )
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     seconds = []

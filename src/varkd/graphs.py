@@ -16,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +56,6 @@ class _Kept:
 
 
 _MODELS: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
-_POOLS: dict[torch.device, Any] = {}
 
 
 def available(model: nn.Module, device: torch.device) -> bool:
@@ -87,7 +85,7 @@ def run(model: nn.Module, kind: Hashable, function: Function, inputs: Inputs) ->
             kept.warm.add(key)
             return function(*inputs)
         if graph is None:
-            graph = _captured(function, inputs, addresses)
+            graph = _captured(function, inputs, addresses, next(iter(kept.graphs.values()), None))
             if graph is None:
                 kept.refused.add(key)
                 return function(*inputs)
@@ -104,11 +102,14 @@ def release(model: nn.Module) -> None:
         _MODELS.pop(model, None)
 
 
-def _captured(function: Function, inputs: Inputs, addresses: tuple[int, ...]) -> _Graph | None:
-    """The graph of a call, or None, with a warning, where there is no memory for it or it cannot be captured."""
+def _captured(function: Function, inputs: Inputs, addresses: tuple[int, ...], beside: _Graph | None) -> _Graph | None:
+    """The graph of a call, or None, with a warning, where there is no memory for it or it cannot be captured.
+
+    It shares the memory of the graph `beside` it: none keeps anything from one replay to the next but inputs and
+    outputs. A pool dies with the last graph in it, so it is never kept by itself.
+    """
     device = next(each.device for each in inputs if each is not None)
-    # All graphs share their memory: none keeps anything from one replay to the next but inputs and outputs.
-    pool = _POOLS.setdefault(device, torch.cuda.graph_pool_handle())
+    pool = None if beside is None else beside.graph.pool()
     own, graph = tuple(None if each is None else each.clone() for each in inputs), torch.cuda.CUDAGraph()
     torch.clear_autocast_cache()  # weights rounded outside of the graph would be gone when it is replayed
     try:

@@ -227,7 +227,7 @@ def _rollout_waves(
     (codes_BL, kept_BL), length = given, uniform_BL.shape[1]
     prefix_B = kept_BL.int().cumprod(1).sum(1)
     prefixes = prefix_B.tolist()
-    waves = Waves.of(model.config.grid, sampler.window, prefixes, multiple=8 if captured else 1)
+    waves = Waves.of(model.config.grid, sampler.window, prefixes, multiple=16 if captured else 1)
     longest, end_S = max(prefixes), waves.end_S
     if captured:  # few different shapes, for each is a graph of its own
         quarter = max(1, length // 4)

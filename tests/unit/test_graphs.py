@@ -113,7 +113,9 @@ class Imitation:
 
     made = 0
 
-    def __init__(self, function: graphs.Function, inputs: graphs.Inputs, addresses: tuple[int, ...]) -> None:
+    def __init__(
+        self, function: graphs.Function, inputs: graphs.Inputs, addresses: tuple[int, ...], beside: object
+    ) -> None:
         Imitation.made += 1
         self.function, self.addresses = function, addresses
 

@@ -105,7 +105,7 @@ def loss_cases(machine: Machine, device: torch.device, sizes: Sizes) -> Iterator
                 name = "plain autograd" if make is _plain else f"Liger{' (compiled)' if compiled else ''}"
                 theirs = Side(name, lambda: make(heads, compiled))
                 return Problem(
-                    Side("varkd", lambda: _ours(heads, term)),
+                    Side(f"varkd{' (compiled)' if compiled else ''}", lambda: _ours(heads, term, compiled)),
                     theirs,
                     bound,
                     verify=lambda a, b: same_results(a, b, _TOLERANCE[precision]),
@@ -134,9 +134,10 @@ def _recorded(config: LlamaGenConfig, rows: int, generator: torch.Generator) -> 
     return model
 
 
-def _ours(heads: Heads, term: Term) -> Run:
+def _ours(heads: Heads, term: Term, compiled: bool) -> Run:
     codebook_VE = torch.zeros(heads.student.vocab_size, 1)
-    distiller = Distiller(Method((term,)), heads.student, heads.teacher, codebook_VE, updates=1, label_drop=0.0)
+    settings: dict[str, Any] = {"updates": 1, "label_drop": 0.0, "compile": compiled}
+    distiller = Distiller(Method((term,)), heads.student, heads.teacher, codebook_VE, **settings)
     return lambda: heads.run(lambda: distiller(heads.batch)[0])
 
 

@@ -46,6 +46,7 @@ class StepInputs:
         reference: the student as it was at the start of the run, for methods with `needs_reference`.
         cache: what a teacher said of the data, in the place of a live one.
         audit: whether to compute statistics that cost another pass of the heads; the loss is the same, bit by bit.
+        compiled: whether the arithmetic of the loss goes through torch.compile.
     """
 
     method: Method
@@ -59,6 +60,7 @@ class StepInputs:
     reference: Backbone | None = None
     audit: bool = False
     cache: CachedTeacher | None = None
+    compiled: bool = False
 
     def model(self, name: Role) -> Backbone:
         if name == "student":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import cast
 
@@ -215,26 +216,19 @@ def _group_loss(
     scaled_TN, code_N = scaled_TN[:, row_N], group.stacked.supervision_BL.flatten()[row_N]
     chosen = {name: rows.select(row_N) for name, rows in rows_of.items()}
     sums_T = torch.zeros(len(terms), dtype=torch.float64, device=code_N.device)
+    scale_T = torch.tensor([max(factor, 1e-30) for factor in factor_T], dtype=torch.float64, device=code_N.device)
+
+    weighted = _compiled() if inputs.compiled else _weighted
 
     def evaluate(student_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The weighted sum of all terms over one chunk of rows, and its gradient with respect to the logits."""
-        student_NV = log_softmax(student_NV)
-        teacher_NV = None if teacher is None else log_softmax(teacher.logits(row_N[rows])).to(student_NV.dtype)
-        total, gradient_NV = student_NV.new_zeros((), dtype=torch.float64), None
-        for index, term in enumerate(terms):
-            weight_N = scaled_TN[index, rows]
-            about = TargetRows(code_N[rows], chosen[term.name].select(rows).alpha_N)
-            value_N, term_NV = _term_gradient(term, student_NV, teacher_NV, about, inputs.codebook_tables)
-            term_NV.mul_(weight_N.to(term_NV.dtype).unsqueeze(1))
-            if len(terms) > 1:  # a row of weight 0 may hold anything, also what is not finite, and must not count
-                value_N = torch.where(weight_N != 0, value_N, 0.0)
-                term_NV.masked_fill_((weight_N == 0).unsqueeze(1), 0.0)
-            summed = (value_N.double() * weight_N).sum()
-            total = total + summed
-            sums_T[index] += summed / max(factor_T[index], 1e-30)
-            gradient_NV = term_NV if gradient_NV is None else gradient_NV.add_(term_NV)
-        assert gradient_NV is not None
-        return total, to_logits(gradient_NV, student_NV)
+        teacher_NV = None if teacher is None else teacher.logits(row_N[rows])
+        about = [TargetRows(code_N[rows], chosen[term.name].select(rows).alpha_N) for term in terms]
+        summed_T, gradient_NV = weighted(
+            terms, student_NV, teacher_NV, about, scaled_TN[:, rows], inputs.codebook_tables
+        )
+        sums_T.add_(summed_T / scale_T)
+        return summed_T.sum(), gradient_NV
 
     hidden_ND = hidden_BLD.flatten(0, 1)[row_N]
     loss = chunked_head_loss(hidden_ND, inputs.student.head, evaluate, inputs.chunk_rows)
@@ -242,6 +236,36 @@ def _group_loss(
         positions = sum(int(term.positions_BL(part).sum()) for part in group.parts)
         stats.add(f"terms/{term.name}", value, positions)
     return loss
+
+
+def _weighted(
+    terms: tuple[Term, ...],
+    student_NV: Tensor,
+    teacher_NV: Tensor | None,
+    rows_T: list[TargetRows],
+    weight_TN: Tensor,
+    codebook_tables: CodebookTables,
+) -> tuple[Tensor, Tensor]:
+    """Of logits: each term's weighted sum over the rows, float64 (T,), and the gradient of their total, (N, V)."""
+    student_NV = log_softmax(student_NV)
+    teacher_NV = None if teacher_NV is None else log_softmax(teacher_NV).to(student_NV.dtype)
+    sums, gradient_NV = [], None
+    for term, about, weight_N in zip(terms, rows_T, weight_TN, strict=True):
+        value_N, term_NV = _term_gradient(term, student_NV, teacher_NV, about, codebook_tables)
+        term_NV.mul_(weight_N.to(term_NV.dtype).unsqueeze(1))
+        if len(terms) > 1:  # a row of weight 0 may hold anything, also what is not finite, and must not count
+            value_N = torch.where(weight_N != 0, value_N, 0.0)
+            term_NV.masked_fill_((weight_N == 0).unsqueeze(1), 0.0)
+        sums.append((value_N.double() * weight_N).sum())
+        gradient_NV = term_NV if gradient_NV is None else gradient_NV.add_(term_NV)
+    assert gradient_NV is not None
+    return torch.stack(sums), to_logits(gradient_NV, student_NV)
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    """`_weighted` with its dozens of passes over (N, V) fused into a few."""
+    return torch.compile(_weighted, dynamic=True)
 
 
 @torch.no_grad()

@@ -66,8 +66,6 @@ def build_objects(run: RunConfig, codes: Codes, world: World, device: torch.devi
     reference = None
     if method.needs_reference:
         reference = distribute(new_student(run, codes).to(device).requires_grad_(False), world, run.train.replicas)
-    if run.train.compile:
-        compile_blocks(student, teacher, reference)
     distiller = Distiller(
         method,
         student,
@@ -80,6 +78,7 @@ def build_objects(run: RunConfig, codes: Codes, world: World, device: torch.devi
         world=world,
         reference=reference,
         codebook_tables=codebook_tables,
+        compile=run.train.compile and compile_blocks(student, teacher, reference),
     )
     return Objects(distiller, teacher_hash, cache.cache.hash if cache else None)
 

@@ -53,6 +53,7 @@ class Distiller:
         precision: "bf16" computes under `torch.autocast`. With "fp32" an autocast of your own stays in force.
         reference: the student as it was at the start, for methods that compare with it. A frozen copy by default.
         codebook_tables: what `method.prepare` returns, if you already have it.
+        compile: run the arithmetic of the loss through torch.compile, which takes a moment at the first step.
 
     Raises:
         VarkdError: an unknown preset, a missing teacher, or models that the method cannot train.
@@ -73,6 +74,7 @@ class Distiller:
         world: World | None = None,
         reference: Backbone | None = None,
         codebook_tables: CodebookTables | None = None,
+        compile: bool = False,
     ) -> None:
         if updates < 1 or not 0 <= label_drop <= 1:
             raise VarkdError(f"distiller: need updates >= 1 and label_drop in [0, 1], got {updates} and {label_drop}")
@@ -81,7 +83,7 @@ class Distiller:
         self.teacher, self.cache = (None, teacher) if isinstance(teacher, CachedTeacher) else (teacher, None)
         self.updates, self.seed, self.label_drop = updates, seed, label_drop
         self.chunk_rows = chunk_rows or affordable_rows(student.vocab_size)
-        self.precision, self.world = precision, world or World()
+        self.precision, self.world, self.compile = precision, world or World(), compile
         if teacher is None and self.method.needs_teacher:
             raise VarkdError("this method needs a teacher: pass the model to distil from")
         self.method.check(student, self.teacher)
@@ -125,6 +127,7 @@ class Distiller:
             self.reference,
             audit,
             self.cache,
+            self.compile,
         )
         with self._autocast():
             sequences = self._sequences(batch, inputs)

@@ -37,8 +37,8 @@ class TrainConfig:
 
     `chunk_rows` positions have their logits in memory at once; None takes about 256 MiB of them. With `quantize` the
     student is trained, sampled and validated with the weights that it will have after `varkd quantize`. `compile` runs
-    the transformer blocks of all models through torch.compile when they read whole sequences; decoding has its own way
-    (`varkd.graphs`).
+    the loss, and the transformer blocks of all models when they read whole sequences, through torch.compile; decoding
+    has its own way (`varkd.graphs`).
     """
 
     updates: int = 1000
