@@ -134,7 +134,7 @@ def _recorded(config: LlamaGenConfig, rows: int, generator: torch.Generator) -> 
     return model
 
 
-def _ours(heads: Heads, term: Term, compiled: bool) -> Run:
+def _ours(heads: Heads, term: Term, compiled: bool = False) -> Run:
     codebook_VE = torch.zeros(heads.student.vocab_size, 1)
     settings: dict[str, Any] = {"updates": 1, "label_drop": 0.0, "compile": compiled}
     distiller = Distiller(Method((term,)), heads.student, heads.teacher, codebook_VE, **settings)
