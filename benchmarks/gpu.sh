@@ -5,7 +5,7 @@
 #                                     official code: llamagen/, var/
 #   TINY=1 DEVICE=cpu benchmarks/gpu.sh DATA OUT     the same steps with tiny sizes, to try the script without a GPU
 #   STEPS="tests bench" ...             only these: tests bench eager speed compiled study
-# Every step has its own time limit; a step that fails or is cut is said so in OUT/results.txt, and the next one runs.
+# The study reads parquet: it needs the `data` extra. Every step has its own time limit; a step that fails or is cut is said so in OUT/results.txt, and the next one runs.
 set -uo pipefail
 data=$1 out=$2 device=${DEVICE:-cuda} python=${PYTHON:-python3} work=${WORK:-/tmp/varkd-gpu}
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1

@@ -505,5 +505,7 @@ def _reverse_gradient(student_NK: Tensor, teacher_NK: Tensor) -> Tensor:
 def _gap(first_NK: Tensor, second_NK: Tensor) -> Tensor:
     """log first - log second, and 0 where `first` excludes an outcome."""
     excluded = torch.isneginf(first_NK)
+    if not (first_NK.requires_grad or second_NK.requires_grad):
+        return (first_NK - second_NK).masked_fill_(excluded, 0.0)
     # Masked before the product: 0 * inf would already be NaN, and NaN gradients survive a `where` after it.
     return torch.where(excluded, 0.0, first_NK) - torch.where(excluded, 0.0, second_NK)

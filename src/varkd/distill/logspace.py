@@ -29,6 +29,8 @@ def log_mixture(first_NK: Tensor, second_NK: Tensor, share: float | Tensor) -> T
     if isinstance(share, float | int) and share in (0, 1):
         return first_NK if share else second_NK
     share = torch.as_tensor(share, dtype=first_NK.dtype, device=first_NK.device)
+    if not (first_NK.requires_grad or second_NK.requires_grad):  # what both exclude has only a gradient to spoil
+        return torch.logaddexp(first_NK + share.log(), second_NK + torch.log1p(-share))
     excluded = torch.isneginf(first_NK) & torch.isneginf(second_NK)
     first_NK, second_NK = (torch.where(excluded, 0.0, logp) for logp in (first_NK, second_NK))
     mixture = torch.logaddexp(first_NK + share.log(), second_NK + torch.log1p(-share))
