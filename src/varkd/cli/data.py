@@ -130,6 +130,12 @@ def _encode(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--batch-size", type=int, default=256)
     verb.add_argument("--shard-size", type=int, default=4096, help="images per shard (default: %(default)s)")
     verb.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that decode images ahead of the tokenizer, for each GPU (default: none)",
+    )
+    verb.add_argument(
         "--class-map",
         type=place,
         default=None,
@@ -149,6 +155,7 @@ def _run_encode(arguments: argparse.Namespace) -> None:
         "ten_crop",
         "batch_size",
         "shard_size",
+        "workers",
         "class_map",
         "label",
         "skip_corrupt",

@@ -26,6 +26,7 @@ from varkd import progress
 from varkd.data.memory import Indexed
 from varkd.data.rows import ImageRows
 from varkd.data.sources import load_source, source_name
+from varkd.data.workers import mapped
 from varkd.errors import VarkdError
 from varkd.files import sha256_of
 from varkd.world import Rng, World
@@ -39,6 +40,7 @@ _LONG_PIXELS = 2**25  # decoding more than this takes long enough for a bar
 _PROBES = 64
 _STRIP = 4  # times longer than wide; ADM's order (resize, then crop) is kept below
 _NAMED = 50  # bad images in one message
+_PIECE = 32  # images that a process decodes at a time
 _GRAY_MODES = ("1", "L", "LA")
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -117,20 +119,22 @@ def open_checked(
     source: str | Indexed,
     *,
     skip_corrupt: bool = False,
+    workers: int = 0,
     world: World | None = None,
     quiet: bool = False,
     **options: Any,
 ) -> tuple[dict[Split, ImageSet], Skipped]:
     """Both splits of `source` once every image has been decoded, and what was left out (`skip` of `open_images`).
 
-    Ranks share the decoding. Small sets are decoded once, large ones again when they are used.
+    Ranks share the decoding, each with `workers` processes (0: threads). Small sets are decoded once, large ones again
+    when they are used.
 
     Raises:
         VarkdError: as `open_images`; images that cannot be used, all of them named (unless `skip_corrupt`).
     """
     splits: tuple[Split, ...] = ("train", "validation")
     sets: dict[Split, ImageSet] = {split: open_images(source, split, **options) for split in splits}
-    faults = [fault for images in sets.values() for fault in images.faults(world or World(), quiet)]
+    faults = [fault for images in sets.values() for fault in images.faults(world or World(), quiet, workers)]
     if not faults:
         return sets, {}
     if not skip_corrupt:
@@ -244,25 +248,38 @@ class ImageSet:
             self._kept_NCHW = self._decode(np.arange(len(self)), self._is_quick)
         return torch.from_numpy(self._kept_NCHW[index_B])
 
-    def faults(self, world: World, quiet: bool = False) -> list[tuple[Split, str, BadImage]]:
+    def decoded(self, index_B: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """`batch` for one use in a process of its own: nothing is kept for later."""
+        return self._decode(index_B, quiet=True) if self._kept_NCHW is None else self._kept_NCHW[index_B]
+
+    def faults(self, world: World, quiet: bool = False, workers: int = 0) -> list[tuple[Split, str, BadImage]]:
         """The images that cannot be used: (split of the source, key, what is wrong), the same on every rank."""
         mine = np.arange(world.rank, len(self), world.size)
         kept = np.empty((len(self), *self.image_shape), dtype=np.uint8) if self._is_kept and world.size == 1 else None
         wrong_N = torch.zeros(len(self))
 
-        def look(index: int) -> None:
-            try:
-                pixels_CHW = self._one(index)
-            except BadImage:
-                wrong_N[index] = 1
-                return
-            if kept is not None:
-                kept[index] = pixels_CHW
+        def look(index_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8] | None]:
+            good, bad, images = [], [], []
+            for index in index_B.tolist():
+                try:
+                    pixels_CHW = self._one(index)
+                except BadImage:
+                    bad.append(index)
+                else:
+                    good.append(index)
+                    images += [] if kept is None else [pixels_CHW]
+            return np.array(good, np.int64), np.array(bad, np.int64), np.stack(images) if images else None
 
+        pieces = [mine[start : start + _PIECE] for start in range(0, len(mine), _PIECE)]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            shown = quiet or self._is_quick or not world.is_main
-            for _ in progress.track(pool.map(look, mine), f"checking {self.split}", len(mine), shown):
-                pass
+            looked = mapped(look, pieces, workers) if workers else pool.map(look, pieces)
+            done = 0
+            with progress.bar(f"checking {self.split}", len(mine), quiet or self._is_quick or not world.is_main) as bar:
+                for good_B, bad_B, images_BCHW in looked:
+                    wrong_N[bad_B] = 1
+                    if kept is not None and images_BCHW is not None:
+                        kept[good_B] = images_BCHW
+                    bar.update(done := done + len(good_B) + len(bad_B))
         found = []
         for index in torch.nonzero(world.sum(wrong_N)).flatten().tolist():
             try:

@@ -170,11 +170,13 @@ def encode(
     class_map: Path | None = None,
     label: str | None = None,
     skip_corrupt: bool = False,
+    workers: int = 0,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """`varkd encode`: images -> code shards and a reconstruction check. Returns the manifest.
 
-    `class_map` is a file that gives each class its number in a model of more classes (`data.classes`).
+    `class_map` is a file that gives each class its number in a model of more classes (`data.classes`). `workers`
+    processes decode images ahead of the tokenizer.
     """
     world = World.from_environment()
     if ten_crop is not None and (flip or shifts or image_size is None):
@@ -196,6 +198,7 @@ def encode(
         class_map=read_class_map(class_map, images.class_names) if class_map else None,
         label=label,
         skip_corrupt=skip_corrupt,
+        workers=workers,
         device=pick_device(device),
         world=world,
         quiet=quiet,

@@ -20,6 +20,7 @@ from varkd.data.images import ImageSet, Skipped, Split, open_checked, open_image
 from varkd.data.memory import Indexed
 from varkd.data.sources import relative_source
 from varkd.data.views import apply_view, check_views, load_size
+from varkd.data.workers import check_workers, mapped
 from varkd.data.writer import CodeWriter, Manifest, plan_manifest
 from varkd.errors import VarkdError
 from varkd.files import read_json
@@ -31,6 +32,9 @@ PSNR_CAP = 99.0  # dB; stands for an image that comes back without any error
 _SPLITS: tuple[Split, ...] = ("train", "validation")
 _CHECKED_IMAGES = 1024
 _SHOWN_IMAGES = 16
+_PIECE = 32  # images that a process decodes at a time: two pieces a process wait in memory
+Sets = dict[Split, ImageSet]
+Piece = tuple[Split, int, int]
 
 
 def encode_images(
@@ -48,6 +52,7 @@ def encode_images(
     class_map: list[int] | None = None,
     label: str | None = None,
     skip_corrupt: bool = False,
+    workers: int = 0,
     device: str | torch.device = "cpu",
     world: World | None = None,
     quiet: bool = False,
@@ -55,8 +60,9 @@ def encode_images(
     """Encode both splits of `source` into `out` and return the manifest; a stopped job goes on where it stopped.
 
     The train split is encoded in all `views`, the validation split as it is. With `tokenizer_path` None the tokenizer
-    is saved to `out/tokenizer`. Ranks of `world` share the shards. Every image is decoded before the first shard is
-    written; with `skip_corrupt` those that cannot be used are left out, and named in the manifest.
+    is saved to `out/tokenizer`. Ranks of `world` share the shards, and in each rank `workers` processes decode images
+    ahead of the tokenizer (0: none; the bytes are the same). Every image is decoded before the first shard is written;
+    with `skip_corrupt` those that cannot be used are left out, and named in the manifest.
 
     Raises:
         VarkdError: see `open_images`; also images of another shape than the tokenizer's, unknown views, or a folder
@@ -64,11 +70,12 @@ def encode_images(
     """
     world = world or World()
     check_views(views)
+    check_workers(workers)
     if batch_size < 1:
         raise VarkdError(f"batch_size={batch_size} must be at least 1 image")
     options = {"image_size": image_size, "validation": validation, "seed": seed, "label": label}
     _check_shape(open_images(source, "train", **options), tokenizer)
-    sets, skipped = _sets(source, out, skip_corrupt, world, quiet, options)
+    sets, skipped = _sets(source, out, skip_corrupt, workers, world, quiet, options)
     train = sets["train"]
     planned = plan_manifest(
         tokenizer={
@@ -105,7 +112,7 @@ def encode_images(
     tokenizer = tokenizer.to(device).eval()
     if (load := load_size(views)) is not None:  # crops are cut from larger images than the tokenizer's
         sets["train"] = open_images(source, "train", skip=skipped, **{**options, "image_size": load})
-    _write_shards(writer, sets, tokenizer, views, batch_size, device, quiet)
+    _write_shards(writer, sets, tokenizer, views, batch_size, workers, device, quiet)
     world.barrier()
     if world.is_main and not was_finished:
         writer.finish(_reconstruction(out, planned, sets["validation"], tokenizer, batch_size, device))
@@ -116,12 +123,18 @@ def encode_images(
 
 
 def _sets(
-    source: str | Indexed, out: Path, skip_corrupt: bool, world: World, quiet: bool, options: dict[str, Any]
-) -> tuple[dict[Split, ImageSet], Skipped]:
+    source: str | Indexed,
+    out: Path,
+    skip_corrupt: bool,
+    workers: int,
+    world: World,
+    quiet: bool,
+    options: dict[str, Any],
+) -> tuple[Sets, Skipped]:
     """Both splits, and what was left out of them. A job that goes on has been checked, and leaves out the same ones."""
     begun = next((out / name for name in (MANIFEST, PARTIAL) if (out / name).is_file()), None)
     if begun is None:
-        return open_checked(source, skip_corrupt=skip_corrupt, world=world, quiet=quiet, **options)
+        return open_checked(source, skip_corrupt=skip_corrupt, workers=workers, world=world, quiet=quiet, **options)
     skip = read_json(begun).get("source", {}).get("skipped", {})
     return {split: open_images(source, split, skip=skip, **options) for split in _SPLITS}, skip
 
@@ -143,45 +156,67 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 def _write_shards(
     writer: CodeWriter,
-    sets: dict[Split, ImageSet],
+    sets: Sets,
     tokenizer: Tokenizer,
     views: tuple[str, ...],
     batch_size: int,
+    workers: int,
     device: str | torch.device,
     quiet: bool,
 ) -> None:
-    todo = [
-        (sets["train" if split == "train" else "validation"], shard, views if split == "train" else ("identity",))
+    todo: list[tuple[Split, Manifest, tuple[str, ...]]] = [
+        ("train" if split == "train" else "validation", shard, views if split == "train" else ("identity",))
         for split, shard in writer.todo()
     ]
     total = sum(shard["num"] * len(names) for _, shard, names in todo)
+    batches = _batches(sets, [(split, shard) for split, shard, _ in todo], batch_size, workers)
     with progress.bar("encoding", total, quiet or not writer.world.is_main) as bar:
         done = 0
-        for images, shard, names in todo:
+        for split, shard, names in todo:
             shape = (shard["num"], len(names), tokenizer.sequence_length)
             codes_NvL = np.empty(shape, dtype=np.uint16)
-            for rows, view, codes_BL in _encoded(images, shard, names, tokenizer, batch_size, device):
-                codes_NvL[rows, view] = codes_BL
-                bar.update(done := done + len(codes_BL))
-            label_N = images.labels[shard["start"] : shard["start"] + shard["num"]]
-            writer.write(images.split, shard, codes_NvL, label_N)
+            for rows in _rows(shard, batch_size):
+                for view, codes_BL in enumerate(_encoded(next(batches).to(device), names, tokenizer)):
+                    codes_NvL[rows, view] = codes_BL
+                    bar.update(done := done + len(codes_BL))
+            label_N = sets[split].labels[shard["start"] : shard["start"] + shard["num"]]
+            writer.write(split, shard, codes_NvL, label_N)
+
+
+def _rows(shard: Manifest, batch_size: int) -> Iterator[slice]:
+    """Batches begin with the shard, so a resumed job makes the same ones."""
+    for start in range(0, shard["num"], batch_size):
+        yield slice(start, min(start + batch_size, shard["num"]))
+
+
+def _batches(sets: Sets, todo: list[tuple[Split, Manifest]], batch_size: int, workers: int) -> Iterator[Tensor]:
+    """The images of all batches of all shards, in order: uint8 (B, C, H, W). Processes decode them piece by piece."""
+    batches: list[Piece] = [
+        (split, shard["start"] + rows.start, shard["start"] + rows.stop)
+        for split, shard in todo
+        for rows in _rows(shard, batch_size)
+    ]
+    if not workers:
+        yield from (sets[split].batch(np.arange(start, stop)) for split, start, stop in batches)
+        return
+
+    def decode(piece: Piece) -> NDArray[np.uint8]:
+        split, start, stop = piece
+        return sets[split].decoded(np.arange(start, stop))
+
+    pieces: list[list[Piece]] = [
+        [(split, at, min(at + _PIECE, stop)) for at in range(start, stop, _PIECE)] for split, start, stop in batches
+    ]
+    decoded = mapped(decode, [piece for batch in pieces for piece in batch], workers)
+    for batch in pieces:
+        yield torch.from_numpy(np.concatenate([next(decoded) for _ in batch]))
 
 
 @torch.no_grad()
-def _encoded(
-    images: ImageSet,
-    shard: Manifest,
-    views: tuple[str, ...],
-    tokenizer: Tokenizer,
-    batch_size: int,
-    device: str | torch.device,
-) -> Iterator[tuple[slice, int, NDArray[np.int64]]]:
-    """(rows of the shard, view, codes_BL). Batches begin with the shard, so a resumed job makes the same ones."""
-    for start in range(0, shard["num"], batch_size):
-        rows = slice(start, min(start + batch_size, shard["num"]))
-        batch_BCHW = images.batch(np.arange(rows.start, rows.stop) + shard["start"]).to(device)
-        for view, name in enumerate(views):
-            yield rows, view, tokenizer.encode(to_unit(apply_view(name, batch_BCHW))).cpu().numpy()
+def _encoded(images_BCHW: Tensor, views: tuple[str, ...], tokenizer: Tokenizer) -> Iterator[NDArray[np.int64]]:
+    """The codes of every view: (B, L)."""
+    for name in views:
+        yield tokenizer.encode(to_unit(apply_view(name, images_BCHW))).cpu().numpy()
 
 
 @torch.no_grad()

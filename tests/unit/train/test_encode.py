@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from varkd.data import images as images_module
 from varkd.data.codes import CodeDataset
 from varkd.data.images import open_images
 from varkd.data.views import apply_view, ten_crop_names, view_names
@@ -151,6 +154,87 @@ def test_two_ranks_write_what_one_does(tmp_path: Path) -> None:
         thread.join(timeout=120)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert results[0] == results[1]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """120 gray photos of two classes, no two of the same size."""
+    generator = np.random.default_rng(0)
+    for number in range(120):
+        pixels = generator.integers(0, 256, (20 + number % 7, 30 + number % 5), dtype=np.uint8)
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_workers_write_the_same_bytes(
+    tmp_path: Path, photos: Path, is_kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_kept:  # as of a set that is too large for memory
+        monkeypatch.setattr(images_module, "_KEEP_BYTES", 0)
+    options: dict[str, Any] = {"image_size": 8, "views": ten_crop_names(8, 1.5), "shard_size": 50, "batch_size": 40}
+    for out, workers in (("none", 0), ("two", 2)):
+        tokenizer = Pixels(PixelsConfig())
+        encode_images(str(photos), tokenizer, None, tmp_path / out, workers=workers, quiet=True, **options)
+    assert contents(tmp_path / "two") == contents(tmp_path / "none")
+
+
+def test_workers_report_bad_images_as_one_process_does(tmp_path: Path, photos: Path) -> None:
+    whole = (photos / "b" / "001.png").read_bytes()
+    (photos / "b" / "001.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "a" / "100.png").write_bytes(b"no image")
+    said = []
+    for workers in (0, 2):
+        with pytest.raises(VarkdError, match=r"2 images cannot be used: .*100\.png.*001\.png") as caught:
+            encode_images(str(photos), Pixels(PixelsConfig()), None, tmp_path / "codes", image_size=8, workers=workers)
+        said.append(str(caught.value))
+        assert not (tmp_path / "codes").exists()
+    assert said[0] == said[1]
+    for workers in (0, 2):
+        options: dict[str, Any] = {"image_size": 8, "workers": workers, "skip_corrupt": True, "quiet": True}
+        manifest = encode_images(str(photos), Pixels(PixelsConfig()), None, tmp_path / str(workers), **options)
+        assert sum(entry["num"] for entry in manifest["splits"].values()) == 118
+    assert contents(tmp_path / "0") == contents(tmp_path / "2")
+
+
+def test_an_image_that_went_bad_after_the_check(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process says arrives as the one line that it is."""
+    monkeypatch.setattr(images_module, "_KEEP_BYTES", 0)
+    first = Fragile(PixelsConfig())
+    first.calls_left = 1
+    options: dict[str, Any] = {"image_size": 8, "shard_size": 30, "batch_size": 30, "quiet": True}
+    with pytest.raises(Killed):
+        encode_images(str(photos), first, None, tmp_path / "codes", **options)
+    names = sorted(path for path in photos.rglob("*.png"))
+    gone = names[60]
+    gone.write_bytes(b"no image")
+    with pytest.raises(VarkdError) as caught:
+        encode_images(str(photos), Pixels(PixelsConfig()), None, tmp_path / "codes", workers=2, **options)
+    assert str(caught.value).startswith(f"cannot decode {gone}: it is corrupt or truncated")
+
+
+def test_a_process_that_dies_is_one_line(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images_module, "_KEEP_BYTES", 0)
+    here, whole = os.getpid(), images_module.ImageSet.decoded
+
+    def dying(self: Any, index_B: Any) -> Any:
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(self, index_B)
+
+    monkeypatch.setattr(images_module.ImageSet, "decoded", dying)
+    options: dict[str, Any] = {"image_size": 8, "shard_size": 30, "quiet": True}
+    with pytest.raises(VarkdError, match=r"a process that decodes images died .* fewer workers than 2"):
+        encode_images(str(photos), Pixels(PixelsConfig()), None, tmp_path / "codes", workers=2, **options)
+    monkeypatch.undo()
+    encode_images(str(photos), Pixels(PixelsConfig()), None, tmp_path / "codes", **options)  # and goes on
+
+
+def test_a_number_of_workers_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(VarkdError, match="workers=-1 must be 0 or more"):
+        encode(tmp_path / "codes", workers=-1)
 
 
 def test_each_rank_encodes_its_own_shards(tmp_path: Path) -> None:
