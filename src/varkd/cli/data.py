@@ -7,10 +7,11 @@ from pathlib import Path
 
 from varkd.cli.options import Verbs, add_verb, chosen, place
 from varkd.errors import VarkdError
+from varkd.folders import expand
 
 _DATA = (
-    "digits, an image folder, .parquet or .tar files (one, train,validation, a folder or '*.tar' of them), or a "
-    "Hugging Face id"
+    "digits, an image folder, .parquet or .tar files (one, train,validation, a folder or '*.tar' of them), a "
+    "Hugging Face id, or the URL of one of these (s3://, gs://, hf://)"
 )
 
 
@@ -175,7 +176,7 @@ def _run_encode(arguments: argparse.Namespace) -> None:
 
 def _teach(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("teacher", type=place, help="a run or model folder")
-    verb.add_argument("--data", type=place, required=True, help="codes folder")
+    verb.add_argument("--data", type=expand, required=True, help="codes folder, or the URL of one")
     verb.add_argument(
         "--out", type=place, required=True, help="folder of the cache (a teacher= of `varkd train`) or samples (data=)"
     )

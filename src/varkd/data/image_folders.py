@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -74,8 +74,8 @@ def _split_folders(root: Path) -> dict[str, Path]:
 def _by_class(root: Path, one_class: str, skipped: Counter[str]) -> Files:
     """The images of each class. Classes are sorted by name, or by number where all names are numbers."""
     visible = _visible(root)
-    loose = [path for path in visible if path.is_file() and _is_image(path)]
-    skipped.update(_ending(path) for path in visible if path.is_file() and not _is_image(path))
+    loose = [path for path in visible if path.is_file() and is_image(path)]
+    skipped.update(_ending(path) for path in visible if path.is_file() and not is_image(path))
     folders = [path for path in visible if path.is_dir()]
     if folders and all(path.name.isdecimal() for path in folders):
         folders.sort(key=lambda path: (int(path.name), path.name))
@@ -103,9 +103,9 @@ def _images_below(folder: Path, skipped: Counter[str]) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        for path in (Path(place, name) for name in names if not _is_hidden(name)):
-            if _is_image(path):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for path in (Path(place, name) for name in names if not is_hidden(name)):
+            if is_image(path):
                 found.append(path)
             else:
                 skipped[_ending(path)] += 1
@@ -114,14 +114,14 @@ def _images_below(folder: Path, skipped: Counter[str]) -> list[Path]:
 
 def _visible(root: Path) -> list[Path]:
     with read_errors(root):
-        return sorted(path for path in root.iterdir() if not _is_hidden(path.name))
+        return sorted(path for path in root.iterdir() if not is_hidden(path.name))
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     return name.startswith((".", "__"))
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: PurePath) -> bool:
     return path.suffix.lower() in ENDINGS
 
 

@@ -6,7 +6,7 @@ import glob
 import io
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from PIL import Image
 
 from varkd.data.image_folders import read_folder
 from varkd.data.memory import Indexed, memory_name, read_memory
+from varkd.data.remote import is_url, list_files, read_url_folder
 from varkd.data.rows import ImageRows, Source
-from varkd.data.tables import BUILDERS, read_files, read_hub, splits_of
+from varkd.data.tables import BUILDERS, read_files, read_hub, read_urls, splits_of
 from varkd.errors import VarkdError
 from varkd.folders import expand, relative
 
@@ -39,7 +40,7 @@ def locate_source(recorded: str, folder: Path, given: str) -> str:
 
 def is_gone(source: str) -> bool:
     """Whether a source that was read once lies on this disk no more."""
-    if source in ("digits", DIGITS) or all(map(_is_here, _parts(source))):
+    if source in ("digits", DIGITS) or is_url(source) or all(map(_is_here, _parts(source))):
         return False
     return Path(source).is_absolute() or not _HUB_ID.fullmatch(source)
 
@@ -82,6 +83,8 @@ def load_source(source: str | Indexed, label: str | None = None) -> Source:
         raise VarkdError(f"digits is the embedded data set, and a folder here: give ./digits or {DIGITS}")
     if source in ("digits", DIGITS):
         return _digits()
+    if is_url(source):
+        return _behind_url(source, label)
     path = Path(source)
     if path.is_dir():
         shards = _shards_below(path)
@@ -93,6 +96,32 @@ def load_source(source: str | Indexed, label: str | None = None) -> Source:
     if not _HUB_ID.fullmatch(source) or path.parent.is_dir():  # a mistyped path is not looked for elsewhere
         raise VarkdError(f"no such folder or file: {source} (give digits, {_FORMS}, or a Hugging Face id org/name)")
     return read_hub(source, label)
+
+
+def _behind_url(source: str, label: str | None) -> Source:
+    """Tables (one, `train,validation`, a pattern or a folder of them) or an image folder behind a URL."""
+    parts = source.split(",")
+    if len(parts) > 2:
+        raise VarkdError(f"{source} names {len(parts)} files: give train.parquet or train.parquet,validation.parquet")
+    tables = [_tables_at(part) for part in parts]
+    if not all(tables):
+        if len(parts) == 2 or glob.has_magic(source):
+            raise VarkdError(f"no .parquet or .tar files at {source}: check the address")
+        return _only(label, read_url_folder(source))
+    if len(parts) == 2:
+        return read_urls(source, dict(zip(("train", "validation"), tables, strict=True)), label)
+    if len(tables[0]) == 1:
+        return read_urls(source, {"train": tables[0]}, label)
+    url_of = {PurePosixPath(url): url for url in tables[0]}  # a path has one slash where a URL has two
+    splits = {split: [url_of[path] for path in paths] for split, paths in splits_of(list(url_of)).items()}
+    return read_urls(source, splits, label)
+
+
+def _tables_at(url: str) -> list[str]:
+    """The parquet files or tar shards that a URL names, or that lie below it."""
+    if url.endswith(tuple(BUILDERS)) and not glob.has_magic(url):
+        return [url]
+    return [found for found in list_files(url) if found.endswith(tuple(BUILDERS))]
 
 
 def _only(label: str | None, source: Source) -> Source:

@@ -7,11 +7,12 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePath, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from varkd.data.remote import open_url
 from varkd.data.rows import VALIDATION_NAMES, ImageRows, Source
 from varkd.errors import VarkdError, did_you_mean
 from varkd.files import read_errors
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import datasets
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+P = TypeVar("P", bound=PurePath)
 _LABELS = ("label", "labels")
 _SHARD = re.compile(r"(train|validation|val|valid|test)\b.*")
 ONE_CLASS = "none"
@@ -39,10 +41,22 @@ def read_files(source: str, splits: dict[str, list[Path]], label: str | None) ->
     for path in paths:
         with read_errors(path):
             path.open("rb").close()
+    files = {split: [glob.escape(str(path.resolve())) for path in found] for split, found in splits.items()}
+    return _load(source, BUILDERS[endings.pop()], files, label)
+
+
+def read_urls(source: str, splits: dict[str, list[str]], label: str | None) -> Source:
+    """`read_files` for files behind URLs, which `datasets` downloads into its cache."""
+    endings = {PurePosixPath(url).suffix for found in splits.values() for url in found}
+    if len(endings) > 1 or not endings <= set(BUILDERS):
+        raise VarkdError(f"{source} holds files of several kinds ({', '.join(sorted(endings))}): give one kind")
+    open_url(next(iter(splits.values()))[0])  # says what is not installed
+    return _load(source, BUILDERS[endings.pop()], splits, label)
+
+
+def _load(source: str, kind: str, files: dict[str, list[str]], label: str | None) -> Source:
     import datasets
 
-    files = {split: [glob.escape(str(path.resolve())) for path in found] for split, found in splits.items()}
-    kind = BUILDERS[endings.pop()]
     with _quiet_datasets():
         try:
             found = datasets.load_dataset(kind, data_files=files)
@@ -53,12 +67,12 @@ def read_files(source: str, splits: dict[str, list[Path]], label: str | None) ->
     return _of_splits(source, {str(name): rows for name, rows in found.items()}, label)
 
 
-def splits_of(paths: Sequence[Path]) -> dict[str, list[Path]]:
+def splits_of(paths: Sequence[P]) -> dict[str, list[P]]:
     """Shards by split, as their names tell (`train-00000-of-00005.parquet`); all are train where no name tells."""
     named = {path: match[1] for path in paths if (match := _SHARD.fullmatch(path.name))}
     if "train" not in named.values():
         return {"train": list(paths)}
-    splits: dict[str, list[Path]] = {}
+    splits: dict[str, list[P]] = {}
     for path in paths:
         if path not in named:
             raise VarkdError(f"{path} belongs to no split, as {next(iter(named))} does: name it train-*, or move it")

@@ -19,7 +19,8 @@ import torch
 
 from varkd.errors import VarkdError
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def check_workers(workers: int) -> None:

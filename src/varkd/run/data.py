@@ -17,6 +17,7 @@ from varkd.data.classes import read_class_map
 from varkd.data.codes import CodeDataset, check_tokenizer, codes_hash, open_tokenizer, read_manifest
 from varkd.data.images import ArchivedImages, ImageSet, Split, open_checked, open_images
 from varkd.data.memory import Indexed
+from varkd.data.remote import fetch_codes, is_url
 from varkd.data.sources import is_gone, locate_source
 from varkd.data.views import ten_crop_names, view_names
 from varkd.errors import VarkdError
@@ -116,6 +117,11 @@ class Codes:
                 "or encode what is there now into another folder"
             )
         return images
+
+
+def codes_at(place: str | Path) -> Codes:
+    """A codes folder, or the copy of one behind a URL."""
+    return Codes(fetch_codes(str(place)) if is_url(place) else Path(place))
 
 
 def pick_device(name: str) -> torch.device:
@@ -240,6 +246,8 @@ def open_codes(run: RunConfig) -> Codes:
     """The codes of a run: `data` itself, or `out`/codes encoded from `data` with `tokenizer`."""
     if not run.data:
         raise VarkdError("give data= (a codes folder from `varkd encode`, or images together with tokenizer=)")
+    if is_url(run.data) and run.tokenizer is None:
+        return codes_at(run.data)
     codes = Codes(Path(run.data))
     if (codes.folder / "manifest.json").is_file():
         if run.tokenizer not in (None, "pixels"):

@@ -13,6 +13,7 @@ from varkd.backbones.store import build, check_state, family_class, load_backbon
 from varkd.config import RunConfig, read_run
 from varkd.data.classes import match_classes
 from varkd.data.codes import sequence_length
+from varkd.data.remote import is_url
 from varkd.data.teacher_cache import TeacherCache, is_cache
 from varkd.distill.method import Method
 from varkd.distill.prefixes import Data, Rollout
@@ -20,7 +21,7 @@ from varkd.distill.teachers import CachedTeacher
 from varkd.errors import VarkdError
 from varkd.files import read_json
 from varkd.folders import locate
-from varkd.run.data import Codes, pick_device
+from varkd.run.data import Codes, codes_at, pick_device
 from varkd.run.official import load_official
 from varkd.train.compiling import compile_blocks
 from varkd.train.distiller import Distiller
@@ -205,7 +206,8 @@ def load_trained(folder: str | Path, device: str = "auto") -> tuple[RunConfig, C
     """
     run, folder = read_run(folder), Path(folder)
     recorded = read_json(folder / "environment.json")
-    codes = Codes(locate(recorded["codes"], folder, run.data))
+    place = locate(recorded["codes"], folder, run.data)
+    codes = codes_at(run.data) if is_url(run.data) and not place.is_dir() else Codes(place)
     for name, found in (("tokenizer_hash", codes.manifest["tokenizer"]["hash"]), ("codes_hash", codes.hash)):
         if recorded.get(name, found) != found:
             raise VarkdError(

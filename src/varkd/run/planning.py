@@ -13,12 +13,12 @@ from varkd.backbones import zoo
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import family_class, sizes_of
 from varkd.config import RunConfig
-from varkd.data.codes import read_manifest
+from varkd.data.remote import is_url
 from varkd.distill.scores import affordable_rows
 from varkd.errors import VarkdError
 from varkd.files import read_json
 from varkd.rollout import Sampler
-from varkd.run.data import Codes, pick_device
+from varkd.run.data import codes_at, pick_device
 from varkd.run.models import trained_method
 from varkd.train.probe import Amount, Phases, Probe
 
@@ -63,8 +63,8 @@ def plan_run(
     Raises:
         VarkdError: nothing says what the codes are, or a model is unknown.
     """
-    if run.data and (Path(run.data) / "manifest.json").is_file():
-        run = replace(run, method=trained_method(run.method, Codes(Path(run.data))))
+    if _stands(run.data):
+        run = replace(run, method=trained_method(run.method, codes_at(run.data)))
     student, teacher = _models(run)
     if devices < 1 or run.train.batch_size % devices:
         raise VarkdError(f"{devices} devices cannot share a batch of {run.train.batch_size}: choose a divisor")
@@ -170,11 +170,15 @@ def _of(name: str) -> _Model:
     return _Model(entry.family, dict(entry.config))
 
 
+def _stands(data: str) -> bool:
+    """Whether there are codes already."""
+    return is_url(data) or (bool(data) and (Path(data) / "manifest.json").is_file())
+
+
 def _layout(run: RunConfig, teacher: _Model | None) -> dict[str, Any]:
     """The sizes that the codes decide."""
-    if run.data and (Path(run.data) / "manifest.json").is_file():
-        read_manifest(Path(run.data))
-        return family_class(run.model.family).sizes_for(Codes(Path(run.data)).layout)
+    if _stands(run.data):
+        return family_class(run.model.family).sizes_for(codes_at(run.data).layout)
     if teacher is None:
         raise VarkdError(
             f"there are no codes at data={run.data or '(nothing)'} yet: give the codes folder, or a "

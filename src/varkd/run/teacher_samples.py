@@ -26,7 +26,7 @@ from varkd.errors import VarkdError
 from varkd.folders import locate, locked, relative
 from varkd.progress import bar
 from varkd.rollout import Sampler
-from varkd.run.data import Codes, rank_device
+from varkd.run.data import Codes, codes_at, rank_device
 from varkd.run.models import open_model
 from varkd.run.sampling import balanced_labels
 from varkd.sampling import sample_codes
@@ -67,7 +67,7 @@ def teach_samples(
     chosen, sampler = rank_device(device, world), sampler or Sampler()
     if num < 1 or batch_size < 1:
         raise VarkdError(f"samples={num}, batch_size={batch_size}: ask for at least one sequence at a time")
-    codes, folder = Codes(Path(data)), Path(out)
+    codes, folder = codes_at(data), Path(out)
     CODES.check(folder)
     if codes.original is not codes:
         raise VarkdError(f"{data} holds samples of a teacher: give the codes of real images that they were made beside")

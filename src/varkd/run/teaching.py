@@ -35,7 +35,7 @@ from varkd.errors import VarkdError
 from varkd.files import read_json
 from varkd.folders import locked, relative
 from varkd.progress import bar
-from varkd.run.data import Codes, rank_device
+from varkd.run.data import codes_at, rank_device
 from varkd.run.models import open_model
 from varkd.types import Condition, Part, Plan
 from varkd.world import World
@@ -84,7 +84,7 @@ def teach(
     chosen = rank_device(device, world)
     if batch_size < 1:
         raise VarkdError(f"batch_size={batch_size} must be at least 1 image")
-    codes, folder = Codes(Path(data)), Path(out)
+    codes, folder = codes_at(data), Path(out)
     CACHE.check(folder)
     model = open_model(teacher, codes).requires_grad_(False)
     target = Plain() if guidance is None else Guided(guidance)
