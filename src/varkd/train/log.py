@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from varkd.files import write_errors
+from varkd.files import write_errors, write_text
 from varkd.progress import console
 from varkd.world import World
 
@@ -68,15 +68,14 @@ class Log:
     def _cut(self, resume_step: int) -> None:
         if not self.path.exists():
             return
-        kept = []
+        kept: list[str] = []
         for line in self.path.read_text().splitlines():
             try:
                 entry = json.loads(line)
-                if entry["step"] <= resume_step:
+                if 0 < resume_step >= entry["step"]:  # what begins anew looks at its start again
                     kept.append(line)
                     if entry.get("split") == "warning":
                         self.warned.add(entry["rule"])
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue  # the last line of a killed run may be cut short
-        with write_errors(self.path):
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
