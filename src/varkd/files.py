@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -9,7 +10,6 @@ import os
 import re
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +17,7 @@ from tokenize import TokenError
 from typing import Any
 
 from varkd.errors import VarkdError
-from varkd.folders import Own
+from varkd.folders import Own, sweep, temporary_name
 
 
 @contextmanager
@@ -30,10 +30,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
         VarkdError: the disk is full or the folder cannot be written.
     """
     path = path.resolve()
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path.parent, again=False)
             yield temporary
             _flush_to_disk(temporary)
             temporary.replace(path)
@@ -53,21 +54,62 @@ def atomic_folder(path: Path, own: Own) -> Iterator[Path]:
     """
     own.check_replaceable(path)
     path = path.resolve()
-    temporary = _temporary(path)
-    old = path.with_name(f"{temporary.name}.old")
+    temporary = temporary_name(path)
     try:
         with write_errors(path):
             temporary.mkdir(parents=True)
+            sweep(path.parent)
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _flush_to_disk(file)
-            if path.exists():
-                path.rename(old)
-            temporary.rename(path)
+            _put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Give a finished folder its name. An old one is there until the new one is, also where the system refuses."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    if _exchange(temporary, path):
+        return  # the old one now has the temporary name, and goes with it
+    old = path.with_name(f"{temporary.name}.old")
+    path.rename(old)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step, where the system can (Linux, most file systems); whether it did."""
+    try:
+        swap = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    at_working_directory, exchange = -100, 2
+    return swap(at_working_directory, os.fsencode(first), at_working_directory, os.fsencode(second), exchange) == 0
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder in one step for whoever looks: a process killed here leaves nothing that passes for its part."""
+    gone = temporary_name(path)
+    try:
+        path.rename(gone)
+    except FileNotFoundError:
+        return
+    except OSError:
+        gone = path
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+             errno.ELOOP, errno.EBUSY)  # fmt: skip
+_BROKEN = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOENT)
 
 
 @contextmanager
@@ -75,22 +117,29 @@ def write_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals to write `path` into one line each."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise VarkdError(f"the disk is full while writing {path}: free some space and run again") from error
-        if error.errno in (
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.ENOTDIR,
-            errno.EISDIR,
-            errno.EEXIST,
-            errno.ENAMETOOLONG,
-            errno.ELOOP,
-            errno.EBUSY,
-        ):
-            raise VarkdError(f"cannot write {path} ({error.strerror}): choose another folder") from error
+    except VarkdError:
         raise
+    except Exception as error:  # safetensors has an exception of its own, with the system's number in its text
+        number = _system_number(error)
+        line = None if number is None else _write_advice(path, number)
+        if line is None:
+            raise
+        raise VarkdError(line) from error
+
+
+def _write_advice(path: Path, number: int) -> str | None:
+    """The line for an error of the system while `path` is written; None for one that says nothing about a disk."""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full while writing {path}: free some space and run again"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return f"too many open files while writing {path}: raise the limit (`ulimit -n 65536`) and run again"
+    if number == errno.EFBIG:
+        return f"{path} would be larger than files may be here: raise the limit (`ulimit -f unlimited`) and run again"
+    if number in _NO_PLACE:
+        return f"cannot write {path} ({os.strerror(number)}): choose another folder"
+    if number in _BROKEN:
+        return f"cannot write {path} ({os.strerror(number)}): check the disk and run again"
+    return None
 
 
 def check_writable(folder: Path, advice: str) -> None:
@@ -159,11 +208,6 @@ def refusal(error: OSError) -> str:
         return "the disk is full: free some space and run the same command again"
     about = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return f"the system refuses ({about}): put it right and run again"
-
-
-def _temporary(path: Path) -> Path:
-    """A hidden name beside `path`; long names are cut, so that whatever name the system takes can be written."""
-    return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -11,22 +11,28 @@ there is what was meant is for a hash to decide, never for a path.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import re
+import shutil
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from varkd.errors import VarkdError
 
 LOCK = ".lock"
-_UNFINISHED = re.compile(rf"\..+\.[0-9a-f]{{8}}\.tmp(\.old)?|\{LOCK}")
+_TEMPORARY = re.compile(r"\.(?P<name>.+?)\.((?P<place>[0-9a-f]{8})-(?P<pid>\d+)-)?[0-9a-f]{8}\.tmp(?P<old>\.old)?")
 """What a process that was killed (while it wrote, `files.atomic_*`) may have left behind."""
+_LONGEST = 40  # characters of a name that a temporary one repeats
+_swept: set[tuple[int, Path]] = set()
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,63 @@ class Own:
 
 def contents(folder: Path) -> list[str]:
     """The names in a folder, sorted, apart from what a killed process may have left behind."""
-    return sorted(path.name for path in folder.iterdir() if not _UNFINISHED.fullmatch(path.name))
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCK and not _TEMPORARY.fullmatch(path.name))
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that says who writes there; long names are cut, for systems have a limit."""
+    return path.with_name(f".{path.name[:_LONGEST]}.{_here()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+
+
+def sweep(folder: Path, *, again: bool = True) -> None:
+    """Remove what processes of this machine that are no more left half-written in a folder.
+
+    Args:
+        again: also where this process has swept before.
+    """
+    key = (os.getpid(), folder)
+    if key in _swept and not again:
+        return
+    _swept.add(key)
+    with suppress(OSError):  # it is no part of the work: what cannot be swept stays
+        for path in folder.iterdir():
+            found = _TEMPORARY.fullmatch(path.name)
+            if found and found["place"] == _here() and not _runs(int(found["pid"])):
+                _sweep_one(path, found)
+
+
+def _sweep_one(path: Path, found: re.Match[str]) -> None:
+    """A folder that was moved out of the way for one that never came goes back; all else goes."""
+    if found["old"] and len(found["name"]) < _LONGEST and not path.with_name(found["name"]).exists():
+        path.rename(path.with_name(found["name"]))
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@cache
+def _here() -> str:
+    """Where a process number means what it means now: this machine since it booted, this container."""
+    told = [platform.node()]
+    with suppress(OSError):
+        told.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        told.append(os.readlink("/proc/self/ns/pid"))  # noqa: PTH115 - it is no path
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:8]
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process of this machine still runs; one that is dead but not yet buried does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (OSError, IndexError):
+        return True
 
 
 @contextmanager
@@ -123,8 +185,10 @@ def locked(folder: Path) -> Iterator[None]:
         file.flush()
         yield
     finally:
-        path.unlink(missing_ok=True)
-        file.close()
+        with suppress(OSError):  # the lock goes with the process, whatever its file says
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.close()
 
 
 def _holder(file: TextIO) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,5 +57,12 @@ def tinted(images_NHWC: NDArray[np.uint8], where_NHW: NDArray[np.bool_]) -> NDAr
 
 def save_png(path: Path, image_HWC: NDArray[np.uint8]) -> None:
     """Write one uint8 image (H, W, 3) atomically."""
+    save_image(path, Image.fromarray(image_HWC), optimize=True)
+
+
+def save_image(path: Path, image: Image.Image, *, optimize: bool = False) -> None:
+    """Write a PNG atomically. It is made in memory: Pillow, writing itself, forgets what the system said was wrong."""
+    content = io.BytesIO()
+    image.save(content, format="PNG", optimize=optimize)
     with atomic_file(path) as temporary:
-        Image.fromarray(image_HWC).save(temporary, format="PNG", optimize=True)
+        temporary.write_bytes(content.getvalue())

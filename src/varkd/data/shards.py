@@ -10,19 +10,32 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from varkd.errors import VarkdError
-from varkd.files import NPY_ERRORS, file_hash, read_errors, read_json, write_json
+from varkd.files import NPY_ERRORS, atomic_file, file_hash, read_errors, read_json, write_json
 from varkd.folders import Own
 from varkd.world import World
 
 Manifest = dict[str, Any]
 MANIFEST, PARTIAL = "manifest.json", "partial.json"
 _checked: dict[tuple[str, int, int], str] = {}
+
+
+class _Plain:
+    """A file that numpy writes through Python: written by itself, it forgets what the system said was wrong."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.write = file.write
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an .npy file atomically."""
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.lib.format.write_array(_Plain(file), array, allow_pickle=False)  # type: ignore[arg-type]
 
 
 def map_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike, verb: str) -> NDArray[Any]:
@@ -101,8 +114,12 @@ class ShardWriter(ABC):
         for name in (MANIFEST, PARTIAL):
             if (folder / name).exists():
                 self._check_same(read_json(folder / name))
-        if world.is_main and not self.is_finished:
+        if not world.is_main:
+            return
+        if not self.is_finished:
             write_json(folder / PARTIAL, planned)
+        elif (folder / PARTIAL).exists():  # a process was killed between the manifest and this
+            (folder / PARTIAL).unlink()
 
     @abstractmethod
     def identity(self, manifest: Manifest) -> dict[str, Any]:

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from varkd.data.codes import FORMAT, VERSION, map_shard, samples_identity, sequence_length
-from varkd.data.shards import MANIFEST, PARTIAL, Manifest, ShardWriter, cut
+from varkd.data.shards import MANIFEST, PARTIAL, Manifest, ShardWriter, cut, save_array
 from varkd.errors import VarkdError
-from varkd.files import atomic_file, read_json, write_json
+from varkd.files import read_json, write_json
 from varkd.folders import Own, json_with
 
 CODES = Own("codes", (MANIFEST, PARTIAL), json_with(format=(FORMAT,)))
@@ -119,5 +119,4 @@ class CodeWriter(ShardWriter):
         return sequence_length(self.planned)
 
     def _save(self, name: str, array: NDArray[Any]) -> None:
-        with atomic_file(self.folder / name) as temporary, temporary.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
+        save_array(self.folder / name, array)

@@ -22,9 +22,10 @@ from torch import Tensor
 from varkd import pictures
 from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import weights_hash
+from varkd.data.shards import save_array
 from varkd.errors import VarkdError
 from varkd.evaluate.inception_score import CHUNK
-from varkd.files import atomic_file, atomic_folder, read_json, sha256_of, write_json
+from varkd.files import atomic_folder, read_json, remove_folder, sha256_of, write_json
 from varkd.folders import Own, json_with
 from varkd.progress import bar
 from varkd.rollout import Sampler
@@ -180,15 +181,10 @@ def _draw_part(drawing: Drawing, partial: Path, part: int, layout: Layout, place
     images_BHWC = images.permute(0, 2, 3, 1).contiguous().numpy()
     if layout == "png":
         for row, image_HWC in enumerate(images_BHWC):
-            with atomic_file(partial / "images" / f"{place_of_N[first + row]:06d}.png") as temporary:
-                Image.fromarray(image_HWC.squeeze(2) if image_HWC.shape[2] == 1 else image_HWC).save(temporary, "PNG")
-    _save(_images(partial, part), images_BHWC if layout == "npz" else images_BHWC[:100])
-    _save(_codes(partial, part), codes_BL.numpy().astype(np.uint16))
-
-
-def _save(path: Path, array: NDArray[Any]) -> None:
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
+            drawn = Image.fromarray(image_HWC.squeeze(2) if image_HWC.shape[2] == 1 else image_HWC)
+            pictures.save_image(partial / "images" / f"{place_of_N[first + row]:06d}.png", drawn)
+    save_array(_images(partial, part), images_BHWC if layout == "npz" else images_BHWC[:100])
+    save_array(_codes(partial, part), codes_BL.numpy().astype(np.uint16))
 
 
 def _link(source: Path, target: Path) -> None:
@@ -212,10 +208,10 @@ def _finish(drawing: Drawing, partial: Path, out: Path, layout: Layout, about: d
             (temporary / "images").mkdir()
             for file in (partial / "images").glob("*.png"):
                 _link(file, temporary / "images" / file.name)
-            _save(temporary / "labels.npy", label_N[drawing.row_of_N])
+            save_array(temporary / "labels.npy", label_N[drawing.row_of_N])
         pictures.save_png(temporary / "grid.png", pictures.grid(np.concatenate(shown)[: columns * 10], columns))
         write_json(temporary / "samples.json", about)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_folder(partial)
 
 
 def _write_npz(

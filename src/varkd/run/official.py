@@ -16,6 +16,7 @@ from varkd.backbones.store import load_backbone, save_backbone
 from varkd.containers import Weights, check_finite, read_state
 from varkd.errors import VarkdError
 from varkd.files import atomic_file
+from varkd.folders import contents
 from varkd.run.data import pick_device
 from varkd.tokenizers.protocol import Tokenizer
 from varkd.tokenizers.store import load_tokenizer
@@ -125,7 +126,7 @@ def write_official(state: dict[str, Tensor], family: str, out: Path) -> str:
 
 def check_new(out: Path) -> None:
     """Refuse to write over anything but an empty folder."""
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and contents(out):
         raise VarkdError(f"{out} is not empty: choose a new folder")
     if out.is_file():
         raise VarkdError(f"{out} exists: choose a new name")

@@ -32,7 +32,7 @@ from varkd.distill.scores import affordable_rows, chunks
 from varkd.distill.target import Guided, Plain, Target
 from varkd.distill.teachers import live_rows, one_plan
 from varkd.errors import VarkdError
-from varkd.files import read_json
+from varkd.files import read_json, write_errors
 from varkd.folders import locked, relative
 from varkd.progress import bar
 from varkd.run.data import codes_at, rank_device
@@ -112,7 +112,7 @@ def teach(
     writer = CacheWriter(folder, planned, world)
     was_finished = writer.is_finished
     world.barrier()  # every rank has looked before one writes
-    with locked(folder) if world.is_main and not was_finished else nullcontext():
+    with write_errors(folder), locked(folder) if world.is_main and not was_finished else nullcontext():
         _write_shards(writer, train, Asked(model.to(chosen), target, plan, top_k), batch_size, quiet)
         world.barrier()
         if world.is_main and not was_finished:

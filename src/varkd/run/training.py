@@ -16,11 +16,12 @@ from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import load_backbone, weights_hash
 from varkd.config import RunConfig, differences, dump, read_run, settings
 from varkd.data.loader import DataLoader, ordered_batches
+from varkd.data.shards import save_array
 from varkd.distill.clustering import cluster_statistics
 from varkd.distill.filtering import difference_scores
 from varkd.errors import VarkdError
 from varkd.evaluate.agreement import cross_entropy
-from varkd.files import NPY_ERRORS, atomic_file, read_errors, read_json, write_errors, write_json, write_text
+from varkd.files import NPY_ERRORS, read_errors, read_json, write_errors, write_json, write_text
 from varkd.folders import Own, contents, locked, relative
 from varkd.progress import console, track
 from varkd.run.data import Codes, open_codes, rank_device
@@ -102,8 +103,7 @@ def chosen_images(
             score_M = difference_scores(teacher, new_student(run, codes).to(device), shown, run.seed)
         kept = run.method.images.kept(score_M, torch.from_numpy(train_codes.labels))
         if world.is_main:
-            with atomic_file(path) as temporary, temporary.open("wb") as file:
-                np.save(file, kept.numpy())
+            save_array(path, kept.numpy())
         world.barrier()
     with read_errors(path, "is damaged: move it away, and the images are chosen again", NPY_ERRORS):
         return np.load(path, allow_pickle=False)

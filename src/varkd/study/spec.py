@@ -14,6 +14,7 @@ from typing import Any, Literal
 from varkd.config import EvaluationConfig, RunConfig, dump_value, load_run, load_value, read_value
 from varkd.errors import VarkdError, did_you_mean
 from varkd.files import write_text
+from varkd.folders import contents
 from varkd.methods import METHODS
 
 Role = Literal["baseline", "varkd", "ablation", "control"]
@@ -307,7 +308,7 @@ def claim(study: Study, folder: Path) -> None:
         VarkdError: it holds another study, or foreign files.
     """
     path = folder / "study.yaml"
-    if not path.is_file() and folder.is_dir() and any(folder.iterdir()):
+    if not path.is_file() and folder.is_dir() and contents(folder):
         raise VarkdError(f"{folder} is not empty and not a study's folder: choose another out=")
     if path.is_file():
         _check_same(read_value(Study, path), study, folder)

@@ -10,7 +10,6 @@ Training resumes from its last checkpoint, everything else is short and is done 
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -20,7 +19,7 @@ from varkd.backbones.protocol import Backbone
 from varkd.backbones.store import checkpoint_path, load_backbone
 from varkd.config import EvaluationConfig, RunConfig
 from varkd.errors import VarkdError
-from varkd.files import read_json, write_json
+from varkd.files import read_json, remove_folder, write_json
 from varkd.run.data import Codes, encode, pick_device
 from varkd.run.evaluation import Judge
 from varkd.run.models import open_model
@@ -161,6 +160,8 @@ def sweep(study: Study, pair: str, method: str, index: int) -> None:
     """Train one setting briefly on the validation seed, and note its distance at the plain sampler."""
     folder = method_folder(study, pair, method) / f"sweep-{index}"
     if (folder / "score.json").is_file():
+        if read_json(folder / "score.json")["fd"] is not None:
+            remove_folder(folder / "checkpoints")  # the process may have been killed before it did so
         return
     setting = study.settings(method)[index]
     run = _student(study, pair, method, setting, study.validation_seed, study.sweep_updates, folder)
@@ -174,13 +175,15 @@ def sweep(study: Study, pair: str, method: str, index: int) -> None:
     loaded, _ = load_backbone(folder, str(pick_device(study.device)))
     distance = judge.distance(loaded, study.search_samples, study.evaluation.sampler, settings)
     write_json(folder / "score.json", {"setting": list(setting), "fd": distance})
-    shutil.rmtree(folder / "checkpoints")  # its number is all that is needed of it
+    remove_folder(folder / "checkpoints")  # its number is all that is needed of it
 
 
 def choose(study: Study, pair: str, method: str) -> None:
     """The best setting of the sweep, trained in full on the validation seed, and the sampler that suits it."""
     folder = method_folder(study, pair, method)
+    checkpoints = folder / "validation" / "checkpoints"
     if (folder / "choice.json").is_file():
+        remove_folder(checkpoints)
         return
     settings = study.settings(method)
     scores = [_score(folder / f"sweep-{index}" / "score.json", setting) for index, setting in enumerate(settings)]
@@ -203,6 +206,7 @@ def choose(study: Study, pair: str, method: str) -> None:
             "choices": tried,
         },
     )
+    remove_folder(checkpoints)  # its sampler is all that is needed of it
 
 
 def _best_sampler(
@@ -214,9 +218,7 @@ def _best_sampler(
     train_run(run, quiet=True)
     judge = Judge.of(Codes(Path(run.data)), study.device, quiet=True)
     loaded, _ = load_backbone(folder, str(pick_device(study.device)))
-    found = search(study, judge, loaded)
-    shutil.rmtree(folder / "checkpoints")  # its sampler is all that is needed of it
-    return found
+    return search(study, judge, loaded)
 
 
 def _score(path: Path, setting: Setting) -> dict[str, Any]:
@@ -228,6 +230,7 @@ def cell(study: Study, pair: str, method: str, seed: int) -> None:
     folder = method_folder(study, pair, method)
     choice, out = read_json(folder / "choice.json"), folder / f"seed-{seed}"
     if (out / "judged.json").is_file():
+        thin(out)
         return
     run = _student(study, pair, method, tuple(choice["setting"]), seed, study.updates, out)
     train_run(run, quiet=True)

@@ -7,15 +7,12 @@ is never saved; its hash is.
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,8 +21,8 @@ from varkd.backbones.store import check_hash, checkpoint_path
 from varkd.containers import read_tensors
 from varkd.distill.inputs import State
 from varkd.errors import VarkdError
-from varkd.files import atomic_folder, file_hash, read_json, write_json
-from varkd.folders import Own, json_with
+from varkd.files import atomic_folder, file_hash, read_json, remove_folder, write_json
+from varkd.folders import Own, json_with, sweep
 from varkd.train.optim import Ema
 from varkd.train.parallel import (
     frozen_tensors,
@@ -86,13 +83,18 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
         with atomic_folder(self.path(progress.step), CHECKPOINT) as temporary:
             for name, values in tensors.items():
-                _save_tensors(values, temporary / f"{name}.safetensors")
+                contiguous = {key: value.contiguous() for key, value in values.items()}
+                save_file(contiguous, temporary / f"{name}.safetensors")
             hashes = {path.name: file_hash(path) for path in sorted(temporary.glob("*.safetensors"))}
             write_json(temporary / "state.json", {**vars(progress), "sha256": hashes})
+        self._tidy(progress)
+
+    def _tidy(self, progress: Progress) -> None:
+        """Name the checkpoint that is read by default, and let go of those that are too old."""
         chosen = self._select(progress)
         for old in self.steps()[: -self.keep]:
             if old not in (progress.best_step, chosen):
-                shutil.rmtree(self.path(old), ignore_errors=True)
+                remove_folder(self.path(old))
 
     def _select(self, progress: Progress) -> int:
         """Name the checkpoint that is read by default; returns its step."""
@@ -126,8 +128,9 @@ class Checkpoints:
         """Checkpoints may have been moved away: forget a best one that is gone, and select one that is there."""
         if progress.best_value is not None and not self.path(progress.best_step).is_dir():
             progress.best_step, progress.best_value = 0, None
-        if self.world.is_main:
-            self._select(progress)
+        if self.world.is_main:  # a killed process may have got no further than the checkpoint itself
+            self._tidy(progress)
+            sweep(self.folder)
         return progress
 
     def path(self, step: int) -> Path:
@@ -150,16 +153,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         VarkdError: it is missing, truncated, not a safetensors file, or cannot be read.
     """
     return read_tensors(path, f"move {path.parent} away to go on from the checkpoint before it")
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
-    except SafetensorError as error:  # safetensors hides the operating system's error number in its text
-        for number in (errno.ENOSPC, errno.EDQUOT):
-            if f"os error {number})" in str(error):
-                raise OSError(number, os.strerror(number)) from error
-        raise
 
 
 def _gather_state(state: State, world: World) -> State:

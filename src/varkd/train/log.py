@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from varkd.files import write_errors
+from varkd.files import write_errors, write_text
 from varkd.train.trackers import Told, TrackerName, Trackers, run_record
 from varkd.world import World
 
@@ -87,5 +87,4 @@ class Log:
     def _keep(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
         self.warned.update(entry["rule"] for _, entry in lines if entry.get("split") == "warning" and "rule" in entry)
         if self.path.exists():
-            with write_errors(self.path):
-                self.path.write_text("".join(f"{line}\n" for line, _ in lines))
+            write_text(self.path, "".join(f"{line}\n" for line, _ in lines))
